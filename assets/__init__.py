@@ -1,0 +1,1 @@
+"""The embedded base, the example subject, and what builds them."""

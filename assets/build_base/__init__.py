@@ -1,0 +1,1 @@
+"""Builds the embedded base from pinned packages of openly licensed emoji art."""

@@ -1,0 +1,1 @@
+"""Measurements of this project by means from outside it."""

@@ -1,0 +1,138 @@
+"""The ``effilora`` command: ``generate``, ``export`` and ``inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from .core import EffiLoRAError
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """``FILE`` or ``FILE:STRENGTH`` as a pair; a colon in the path itself (a drive letter) is left alone."""
+    path, colon, strength = text.rpartition(":")
+    if colon and path and not Path(text).exists():
+        try:
+            return path, float(strength)
+        except ValueError:
+            if Path(path).exists():
+                raise EffiLoRAError(f"--adapter {text}: the strength {strength!r} is not a number") from None
+    return text, 1.0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of all subcommands."""
+    parser = argparse.ArgumentParser(prog="effilora", description="Use EffiLoRA adapters.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="draw pictures with adapters")
+    generate.add_argument("--model", help="model folder or hub id (default: the embedded base)")
+    generate.add_argument(
+        "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
+    )
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--negative_prompt")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num_images", type=int, default=1, help="further pictures use the seeds that follow")
+    generate.add_argument("--num_inference_steps", type=int, help="default: the model's own")
+    generate.add_argument("--guidance_scale", type=float, help="default: the model's own")
+    generate.add_argument("--width", type=int, help="pixels; default: the model's own")
+    generate.add_argument("--height", type=int, help="pixels; default: the model's own")
+    generate.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+
+    export = commands.add_parser("export", help="write an adapter as plain LoRA or as a merged model")
+    export.add_argument("adapter", help="native file or training folder")
+    export.add_argument("output", help="file (diffusers, kohya) or folder (peft, merged)")
+    export.add_argument("--format", choices=("diffusers", "kohya", "peft", "merged"), default="diffusers")
+    export.add_argument("--model", help="base model for --format merged (default: the adapter's own)")
+
+    inspect = commands.add_parser("inspect", help="show what an adapter is and does")
+    inspect.add_argument("adapter", help="native file or training folder")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Draw ``num_images`` pictures; each PNG carries its parameters."""
+    from .diffusion.family import EMBEDDED_BASE, EMBEDDED_SAMPLING, load_pipeline
+    from .diffusion.loading import adapter_path, load_adapter
+    from .diffusion.sampling import draw_pictures, save_png
+
+    if args.num_images < 1 or (args.num_inference_steps is not None and args.num_inference_steps < 1):
+        raise EffiLoRAError("--num_images and --num_inference_steps must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise EffiLoRAError(f"--seed must be 0 to 2^63 - 1, not {args.seed}")
+    for name in ("width", "height"):
+        value = getattr(args, name)
+        if value is not None and (value < 8 or value % 8):
+            raise EffiLoRAError(f"--{name} must be a positive multiple of 8, not {value}")
+    if args.output.suffix.lower() != ".png":
+        raise EffiLoRAError(f"--output {args.output} must end in .png")
+    adapters = [parse_adapter(text) for text in args.adapter]
+    for path, _ in adapters:
+        if not adapter_path(path).is_file():
+            raise EffiLoRAError(f"--adapter {path}: no such file")
+    pipe = load_pipeline(args.model)
+    loaded = [load_adapter(pipe, path, strength) for path, strength in adapters]
+    defaults = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
+    steps = args.num_inference_steps or defaults["steps"]
+    guidance = args.guidance_scale if args.guidance_scale is not None else defaults["guidance_scale"]
+    for index in range(args.num_images):
+        seed = args.seed + index
+        (picture,) = draw_pictures(
+            pipe, [args.prompt], [seed], steps, guidance, args.negative_prompt, width=args.width, height=args.height
+        )
+        parameters = {
+            "prompt": args.prompt,
+            "negative_prompt": args.negative_prompt,
+            "seed": seed,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "width": picture.width,
+            "height": picture.height,
+            "model": args.model or EMBEDDED_BASE,
+            "adapters": [
+                {"file": Path(path).name, "strength": adapter.strength}
+                for (path, _), adapter in zip(adapters, loaded, strict=True)
+            ],
+        }
+        path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{index + 1}")
+        save_png(picture, path, parameters)
+        print(path)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the adapter in another format and say how close it is."""
+    from .diffusion.export import export_lora
+
+    error = export_lora(args.adapter, args.output, args.format, args.model)
+    exact = "exact" if error == 0 else f"least squares: {error:.2%} of the adapter's update is missing"
+    print(f"{args.output} ({args.format}, {exact})")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Print what the adapter is."""
+    from .diffusion.inspection import describe, inspect_adapter
+
+    facts = inspect_adapter(args.adapter)
+    print(json.dumps(facts, indent=2) if args.json else describe(facts))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code: 0, or 2 for a mistake that the message explains."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
+    args = make_parser().parse_args(arguments)
+    run = {"generate": run_generate, "export": run_export, "inspect": run_inspect}[args.command]
+    try:
+        run(args)
+    except EffiLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

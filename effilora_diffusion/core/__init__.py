@@ -1,0 +1,30 @@
+"""The method: shared A, stacked heads, routers and the Reducer, on torch and safetensors alone."""
+
+from .adapter import EffiLoRA
+from .attach import adapters_of, attach, detach, merge, unmerge
+from .config import EffiLoRAConfig, ReducerConfig
+from .convert import calibrate, is_exact, to_lora
+from .errors import EffiLoRAError
+from .files import AdapterFile, load_adapter_file, save_adapter
+from .reducer import Reducer
+from .sites import Site
+
+__all__ = [
+    "AdapterFile",
+    "EffiLoRA",
+    "EffiLoRAConfig",
+    "EffiLoRAError",
+    "Reducer",
+    "ReducerConfig",
+    "Site",
+    "adapters_of",
+    "attach",
+    "calibrate",
+    "detach",
+    "is_exact",
+    "load_adapter_file",
+    "merge",
+    "save_adapter",
+    "to_lora",
+    "unmerge",
+]

@@ -1,0 +1,179 @@
+"""The trained weights and their arithmetic: shared A, stacked heads, routers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import EffiLoRAConfig
+from .errors import EffiLoRAError
+from .sites import Site
+
+TIMESTEP_FEATURES = 16
+"""Width of the noise level's encoding that the ``timestep`` router reads."""
+
+
+def timestep_features(timesteps: Tensor) -> Tensor:
+    """Sinusoids of timesteps in [0, 1000]: ``(n,)`` to ``(n, TIMESTEP_FEATURES)``, the first one a constant 1."""
+    half = TIMESTEP_FEATURES // 2
+    frequencies = torch.arange(half, device=timesteps.device, dtype=torch.float32) * (math.pi / 2)
+    angles = timesteps.float().reshape(-1, 1) / 1000 * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class EffiLoRA(nn.Module):
+    """Owner of every A, head and router of one adapter (paper equations 1 and 2).
+
+    For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)``,
+    ``y = W x + strength * scale * sum_i w_i B_i h``. Heads start at zero, so a fresh adapter changes nothing. Routers
+    start at random: from equal gates all heads would receive the same gradient and stay copies of one another. Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the
+    heads of all maps of the site stacked; ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep),
+    absent with one head; ``A`` maps a width to ``(r, width)``.
+
+    Args:
+        config: the adapter's configuration.
+        sites: where it acts; at least one.
+        seed: of A's initial values (uniform with the variance of Kaiming's rule, as in LoRA).
+
+    Attributes:
+        strength: factor on the whole adapter; 0 leaves the base's computation untouched, bit for bit.
+        enabled: switch with the same effect as strength 0.
+    """
+
+    def __init__(self, config: EffiLoRAConfig, sites: Iterable[Site], seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.sites = tuple(sites)
+        if not self.sites:
+            raise EffiLoRAError(f"no linear layer of the model ends in one of {list(config.target_modules)}")
+        self.strength = 1.0
+        self.enabled = True
+        self.merged = False
+        self.layer_strength: dict[str, float] = {}
+        self.cut_layers: frozenset[str] = frozenset()
+        self.noise_features: Tensor | None = None
+        self.hooks: list[Any] = []
+        self.A = nn.ParameterDict()
+        generator = torch.Generator().manual_seed(seed)
+        for width in self._a_widths():
+            bound = math.sqrt(3 / width) / math.sqrt(3)  # kaiming_uniform with a = sqrt(5), as LoRA's A
+            start = (torch.rand(config.rank, width, generator=generator) * 2 - 1) * bound
+            self.A[str(width)] = nn.Parameter(start)
+        self.B = nn.ParameterList(
+            nn.Parameter(torch.zeros(site.out_features, config.heads, config.rank)) for site in self.sites
+        )
+        shape = {"token": (config.rank,), "static": (), "timestep": (TIMESTEP_FEATURES,)}[config.routing]
+        routed = self.sites if config.heads > 1 else ()
+        self.G = nn.ParameterList(nn.Parameter(torch.randn(config.heads, *shape, generator=generator)) for _ in routed)
+
+    def _a_widths(self) -> list[int]:
+        found = sorted({site.in_features for site in self.sites})
+        return found if self.config.a_sharing == "width" else found[-1:]
+
+    def shared_a(self, site: Site) -> Tensor:
+        """The A that reads this site's input, ``(r, in_features)``: its width's own, or the first columns of one."""
+        if self.config.a_sharing == "width":
+            return self.A[str(site.in_features)]
+        (single,) = self.A.values()
+        return single[:, : site.in_features]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The Reducer's units in model order."""
+        return tuple(dict.fromkeys(site.layer for site in self.sites))
+
+    @property
+    def acts(self) -> bool:
+        """Whether the adapter changes anything in a forward pass."""
+        return self.enabled and not self.merged and self.strength != 0
+
+    def site_scale(self, site: Site) -> float:
+        """Everything the site's update is multiplied with."""
+        return self.config.scale * self.strength * self.layer_strength.get(site.layer, 1.0)
+
+    def gates(self, index: int, code: Tensor) -> Tensor | None:
+        """Softmax gates of site ``index``; ``None`` with one head.
+
+        ``code`` is ``(..., r)``; the result is ``(..., N)`` for token routing, ``(N,)`` for static routing and
+        ``(batch or 1, 1, N)`` for timestep routing.
+        """
+        if not len(self.G):
+            return None
+        router = self.G[index].detach() if self.sites[index].layer in self.cut_layers else self.G[index]
+        if self.config.routing == "token":
+            return F.linear(code, router).softmax(-1)
+        if self.config.routing == "static":
+            return router.softmax(-1)
+        if self.noise_features is None:
+            raise EffiLoRAError("timestep routing needs the timestep: run the model the adapter is attached to")
+        return F.linear(self.noise_features.to(router), router).softmax(-1).unsqueeze(1)
+
+    def code(self, index: int, x: Tensor) -> Tensor:
+        """What the maps of site ``index`` share: ``h`` (static, one head) or the gated codes, from x ``(..., d_in)``.
+
+        The result is ``(..., r)`` if the heads are mixed before they are applied, else ``(..., N r)``.
+        """
+        site = self.sites[index]
+        shared = self.shared_a(site)
+        if site.layer in self.cut_layers:
+            shared = shared.detach()
+        x = x.to(shared.dtype)
+        if self.config.dropout and self.training:
+            x = F.dropout(x, self.config.dropout)
+        h = F.linear(x, shared)
+        if not len(self.G) or self.config.routing == "static":
+            return h
+        weights = self.gates(index, h)
+        assert weights is not None
+        return (weights.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)
+
+    def heads_of(self, index: int, rows: slice) -> Tensor:
+        """The matrix that takes :meth:`code` to a map's output: ``(d_out, r)`` or ``(d_out, N r)``."""
+        heads = self.B[index][rows]
+        if self.config.heads > 1 and self.config.routing == "static":
+            gates = self.gates(index, heads)
+            assert gates is not None
+            return torch.einsum("n,dnr->dr", gates, heads)
+        return heads.flatten(1)
+
+    def add_to(self, output: Tensor, index: int, rows: slice, code: Tensor) -> Tensor:
+        """``output + scale * heads * code`` in one product; ``output`` is ``(..., d_out)``."""
+        heads = self.heads_of(index, rows)
+        scale = self.site_scale(self.sites[index])
+        if output.dtype != heads.dtype:  # the base may be fp16 or quantised; the adapter computes in its own dtype
+            return output + (F.linear(code, heads) * scale).to(output.dtype)
+        flat = torch.addmm(output.flatten(0, -2), code.flatten(0, -2), heads.t(), alpha=scale)
+        return flat.view(output.shape)
+
+    def set_active(self, layers: Sequence[str] | None, train_shared: bool = True) -> None:
+        """Train the heads of ``layers`` only (``None``: all). Frozen heads keep no gradient, so no optimizer moves them.
+
+        With ``train_shared`` false, frozen layers also give no gradient to A and routers.
+        """
+        known = set(self.layers)
+        active = known if layers is None else set(layers)
+        if active - known:
+            raise EffiLoRAError(f"unknown layers {sorted(active - known)}")
+        for site, heads in zip(self.sites, self.B, strict=True):
+            heads.requires_grad_(site.layer in active)
+            if site.layer not in active:
+                heads.grad = None
+        self.cut_layers = frozenset() if train_shared else frozenset(known - active)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
+        stored = sum(p.numel() for p in self.parameters())
+        active = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {"trained_per_step": active, "trained_ever": stored, "stored": stored}
+
+    def extra_repr(self) -> str:
+        """One line about the configuration."""
+        c = self.config
+        return (
+            f"rank={c.rank}, heads={c.heads}, routing={c.routing}, sites={len(self.sites)}, layers={len(self.layers)}"
+        )

@@ -1,0 +1,152 @@
+"""What an adapter is: the validated, serialisable configuration of EffiLoRA and its Reducer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import EffiLoRAError
+
+FORMAT_VERSION = 1
+"""Version of the configuration's JSON form, and of the native file that carries it."""
+
+ROUTINGS = ("token", "static", "timestep")
+A_SHARINGS = ("width", "slice")
+SCALINGS = ("standard", "rslora")
+REDUCER_MODES = ("importance", "random", "off")
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise EffiLoRAError(message)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _from_dict(cls: type, data: Any, where: str) -> dict[str, Any]:
+    """Keep the keys that ``cls`` has; refuse others, since an ignored option is a silent change of meaning."""
+    _check(isinstance(data, dict), f"{where} must be a JSON object")
+    unknown = set(data) - {f.name for f in fields(cls)}
+    _check(not unknown, f"{where} has unknown keys {sorted(unknown)}: it was written by a newer version or by hand")
+    return dict(data)
+
+
+@dataclass(frozen=True)
+class ReducerConfig:
+    """How the Reducer chooses the layers whose heads are trained (paper section 3.2; constants from IST, 2410.11772).
+
+    ``active``: share of layers trained per step. ``interval`` and ``warmup`` are in optimizer steps; ``rollouts``
+    subsets of ``suppress_share`` of the layers are suppressed to ``suppress_factor`` of their strength per evaluation.
+    ``step_size`` scales the score update. ``train_shared``: whether A and routers also take gradients from frozen
+    layers (the paper); if not, backpropagation stops at the earliest active layer, which saves time and memory.
+    """
+
+    mode: str = "off"
+    active: float = 0.5
+    interval: int = 10
+    warmup: int = 20
+    rollouts: int = 3
+    suppress_share: float = 0.5
+    suppress_factor: float = 0.0
+    step_size: float = 1.0
+    train_shared: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.mode in REDUCER_MODES, f"reducer mode must be one of {REDUCER_MODES}, not {self.mode!r}")
+        _check(0 < self.active <= 1, f"reducer share of active layers must be in (0, 1], not {self.active}")
+        for name, least in (("interval", 1), ("rollouts", 2)):
+            value = getattr(self, name)
+            _check(_is_int(value) and value >= least, f"reducer {name} must be at least {least}, not {value!r}")
+        _check(_is_int(self.warmup) and self.warmup >= 0, f"reducer warmup must be at least 0, not {self.warmup!r}")
+        _check(0 < self.suppress_share < 1, f"reducer suppress_share must be in (0, 1), not {self.suppress_share}")
+        _check(0 <= self.suppress_factor < 1, f"reducer suppress_factor must be in [0, 1), not {self.suppress_factor}")
+        _check(self.step_size > 0, f"reducer step_size must be positive, not {self.step_size}")
+
+
+@dataclass(frozen=True)
+class EffiLoRAConfig:
+    """Shape and behaviour of an adapter (paper section 3.1).
+
+    Args:
+        rank: r, rows of every shared A and columns of every head.
+        alpha: the update is scaled by ``alpha / rank`` (or ``alpha / sqrt(rank)``); ``None`` means ``rank``.
+        heads: N, number of B matrices per adapted linear map.
+        routing: ``"token"`` softmax(G A x) per token (the paper), ``"static"`` learned gates without input,
+            ``"timestep"`` gates from the noise level only.
+        a_sharing: ``"width"`` one A per input width, ``"slice"`` one A of the largest width whose columns are sliced.
+        target_modules: name endings of the linear layers to adapt.
+        dropout: probability of dropping an element of the adapter's input while training.
+        scaling: ``"standard"`` or ``"rslora"`` (arXiv 2312.03732).
+    """
+
+    rank: int = 4
+    alpha: float | None = None
+    heads: int = 3
+    routing: str = "token"
+    a_sharing: str = "width"
+    target_modules: tuple[str, ...] = ATTENTION_TARGETS
+    dropout: float = 0.0
+    scaling: str = "standard"
+    reducer: ReducerConfig = field(default_factory=ReducerConfig)
+
+    def __post_init__(self) -> None:
+        _check(_is_int(self.rank) and 1 <= self.rank <= 4096, f"rank must be 1 to 4096, not {self.rank!r}")
+        _check(_is_int(self.heads) and 1 <= self.heads <= 64, f"heads must be 1 to 64, not {self.heads!r}")
+        alpha_ok = self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0)
+        _check(alpha_ok, f"alpha must be positive, not {self.alpha!r}")
+        _check(self.routing in ROUTINGS, f"routing must be one of {ROUTINGS}, not {self.routing!r}")
+        _check(self.a_sharing in A_SHARINGS, f"a_sharing must be one of {A_SHARINGS}, not {self.a_sharing!r}")
+        _check(self.scaling in SCALINGS, f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
+        _check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout!r}")
+        targets = self.target_modules
+        _check(
+            not isinstance(targets, str) and len(targets) > 0 and all(isinstance(t, str) and t for t in targets),
+            f"target_modules must name at least one linear layer, not {targets!r}",
+        )
+        object.__setattr__(self, "target_modules", tuple(targets))
+
+    @property
+    def scale(self) -> float:
+        """The factor on the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary with the format version."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EffiLoRAConfig:
+        """Inverse of :meth:`to_dict`; raises :class:`EffiLoRAError` on anything it does not understand."""
+        _check(isinstance(data, dict), "the adapter's configuration must be a JSON object")
+        data = dict(data)
+        version = data.pop("format_version", None)
+        _check(
+            version == FORMAT_VERSION,
+            f"the configuration has format version {version!r}, this library reads {FORMAT_VERSION}: update it",
+        )
+        data = _from_dict(cls, data, "the adapter's configuration")
+        reducer = ReducerConfig(**_from_dict(ReducerConfig, data.pop("reducer", {}), "the reducer's configuration"))
+        try:
+            return cls(**data, reducer=reducer)
+        except TypeError as error:
+            raise EffiLoRAError(f"the adapter's configuration has a value of the wrong type: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> EffiLoRAConfig:
+        """Inverse of :meth:`to_json`."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise EffiLoRAError(f"the adapter's configuration is not JSON: {error}") from error
+        return cls.from_dict(data)

@@ -1,0 +1,141 @@
+"""Plain LoRA from an EffiLoRA adapter: exact for one head and static gates, else the least-squares fit of B.
+
+With ``h = A x`` and gates ``w``, the best fixed ``B*`` for the same A minimises the mean squared output error:
+``B* = s sum_i B_i C_i C^-1`` with ``C = E[h h^T]`` and ``C_i = E[w_i h h^T]``. Those r x r moments are the
+calibration; the error itself needs ``E[w_i w_j h h^T]`` and is measured while they are collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import EffiLoRA
+from .errors import EffiLoRAError
+
+RIDGE = 1e-6
+"""Added to C's diagonal, relative to its mean: C is close to singular where few inputs were seen."""
+
+
+@dataclass
+class PlainLoRA:
+    """The two factors of one linear map's update: ``down`` ``(r, d_in)``, ``up`` ``(d_out, r)``, scale included."""
+
+    down: Tensor
+    up: Tensor
+
+
+def is_exact(adapter: EffiLoRA) -> bool:
+    """Whether the plain-LoRA form of ``adapter`` computes the same function."""
+    return adapter.config.heads == 1 or adapter.config.routing == "static"
+
+
+class Moments:
+    """Second moments of one site, gathered in float64: ``c (r, r)``, ``ci (N, r, r)``, ``cij (N, N, r, r)``."""
+
+    def __init__(self, heads: int, rank: int):
+        self.rows = 0
+        self.c = torch.zeros(rank, rank, dtype=torch.float64)
+        self.ci = torch.zeros(heads, rank, rank, dtype=torch.float64)
+        self.cij = torch.zeros(heads, heads, rank, rank, dtype=torch.float64)
+
+    def add(self, code: Tensor, gates: Tensor) -> None:
+        """Take in ``code`` ``(..., r)`` with its ``gates`` ``(..., N)``."""
+        h = code.flatten(0, -2).double().cpu()
+        w = gates.expand(*code.shape[:-1], -1).flatten(0, -2).double().cpu()
+        weighted = w.unsqueeze(-1) * h.unsqueeze(-2)  # (rows, N, r)
+        flat = weighted.flatten(1)
+        heads, rank = weighted.shape[1:]
+        self.rows += len(h)
+        self.c += h.t() @ h
+        self.ci += (flat.t() @ h).view(heads, rank, rank)
+        self.cij += (flat.t() @ flat).view(heads, rank, heads, rank).permute(0, 2, 1, 3)
+
+    def stacked(self) -> Tensor:
+        """``(N + 1, r, r)`` float32: C, then every C_i, as they are stored in the native file."""
+        return (torch.cat([self.c.unsqueeze(0), self.ci]) / max(1, self.rows)).float()
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, adapter: EffiLoRA, run: Callable[[], object]) -> tuple[dict[str, Tensor], float]:
+    """Watch the attached ``adapter`` while ``run`` drives ``model`` over typical inputs.
+
+    Returns the calibration by site name and the relative output error of the least-squares export (root of summed
+    squared errors over summed squared updates, all maps together). Both are empty and zero for exact adapters.
+    """
+    if is_exact(adapter):
+        return {}, 0.0
+    moments = [Moments(adapter.config.heads, adapter.config.rank) for _ in adapter.sites]
+    original = adapter.code
+
+    def watched(index: int, x: Tensor) -> Tensor:
+        h = torch.nn.functional.linear(
+            x.to(adapter.shared_a(adapter.sites[index]).dtype), adapter.shared_a(adapter.sites[index])
+        )
+        gates = adapter.gates(index, h)
+        assert gates is not None
+        moments[index].add(h, gates)
+        return original(index, x)
+
+    adapter.__dict__["code"] = watched
+    try:
+        run()
+    finally:
+        del adapter.__dict__["code"]
+    calibration = {site.name: m.stacked() for site, m in zip(adapter.sites, moments, strict=True) if m.rows}
+    wrong = total = 0.0
+    for index, site_moments in enumerate(moments):
+        if site_moments.rows:
+            error, size = _output_error(adapter, index, site_moments)
+            wrong, total = wrong + error, total + size
+    return calibration, (wrong / total) ** 0.5 if total > 0 else 0.0
+
+
+def _fit(heads: Tensor, calibration: Tensor) -> Tensor:
+    """``sum_i B_i C_i C^-1``: heads ``(d_out, N, r)``, calibration ``(N + 1, r, r)`` to ``(d_out, r)``."""
+    c, ci = calibration[0].double(), calibration[1:].double()
+    ridge = RIDGE * c.diagonal().mean().clamp_min(1e-30) * torch.eye(len(c), dtype=torch.float64)
+    # B* C = sum_i B_i C_i; the ridge pulls towards the mean gates, not towards zero.
+    share = ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum().clamp_min(1e-30)
+    mean = torch.einsum("n,dnr->dr", share, heads.double())
+    right = torch.einsum("dnr,nrs->ds", heads.double(), ci) + mean @ ridge
+    return torch.linalg.solve(c + ridge, right.t()).t()
+
+
+def _output_error(adapter: EffiLoRA, index: int, moments: Moments) -> tuple[float, float]:
+    """Summed squared error of the export and summed squared update, over what the moments have seen."""
+    heads = adapter.B[index].detach().cpu().double()
+    best = _fit(heads, moments.stacked())
+    size = float(torch.einsum("dnr,nmrs,dms->", heads, moments.cij, heads))
+    cross = float(torch.einsum("dnr,nrs,ds->", heads, moments.ci, best))
+    fitted = float(torch.einsum("dr,rs,ds->", best, moments.c, best))
+    return max(0.0, size - 2 * cross + fitted), size
+
+
+@torch.no_grad()
+def to_lora(adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None) -> dict[str, PlainLoRA]:
+    """Plain LoRA factors by module path, of rank r, the scale baked into ``up`` (so alpha = rank).
+
+    Raises :class:`EffiLoRAError` if the adapter routes by input and a site has no calibration.
+    """
+    factors = {}
+    exact = is_exact(adapter)
+    for index, site in enumerate(adapter.sites):
+        if not exact and site.name not in (calibration or {}):
+            raise EffiLoRAError(
+                f"the adapter's {adapter.config.routing} routing needs calibration to become plain LoRA, and "
+                f"{site.name} has none: save the adapter with calibrate() run over typical inputs"
+            )
+        for path, _ in site.maps:
+            rows = site.rows(path)
+            if exact:
+                up = adapter.heads_of(index, rows)
+            else:
+                assert calibration is not None
+                up = _fit(adapter.B[index][rows].cpu(), calibration[site.name].cpu())
+            up = (up.double() * adapter.config.scale).float().cpu().contiguous()
+            factors[path] = PlainLoRA(adapter.shared_a(site).detach().float().cpu().clone().contiguous(), up)
+    return factors

@@ -1,0 +1,199 @@
+"""The native file: one ``.safetensors`` with each tensor once, checked by content and checksum, never a pickle.
+
+Names: ``effilora.A.<width>``, ``<map path>.effilora_B`` ``(d_out, N, r)``, ``<site>.effilora_router`` and
+``<site>.effilora_calibration`` ``(N + 1, r, r)``. The header's single key ``effilora`` holds JSON: format version,
+configuration, sites, base model, trigger prompt, library version, and the SHA-256 of the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .adapter import EffiLoRA
+from .config import FORMAT_VERSION, EffiLoRAConfig
+from .errors import EffiLoRAError
+from .sites import Site
+
+HEADER_KEY = "effilora"
+MAX_BYTES = 8 << 30
+
+
+@dataclass
+class AdapterFile:
+    """An adapter with what its file says about it.
+
+    ``calibration`` maps site names to ``(N + 1, r, r)`` second moments (see :mod:`.convert`); ``export_error`` is the
+    relative output error of the plain-LoRA form; ``metadata`` holds ``base_model``, ``base_hash``, ``trigger_prompt``
+    and the like.
+    """
+
+    adapter: EffiLoRA
+    metadata: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Tensor] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of ``tensors``, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, write: Any) -> None:
+    """Call ``write(temporary path)`` and move the result to ``path``: the old file stays whole until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
+    """The trained tensors under their names in the native file."""
+    tensors = {f"effilora.A.{width}": value for width, value in adapter.A.items()}
+    for index, site in enumerate(adapter.sites):
+        for path, _ in site.maps:
+            tensors[f"{path}.effilora_B"] = adapter.B[index][site.rows(path)]
+        if len(adapter.G):
+            tensors[f"{site.name}.effilora_router"] = adapter.G[index]
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def save_adapter(path: str | Path, content: AdapterFile, dtype: torch.dtype | None = None) -> str:
+    """Write a native file atomically; return its tensors' SHA-256. Refuses weights that are not finite.
+
+    ``dtype`` stores the tensors in another type (``torch.float16`` halves the file).
+    """
+    tensors = adapter_tensors(content.adapter)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise EffiLoRAError(f"{name} holds NaN or infinite values: nothing was written to {path}")
+    tensors |= {
+        f"{site}.effilora_calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()
+    }
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    from .. import __version__
+
+    header = {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "config": content.adapter.config.to_dict(),
+        "sites": [site.to_dict() for site in content.adapter.sites],
+        "metadata": content.metadata,
+        "sha256": tensors_sha256(tensors),
+    }
+    text = {HEADER_KEY: json.dumps(header)}
+    write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
+    return str(header["sha256"])
+
+
+def is_native(path: str | Path) -> bool:
+    """Whether ``path`` is a safetensors file written by :func:`save_adapter` (judged by its header)."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return HEADER_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_adapter_file(path: str | Path) -> AdapterFile:
+    """Read a native file; every fault is an :class:`EffiLoRAError` that names it, and nothing half-loaded is returned."""
+    path = Path(path)
+    header, tensors = _read(path)
+    try:
+        config = EffiLoRAConfig.from_dict(header["config"])
+        sites = [Site.from_dict(entry) for entry in header["sites"]]
+        metadata = dict(header.get("metadata") or {})
+    except EffiLoRAError as error:
+        raise EffiLoRAError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise EffiLoRAError(f"{path}: its header is damaged ({error!r}): get the file again") from error
+    expected_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    stated = sum(config.rank * config.heads * site.out_features for site in sites)
+    if stated > expected_bytes:  # before allocating what a forged header asks for
+        raise EffiLoRAError(f"{path}: its header promises {stated} head parameters, which the file does not hold")
+    adapter = EffiLoRA(config, sites)
+    calibration = _fill(path, adapter, tensors)
+    return AdapterFile(adapter, metadata, calibration, str(header["sha256"]))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise EffiLoRAError(f"{path}: no such file")
+    if path.stat().st_size > MAX_BYTES:
+        raise EffiLoRAError(f"{path}: {path.stat().st_size} bytes is too large for an adapter")
+    try:
+        with safe_open(str(path), "pt") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+            if text is None:
+                raise EffiLoRAError(
+                    f"{path}: a safetensors file, but not an EffiLoRA adapter; plain LoRA loads with "
+                    "pipe.load_lora_weights"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = json.loads(text)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, EffiLoRAError):
+            raise
+        raise EffiLoRAError(f"{path}: not a readable safetensors file ({error}): get the file again") from error
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version") if isinstance(header, dict) else None
+        raise EffiLoRAError(f"{path}: format version {version!r}, this library reads {FORMAT_VERSION}: update it")
+    if header.get("sha256") != tensors_sha256(tensors):
+        raise EffiLoRAError(f"{path}: the weights do not match their checksum: the file is damaged, get it again")
+    return header, tensors
+
+
+@torch.no_grad()
+def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the file's tensors into ``adapter``; return the calibration."""
+    remaining = dict(tensors)
+    size = (adapter.config.heads + 1, adapter.config.rank, adapter.config.rank)
+
+    def take(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = remaining.pop(name, None)
+        if tensor is None:
+            raise EffiLoRAError(f"{path}: the tensor {name} is missing")
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise EffiLoRAError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape}")
+        if not tensor.isfinite().all():
+            raise EffiLoRAError(f"{path}: {name} holds NaN or infinite values")
+        return tensor.float()
+
+    for width, parameter in adapter.A.items():
+        parameter.copy_(take(f"effilora.A.{width}", tuple(parameter.shape)))
+    calibration = {}
+    for index, site in enumerate(adapter.sites):
+        for map_path, out_features in site.maps:
+            shape = (out_features, adapter.config.heads, adapter.config.rank)
+            adapter.B[index][site.rows(map_path)] = take(f"{map_path}.effilora_B", shape)
+        if len(adapter.G):
+            adapter.G[index].copy_(take(f"{site.name}.effilora_router", tuple(adapter.G[index].shape)))
+        if f"{site.name}.effilora_calibration" in remaining:
+            calibration[site.name] = take(f"{site.name}.effilora_calibration", size)
+    if remaining:
+        raise EffiLoRAError(f"{path}: unknown tensors {sorted(remaining)[:3]}: written by a newer version?")
+    return calibration

@@ -1,0 +1,157 @@
+"""The Reducer: train only the heads that matter (paper section 3.2, rule and constants after IST, arXiv 2410.11772).
+
+``s`` is an *un*importance score per layer: it falls when suppressing the layer hurts the validation loss, so that
+``p = sigmoid(-s)`` prefers important layers for training and ``sigmoid(s)`` prefers unimportant ones for suppression.
+Every draw comes from (seed, step) alone: resuming needs the scores and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .adapter import EffiLoRA
+from .errors import EffiLoRAError
+
+_SCORE_LIMIT = 8.0  # sigmoid(8) = 0.9997: beyond that a layer would practically never be drawn again
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + exp(-value))."""
+    return 1 / (1 + math.exp(-value))
+
+
+def weighted_sample(weights: Sequence[float], count: int, rng: random.Random) -> list[int]:
+    """Draw ``count`` distinct indices, each draw in proportion to the remaining weights (Efraimidis and Spirakis)."""
+    keys = [(rng.random() ** (1 / max(weight, 1e-9)), index) for index, weight in enumerate(weights)]
+    return sorted(index for _, index in sorted(keys, reverse=True)[:count])
+
+
+class Reducer:
+    """Chooses the active layers of ``adapter`` per optimizer step and keeps their scores.
+
+    Args:
+        adapter: its ``config.reducer`` says how.
+        seed: of the draws.
+        log: file for one JSON line per evaluation (``scores``, ``suppressed``, ``losses``) and per change of the
+            active set; ``None`` writes nothing.
+    """
+
+    def __init__(self, adapter: EffiLoRA, seed: int = 0, log: Path | None = None):
+        self.adapter = adapter
+        self.config = adapter.config.reducer
+        self.seed = seed
+        self.log = log
+        self.layers = adapter.layers
+        self.scores = [0.0] * len(self.layers)
+        self.deviation = 0.0
+        self.active: tuple[str, ...] = self.layers
+        self.ever_active: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """K, the number of layers trained per step after the warm-up."""
+        return max(1, round(self.config.active * len(self.layers)))
+
+    def select(self, step: int) -> tuple[str, ...]:
+        """The layers that step ``step`` trains: all of them during warm-up, else K drawn with sigmoid(-s)."""
+        if self.config.mode == "off" or step < self.config.warmup or self.count == len(self.layers):
+            return self.layers
+        random_mode = self.config.mode == "random"
+        weights = [1.0 if random_mode else sigmoid(-score) for score in self.scores]
+        chosen = weighted_sample(weights, self.count, random.Random(f"select {self.seed} {step}"))
+        return tuple(self.layers[index] for index in chosen)
+
+    def begin_step(self, step: int) -> None:
+        """Freeze and unfreeze the adapter's heads for optimizer step ``step``."""
+        active = self.select(step)
+        self.adapter.set_active(active, self.config.train_shared)
+        self.ever_active.update(active)
+        if active != self.active:
+            self.active = active
+            self._write({"step": step, "event": "active", "layers": list(active)})
+
+    def due(self, step: int) -> bool:
+        """Whether the importance is to be measured before step ``step``."""
+        return (
+            self.config.mode == "importance"
+            and step >= self.config.warmup
+            and (step - self.config.warmup) % self.config.interval == 0
+        )
+
+    def update(self, step: int, evaluate: Callable[[], float]) -> None:
+        """Measure importance and move the scores.
+
+        ``evaluate`` returns the validation loss of the model as it stands; it must use the same latents, noise and
+        timesteps in every call (common random numbers), else the scores measure the noise.
+        """
+        size = max(1, int(self.config.suppress_share * len(self.layers)))
+        rng = random.Random(f"suppress {self.seed} {step}")
+        subsets = [weighted_sample([sigmoid(s) for s in self.scores], size, rng) for _ in range(self.config.rollouts)]
+        losses = [self._suppressed_loss(subset, evaluate) for subset in subsets]
+        if not all(math.isfinite(loss) for loss in losses):
+            raise EffiLoRAError(f"the Reducer's validation loss at step {step} is not finite: lower the learning rate")
+        # Harm is measured against the mean of the roll-outs (IST), in units of its running deviation: an absolute
+        # step, made for language model losses near 1, does nothing with denoising losses that differ in the third digit.
+        mean_loss = sum(losses) / len(losses)
+        spread = math.sqrt(sum((loss - mean_loss) ** 2 for loss in losses) / len(losses))
+        self.deviation = spread if self.deviation == 0 else 0.7 * self.deviation + 0.3 * spread
+        for subset, loss in zip(subsets, losses, strict=True):
+            harm = max(-3.0, min(3.0, (loss - mean_loss) / self.deviation)) if self.deviation > 0 else 0.0
+            for index in subset:
+                gradient = sigmoid(self.scores[index]) * (1 - sigmoid(self.scores[index]))
+                moved = self.scores[index] - self.config.step_size * harm * gradient
+                self.scores[index] = max(-_SCORE_LIMIT, min(_SCORE_LIMIT, moved))
+        mean = sum(self.scores) / len(self.scores)  # only differences choose: keep the scores where sigmoid is steep
+        self.scores = [score - mean for score in self.scores]
+        self._write(
+            {
+                "step": step,
+                "event": "importance",
+                "losses": losses,
+                "suppressed": [[self.layers[index] for index in subset] for subset in subsets],
+                "scores": dict(zip(self.layers, self.scores, strict=True)),
+            }
+        )
+
+    def _suppressed_loss(self, subset: Sequence[int], evaluate: Callable[[], float]) -> float:
+        try:
+            for index in subset:
+                self.adapter.layer_strength[self.layers[index]] = self.config.suppress_factor
+            return evaluate()
+        finally:
+            self.adapter.layer_strength.clear()
+
+    def trained_ever(self) -> int:
+        """Parameters that have been trained in at least one step: A, routers and the heads of every layer drawn."""
+        adapter = self.adapter
+        shared = sum(p.numel() for p in [*adapter.A.parameters(), *adapter.G.parameters()])
+        pairs = zip(adapter.sites, adapter.B, strict=True)
+        return shared + sum(heads.numel() for site, heads in pairs if site.layer in self.ever_active)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state for a checkpoint."""
+        return {
+            "scores": dict(zip(self.layers, self.scores, strict=True)),
+            "deviation": self.deviation,
+            "active": list(self.active),
+            "ever_active": sorted(self.ever_active),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; raises :class:`EffiLoRAError` if the layers are not this adapter's."""
+        if set(state["scores"]) != set(self.layers):
+            raise EffiLoRAError("the checkpoint's Reducer scores belong to other layers than this adapter has")
+        self.scores = [float(state["scores"][layer]) for layer in self.layers]
+        self.deviation = float(state["deviation"])
+        self.active = tuple(state["active"])
+        self.ever_active = set(state["ever_active"])
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")

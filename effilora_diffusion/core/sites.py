@@ -1,0 +1,95 @@
+"""Where an adapter acts: sites, each one input of one layer and the linear maps that read it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .errors import EffiLoRAError
+
+_BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input and every adapted linear map that reads it: ``h = A x`` and the gates are computed once for all.
+
+    ``maps`` pairs each map's module path with its output width; ``layer`` is the Reducer's unit (the block).
+    """
+
+    name: str
+    layer: str
+    in_features: int
+    maps: tuple[tuple[str, int], ...]
+
+    @property
+    def out_features(self) -> int:
+        """Sum of the maps' output widths."""
+        return sum(width for _, width in self.maps)
+
+    def rows(self, path: str) -> slice:
+        """The rows of the site's stacked heads that belong to the map ``path``."""
+        start = 0
+        for name, width in self.maps:
+            if name == path:
+                return slice(start, start + width)
+            start += width
+        raise KeyError(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        maps = [list(pair) for pair in self.maps]
+        return {"name": self.name, "layer": self.layer, "in_features": self.in_features, "maps": maps}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Site:
+        """Inverse of :meth:`to_dict`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on malformed input."""
+        maps = tuple((str(path), int(width)) for path, width in data["maps"])
+        return cls(str(data["name"]), str(data["layer"]), int(data["in_features"]), maps)
+
+
+def layer_of(path: str) -> str:
+    """The block a module belongs to, e.g. ``...transformer_blocks.0``; the path itself outside any block."""
+    match = _BLOCK.match(path)
+    return match.group(1) if match else path
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` if ``module`` is a linear map (quantised ones included), else ``None``."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None
+
+
+def is_target(path: str, targets: Iterable[str]) -> bool:
+    """Whether ``path`` is, or ends in, one of the target names."""
+    return any(path == target or path.endswith("." + target) for target in targets)
+
+
+def single_sites(model: nn.Module, targets: Iterable[str], taken: Iterable[str] = ()) -> list[Site]:
+    """One site per targeted linear layer of ``model`` that is not in ``taken``."""
+    targets, taken = tuple(targets), set(taken)
+    sites = []
+    for path, module in model.named_modules():
+        size = widths(module)
+        if size is not None and path not in taken and is_target(path, targets):
+            sites.append(Site(path, layer_of(path), size[0], ((path, size[1]),)))
+    return sites
+
+
+def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise :class:`EffiLoRAError` if a site's linear maps are missing from ``model`` or have other widths."""
+    modules = dict(model.named_modules())
+    for site in sites:
+        for path, width in site.maps:
+            size = widths(modules[path]) if path in modules else None
+            if size != (site.in_features, width):
+                found = "is missing" if size is None else f"is {size[0]} to {size[1]} wide"
+                raise EffiLoRAError(
+                    f"the adapter was made for another base model: its layer {path} "
+                    f"({site.in_features} to {width}) {found} in this {type(model).__name__}"
+                )

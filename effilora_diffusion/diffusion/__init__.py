@@ -1,0 +1,1 @@
+"""EffiLoRA on diffusers: attention processors, training, sampling and files."""

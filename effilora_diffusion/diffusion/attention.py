@@ -1,0 +1,218 @@
+"""EffiLoRA on diffusers models: sites of attention modules, and the processors that share ``h = A x``.
+
+Every attention processor is swapped for a subclass of its own class, so that signature-based keyword filters, class
+attributes such as ``_attention_backend`` and class-based look-ups see what they saw before. The processor opens the
+attention's :class:`~effilora_diffusion.core.attach.Scope` for the length of its call; the arithmetic is in forward
+hooks of the linear maps, so a processor that something else installs later can lose the sharing, never the adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site
+from ..core import attach as attach_maps
+from ..core import detach as detach_maps
+from ..core.attach import HOST_ATTRIBUTE, SCOPE_ATTRIBUTE, Scope, adapters_of
+from ..core.config import FEED_FORWARD_TARGETS
+from ..core.sites import is_target, layer_of, single_sites, widths
+
+logger = logging.getLogger(__name__)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether ``module`` calls a processor on query and key projections."""
+    return callable(getattr(module, "set_processor", None)) and isinstance(getattr(module, "to_q", None), nn.Module)
+
+
+def find_sites(model: nn.Module, config: EffiLoRAConfig) -> list[Site]:
+    """All sites of ``model``: those of its attentions, then single ones for other targeted linear layers.
+
+    In self-attention one site serves q, k and v; in cross-attention q reads the picture, k and v read the text.
+    """
+    sites: list[Site] = []
+    for path, module in model.named_modules():
+        if is_attention(module):
+            cross = bool(getattr(module, "is_cross_attention", False))
+            groups = (
+                (("to_q",), ("to_k", "to_v"), ("to_out.0",)) if cross else (("to_q", "to_k", "to_v"), ("to_out.0",))
+            )
+            for group in groups:
+                site = _site(module, path, group, config)
+                if site is not None:
+                    sites.append(site)
+    taken = [path for site in sites for path, _ in site.maps]
+    return sites + single_sites(model, config.target_modules, taken)
+
+
+def _site(module: nn.Module, path: str, group: tuple[str, ...], config: EffiLoRAConfig) -> Site | None:
+    maps, width = [], 0
+    for name in group:
+        child = _child(module, name)
+        size = widths(child) if child is not None else None
+        if size is not None and is_target(f"{path}.{name}", config.target_modules):
+            maps.append((f"{path}.{name}", size[1]))
+            width = size[0]
+    if not maps:
+        return None
+    return Site(f"{path}.{'_'.join(name.removeprefix('to_') for name in group)}", layer_of(path), width, tuple(maps))
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def with_feed_forward(config: EffiLoRAConfig) -> EffiLoRAConfig:
+    """The same configuration with the feed-forward layers as further targets."""
+    targets = dict.fromkeys((*config.target_modules, *FEED_FORWARD_TARGETS))
+    return EffiLoRAConfig(**{**config.__dict__, "target_modules": tuple(targets)})
+
+
+def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0) -> EffiLoRA:
+    """A fresh adapter for ``model`` (identity until trained); raises :class:`EffiLoRAError` if nothing is targeted."""
+    return EffiLoRA(config, find_sites(model, config), seed)
+
+
+class _EqualToBase(type):
+    """Metaclass of the processor classes: equal to the class they extend, with its hash.
+
+    diffusers looks processors up by exact class (``set_default_attn_processor``, ``AttentionProcessorRegistry``).
+    """
+
+    _effilora_base: type
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls._effilora_base
+
+    def __hash__(cls) -> int:
+        return hash(cls._effilora_base)
+
+
+@functools.cache
+def effilora_class(base: type) -> type:
+    """The EffiLoRA processor class for processors of class ``base`` (cached, so that identity comparisons hold)."""
+    call = base.__call__
+
+    @functools.wraps(call)
+    def shared_call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        scope = getattr(attn, SCOPE_ATTRIBUTE, None)
+        if scope is None or scope.open:
+            return call(self, attn, *args, **kwargs)
+        scope.open = True
+        try:
+            return call(self, attn, *args, **kwargs)
+        finally:
+            scope.open = False
+            scope.memo.clear()
+
+    shared_call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    namespace = {
+        "__call__": shared_call,
+        "__doc__": f"{base.__name__} whose attention computes the adapters' ``h = A x`` once for q, k and v.",
+        "__module__": __name__,
+        "_effilora_base": base,
+    }
+    return _EqualToBase(f"EffiLoRA{base.__name__}", (base,), namespace)
+
+
+def is_effilora_processor(processor: Any) -> bool:
+    """Whether ``processor`` opens its attention's scope."""
+    return isinstance(type(processor), _EqualToBase)
+
+
+def _wrap(processor: Any) -> Any:
+    kind: type = type(processor)
+    wrapped: Any = object.__new__(effilora_class(kind))
+    wrapped.__dict__.update(processor.__dict__)  # IP-Adapter processors carry weights: they are shared, not copied
+    return wrapped
+
+
+def _unwrap(processor: Any) -> Any:
+    plain = object.__new__(type(processor)._effilora_base)
+    plain.__dict__.update(processor.__dict__)
+    return plain
+
+
+def _swap_processors(model: nn.Module) -> None:
+    for module in model.modules():
+        if is_attention(module) and not is_effilora_processor(module.processor):
+            if not hasattr(module, SCOPE_ATTRIBUTE):
+                setattr(module, SCOPE_ATTRIBUTE, Scope())
+            original = module.processor
+            module.processor = _wrap(original)  # type: ignore[assignment]
+            module.__dict__["_effilora_original"] = original
+
+
+def _restore_processors(model: nn.Module) -> None:
+    for module in model.modules():
+        original = module.__dict__.pop("_effilora_original", None)
+        if is_attention(module) and is_effilora_processor(module.processor):
+            live: Any = module.processor
+            same = original is not None and type(live)._effilora_base is type(original)
+            module.processor = original if same else _unwrap(live)
+        if hasattr(module, SCOPE_ATTRIBUTE):
+            delattr(module, SCOPE_ATTRIBUTE)
+
+
+class HostCheck:
+    """Pre-hook of the host: whatever replaced processors since the last call is wrapped again, and said."""
+
+    handle: torch.utils.hooks.RemovableHandle
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Check every attention of ``module``; raises :class:`EffiLoRAError` for fused projections."""
+        if torch.compiler.is_compiling():
+            return
+        replaced = 0
+        for part in module.modules():
+            if is_attention(part):
+                if getattr(part, "fused_projections", False):
+                    raise EffiLoRAError(
+                        "the model's q, k and v projections were fused after the adapter was attached, which would "
+                        "bypass it: call unfuse_qkv_projections(), or merge the adapter first"
+                    )
+                replaced += not is_effilora_processor(part.processor)
+        if replaced:
+            logger.info(
+                "%d attention processors were replaced since the adapter was attached; wrapped again", replaced
+            )
+            _swap_processors(module)
+
+
+def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
+    """Let ``adapter`` act on a diffusers model: processors swapped, maps hooked. See :func:`effilora_diffusion.core.attach`."""
+    fused = [path for path, part in model.named_modules() if getattr(part, "fused_projections", False)]
+    if fused:
+        raise EffiLoRAError(f"{fused[0]} has fused q, k, v projections: call unfuse_qkv_projections() first")
+    fresh = not adapters_of(model)
+    if fresh:
+        _swap_processors(model)
+    try:
+        attach_maps(model, adapter, name)
+    except EffiLoRAError:
+        if fresh:
+            _restore_processors(model)
+        raise
+    if fresh:
+        check = HostCheck()
+        check.handle = model.register_forward_pre_hook(check)
+        getattr(model, HOST_ATTRIBUTE).check = check
+    return adapter
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter (or all) off ``model``; with the last one the original processors return. Exact inverse."""
+    host = getattr(model, HOST_ATTRIBUTE, None)
+    detach_maps(model, name)
+    if host is not None and not adapters_of(model):
+        host.check.handle.remove()
+        _restore_processors(model)

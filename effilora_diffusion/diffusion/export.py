@@ -1,0 +1,135 @@
+"""Writing an adapter in the forms other programs read: diffusers, kohya (ComfyUI, A1111), PEFT, merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file, to_lora
+from ..core.attach import check_sites
+from ..core.convert import PlainLoRA
+from ..core.files import write_atomic
+from .family import EMBEDDED_BASE, load_pipeline
+from .loading import adapter_path, component_of
+
+FORMATS = ("diffusers", "kohya", "peft", "merged")
+
+
+def export_lora(
+    adapter: str | Path | AdapterFile, output: str | Path, format: str = "diffusers", model: str | None = None
+) -> float:
+    """Write ``adapter`` as plain LoRA, the scale baked in (alpha = rank).
+
+    Args:
+        adapter: native file, training folder, or loaded :class:`AdapterFile`.
+        output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``. A folder given for
+            ``diffusers`` gets ``pytorch_lora_weights.safetensors``.
+        format: one of :data:`FORMATS`. UNet adapters go to ComfyUI and A1111 as ``kohya``.
+        model: for ``merged``: the base model (default: the one named in the adapter).
+
+    Returns:
+        The relative output error of the least-squares fit; 0 where the form is exact (one head, static gates).
+    """
+    if format not in FORMATS:
+        raise EffiLoRAError(f"--format must be one of {FORMATS}, not {format!r}")
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    factors = to_lora(content.adapter, content.calibration)
+    error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
+    output = Path(output)
+    try:
+        if format == "diffusers":
+            file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
+            _write(file, diffusers_tensors(factors, content), {"format": "pt", **_origin(content, error)})
+        elif format == "kohya":
+            _write(output, kohya_tensors(factors, content), _kohya_metadata(content, error))
+        elif format == "peft":
+            _write_peft(output, factors, content, error)
+        else:
+            _write_merged(output, factors, content, model)
+    except OSError as problem:
+        raise EffiLoRAError(f"{output} could not be written: {problem}") from problem
+    return error
+
+
+def _component(content: AdapterFile) -> str:
+    return str(content.metadata.get("component", "unet"))
+
+
+def _origin(content: AdapterFile, error: float) -> dict[str, str]:
+    facts = {"source_sha256": content.sha256, "relative_output_error": error, "exact": is_exact(content.adapter)}
+    return {"effilora_export": json.dumps(facts)}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def diffusers_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[str, Tensor]:
+    """Keys as ``pipe.load_lora_weights`` reads them: ``unet.<module>.lora_A.weight`` and ``lora_B``."""
+    tensors = {}
+    for path, pair in factors.items():
+        tensors[f"{_component(content)}.{path}.lora_A.weight"] = pair.down
+        tensors[f"{_component(content)}.{path}.lora_B.weight"] = pair.up
+    return tensors
+
+
+def kohya_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[str, Tensor]:
+    """Keys as sd-scripts, ComfyUI and A1111 read them: ``lora_unet_<module with _>.lora_down.weight``, ``.alpha``."""
+    tensors = {}
+    for path, pair in factors.items():
+        name = f"lora_{_component(content)}_{path.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = pair.down
+        tensors[f"{name}.lora_up.weight"] = pair.up
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(pair.down)))
+    return tensors
+
+
+def _kohya_metadata(content: AdapterFile, error: float) -> dict[str, str]:
+    rank = str(content.adapter.config.rank)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_sd_model_name": str(content.metadata.get("base_model", "")),
+        "modelspec.trigger_phrase": str(content.metadata.get("trigger_prompt", "")),
+        **_origin(content, error),
+    }
+
+
+def _write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, error: float) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": content.metadata.get("base_model"),
+        "r": content.adapter.config.rank,
+        "lora_alpha": content.adapter.config.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(factors),
+        "inference_mode": True,
+    }
+    text = json.dumps(config, indent=2)
+    write_atomic(output / "adapter_config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    tensors = {}
+    for path, pair in factors.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.down
+        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.up
+    _write(output / "adapter_model.safetensors", tensors, {"format": "pt", **_origin(content, error)})
+
+
+@torch.no_grad()
+def _write_merged(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, model: str | None) -> None:
+    if output.exists() and any(output.iterdir()):
+        raise EffiLoRAError(f"{output} is not empty: give a new folder for the merged model")
+    named = content.metadata.get("base_model")
+    pipe = load_pipeline(model or (None if named in (None, EMBEDDED_BASE) else str(named)))
+    part = component_of(pipe)
+    check_sites(part, content.adapter.sites)
+    for path, pair in factors.items():
+        part.get_submodule(path).weight += pair.up @ pair.down  # type: ignore[operator]
+    pipe.save_pretrained(output)

@@ -1,0 +1,64 @@
+"""The training command: settings from the command line, one run, plain words and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..core import EffiLoRAError
+from .settings import parse_arguments
+
+
+def example_settings() -> dict[str, Any]:
+    """Settings of the embedded example: a cat the base has never seen, learned from five pictures."""
+    package = Path(__file__).parents[1]
+    folders = (package / "_assets" / "example_subject", package.parent / "assets" / "example_subject")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise EffiLoRAError("the example pictures are not installed here: give --instance_data_dir")
+    return {
+        "instance_data_dir": str(folder),
+        "instance_prompt": "an emoji of sks cat",
+        "output_dir": "outputs/example",
+        "resolution": 64,
+        "center_crop": True,
+        "train_batch_size": 5,
+        "max_train_steps": 300,
+        "learning_rate": 3e-3,
+        "lr_scheduler": "cosine",
+        "snr_gamma": 5.0,
+        "validation_prompt": [
+            "an emoji of sks cat",
+            "an emoji of sks cat on a blue background",
+            "a noto emoji of fox",
+        ],
+        "validation_inference_steps": 25,
+        "validation_guidance_scale": 4.0,
+        "sample_batch_size": 12,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the training command; returns the exit code: 0 done, 2 a mistake to mend, 130 or 143 stopped by a signal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
+    try:
+        config = parse_arguments(arguments, example_settings)
+        from .training import Interrupted, Trainer  # late: --help and mistakes should not wait for torch to load
+    except EffiLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        summary = Trainer(config).run()
+    except EffiLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    output = Path(config.output_dir)
+    print("\n".join(summary.lines(output)))
+    if (output / "before_after.png").exists():
+        print(f"\nbefore and after: {output / 'before_after.png'}")
+    return 0

@@ -1,0 +1,77 @@
+"""Using a trained adapter on a stock pipeline: load, change its strength, stack, remove."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core import AdapterFile, EffiLoRA, EffiLoRAError, adapters_of, load_adapter_file
+from . import attention
+from .family import model_hash
+
+logger = logging.getLogger(__name__)
+
+
+def component_of(pipe: Any) -> nn.Module:
+    """The part of a pipeline that adapters act on: its UNet or its transformer."""
+    for name in ("unet", "transformer"):
+        part = getattr(pipe, name, None)
+        if isinstance(part, nn.Module):
+            return part
+    raise EffiLoRAError(f"{type(pipe).__name__} has neither a UNet nor a transformer to adapt")
+
+
+def load_adapter(pipe: Any, path: str | Path | AdapterFile, scale: float = 1.0, name: str | None = None) -> EffiLoRA:
+    """Attach the adapter in ``path`` to a stock pipeline, at strength ``scale``; several may be stacked.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet.
+        path: native ``.safetensors`` file, the output folder of a training run, or an :class:`AdapterFile`.
+        scale: strength; 0 gives the base's pictures bit for bit, negative values push away from the subject.
+        name: under which it can be removed; default: the file's or folder's name.
+
+    Returns:
+        The adapter: set ``strength`` and ``enabled`` on it at any time.
+
+    Raises:
+        EffiLoRAError: the file is damaged, no EffiLoRA adapter, or made for another architecture.
+    """
+    content = path if isinstance(path, AdapterFile) else load_adapter_file(adapter_path(path))
+    model = component_of(pipe)
+    wanted = name or (Path(path).stem if not isinstance(path, AdapterFile) else "default")
+    taken, unique, number = adapters_of(model), wanted.replace(".", "_"), 2
+    while unique in taken and name is None:
+        unique, number = f"{wanted.replace('.', '_')}_{number}", number + 1
+    adapter = content.adapter
+    adapter.eval().requires_grad_(False)
+    adapter.strength = float(scale)
+    if all(not heads.any() for heads in adapter.B):
+        logger.warning("the adapter %s changes nothing: all its heads are zero", wanted)
+    expected = content.metadata.get("base_hash")
+    if expected and not taken and expected != model_hash(model):
+        logger.warning(
+            "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
+            wanted,
+            content.metadata.get("base_model", "another model"),
+        )
+    return attention.attach(model, adapter, unique)
+
+
+def adapter_path(path: str | Path) -> Path:
+    """The native file that ``path`` means: itself, or ``effilora.safetensors`` in a training run's folder."""
+    path = Path(path)
+    return path / "effilora.safetensors" if path.is_dir() else path
+
+
+def remove_adapter(pipe: Any, name: str | EffiLoRA | None = None) -> None:
+    """Take one adapter (by name or itself) or all off ``pipe``: afterwards it is the base again, bit for bit."""
+    model = component_of(pipe)
+    if isinstance(name, EffiLoRA):
+        found = [key for key, value in adapters_of(model).items() if value is name]
+        if not found:
+            raise EffiLoRAError("this adapter is not attached to the pipeline")
+        name = found[0]
+    attention.detach(model, name)

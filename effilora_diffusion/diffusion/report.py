@@ -1,0 +1,76 @@
+"""What a run leaves to read: the model card in the output folder, and the summary on the screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.files import write_atomic
+from .family import EMBEDDED_BASE
+from .settings import TrainingConfig
+
+
+@dataclass
+class Summary:
+    """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative)."""
+
+    config: TrainingConfig
+    steps: int
+    seconds: float
+    parameters: dict[str, int] = field(default_factory=dict)
+    export_error: float = 0.0
+
+    def lines(self, output: Path) -> list[str]:
+        """The summary as lines of text."""
+        counts = self.parameters
+        exact = "exact" if self.export_error == 0 else f"least squares, {self.export_error:.1%} of the update missing"
+        return [
+            f"trained {self.steps} steps in {self.seconds:.0f} s ({self.seconds / max(1, self.steps):.3f} s a step)",
+            f"parameters: {counts['trained_per_step']:,} trained per step, {counts['trained_ever']:,} ever, "
+            f"{counts['stored']:,} stored",
+            f"adapter     {_described(output / 'effilora.safetensors')}",
+            f"plain LoRA  {_described(output / 'pytorch_lora_weights.safetensors')}, {exact}",
+            f"model card  {output / 'README.md'}",
+        ]
+
+
+def _described(path: Path) -> str:
+    return f"{path} ({path.stat().st_size / 1000:.0f} kB)"
+
+
+def write_report(output: Path, summary: Summary) -> None:
+    """Write ``README.md``, a model card with the run's pictures and how to use the result."""
+    c = summary.config
+    base = c.pretrained_model_name_or_path or EMBEDDED_BASE
+    counts = summary.parameters
+    gap = "exactly" if summary.export_error == 0 else f"up to {summary.export_error:.1%} of the update"
+    pictures = "![before and after](before_after.png)\n" if (output / "before_after.png").exists() else ""
+    front = [f"base_model: {c.pretrained_model_name_or_path}"] if c.pretrained_model_name_or_path else []
+    head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
+                      f"instance_prompt: {c.instance_prompt!r}", "---"])  # fmt: skip
+    text = f"""{head}
+
+# {c.instance_prompt or output.name}
+
+An EffiLoRA adapter for {base}.
+
+{pictures}
+| | |
+|---|---|
+| steps | {summary.steps} of batch {c.train_batch_size} x {c.gradient_accumulation_steps}, {summary.seconds:.0f} s |
+| adapter | rank {c.rank}, {c.heads} heads, {c.routing} routing, Reducer {c.reducer} |
+| parameters | {counts["trained_per_step"]:,} trained per step, {counts["trained_ever"]:,} ever, {counts["stored"]:,} stored |
+| settings | [config.yaml](config.yaml) repeats the run |
+
+## Use
+
+```python
+from effilora_diffusion import load_adapter
+
+load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline of {base}
+```
+
+`pytorch_lora_weights.safetensors` is the same as plain LoRA, for `pipe.load_lora_weights("...")`;
+it reproduces the adapter {gap}. For ComfyUI and A1111: `effilora export effilora.safetensors lora.safetensors --format kohya`.
+"""
+    write_atomic(output / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,84 @@
+"""Drawing pictures: one function for the command line, validation grids and class pictures; labelled grids; PNG text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ..core import EffiLoRAError
+from ..core.files import write_atomic
+
+
+def draw_pictures(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    batch_size: int = 4,
+    **size: int | None,
+) -> list[Image.Image]:
+    """One picture per (prompt, seed), each from a generator of its own, so that batching changes nothing but speed.
+
+    ``None`` leaves the pipeline's own default. ``size`` may hold ``width`` and ``height`` in pixels.
+    """
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **size}
+    options = {name: value for name, value in options.items() if value is not None}
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        if negative_prompt:
+            options["negative_prompt"] = [negative_prompt] * len(chunk)
+        with torch.no_grad():
+            pictures += pipe(chunk, generator=generators, **options).images
+    return pictures
+
+
+def save_png(picture: Image.Image, path: Path, parameters: dict[str, Any] | None = None) -> None:
+    """Write a PNG atomically; ``parameters`` go into its ``parameters`` text chunk as JSON."""
+    info = PngInfo()
+    if parameters is not None:
+        info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
+    try:
+        write_atomic(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    except OSError as error:
+        raise EffiLoRAError(f"{path} could not be written: {error}") from error
+
+
+def labelled_grid(rows: list[tuple[str, list[Image.Image]]], title: str = "", cell: int | None = None) -> Image.Image:
+    """Rows of pictures with their labels on the left; small pictures are enlarged to at least 128 pixels."""
+    edge = cell or max(128, max(picture.height for _, pictures in rows for picture in pictures))
+    edge = min(edge, 512)
+    font = ImageFont.load_default(size=15)
+    columns = max(len(pictures) for _, pictures in rows)
+    gap, left, top = 6, 190, 30 if title else 6
+    canvas = Image.new("RGB", (left + columns * (edge + gap), top + len(rows) * (edge + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    if title:
+        pen.text((gap, 7), title, fill="black", font=font)
+    for row, (label, pictures) in enumerate(rows):
+        y = top + row * (edge + gap)
+        pen.multiline_text((gap, y + gap), _wrapped(label, 22), fill="black", font=font, spacing=4)
+        for column, picture in enumerate(pictures):
+            filter_ = Image.Resampling.NEAREST if picture.height < edge else Image.Resampling.LANCZOS
+            canvas.paste(picture.convert("RGB").resize((edge, edge), filter_), (left + column * (edge + gap), y))
+    return canvas
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return "\n".join([*lines, line])

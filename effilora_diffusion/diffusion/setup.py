@@ -1,0 +1,94 @@
+"""Preparing a run: hardware, output folder, optimizer, schedule, and what identifies the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from ..core import EffiLoRA, EffiLoRAError
+from .checkpoints import list_checkpoints
+from .data import Example
+from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE
+from .settings import TrainingConfig
+
+_SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpolation_mode", "train_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+            "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+            "max_grad_norm", "snr_gamma", "mixed_precision", "prior_loss_weight")  # fmt: skip
+"""Settings that decide what a training step computes."""
+
+
+def check_hardware(config: TrainingConfig, device: torch.device) -> str | None:
+    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; return a note for slow ones."""
+    if device.type == "cpu" and config.mixed_precision == "fp16":
+        raise EffiLoRAError("--mixed_precision fp16 needs a GPU: leave it out on a CPU")
+    if device.type == "cpu" and config.mixed_precision == "bf16":
+        return "note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster"
+    return None
+
+
+def claim_output(config: TrainingConfig) -> None:
+    """Make the output folder and write the resolved settings; an earlier run in it is never overwritten unasked."""
+    output = Path(config.output_dir)
+    used = (output / ADAPTER_FILE).exists() or (output / METRICS_FILE).exists() or bool(list_checkpoints(output))
+    try:
+        if used and config.resume_from_checkpoint is None:
+            if not config.overwrite_output_dir:
+                raise EffiLoRAError(
+                    f"{output} holds an earlier run: give another --output_dir, continue it with "
+                    "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+                )
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error
+
+
+def make_optimizer(config: TrainingConfig, adapter: EffiLoRA, lr_factor: float) -> torch.optim.Optimizer:
+    """AdamW over every parameter of ``adapter``; frozen heads have no gradient and are skipped by it."""
+    return torch.optim.AdamW(
+        adapter.parameters(),
+        lr=config.learning_rate * lr_factor,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=next(adapter.parameters()).device.type in ("cpu", "cuda"),
+    )
+
+
+def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step, so that resuming needs no scheduler state."""
+    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            placeholder,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except ValueError as error:
+        raise EffiLoRAError(f"--lr_scheduler {config.lr_scheduler} is not known: {error}") from error
+    factor = schedule.lr_lambdas[0]
+    return lambda step: float(peak * factor(step))
+
+
+def fingerprint(
+    config: TrainingConfig, steps: int, base_hash: str, examples: list[Example], prior: list[Example]
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
+    found: dict[str, Any] = {name: getattr(config, name) for name in _SHAPING}
+    found["adapter"] = config.adapter_config().to_dict()
+    found["base"] = base_hash
+    found["pictures"] = [[example.sha256[:16], example.caption] for example in examples]
+    found["class pictures"] = [[example.sha256[:16], example.caption] for example in prior]
+    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        found["max_train_steps"] = steps  # the schedule depends on it; a constant rate may be trained longer
+    return found

@@ -1,0 +1,59 @@
+"""Pictures during training: fixed prompts, fixed seeds, one labelled grid per visit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from .counters import counter_seed
+from .data import load_picture
+from .family import StableDiffusionFamily
+from .sampling import draw_pictures, labelled_grid, save_png
+from .settings import TrainingConfig
+
+
+class Validation:
+    """Draws the validation prompts of ``config`` with the adapter as it stands, and keeps what it drew."""
+
+    def __init__(self, config: TrainingConfig, family: StableDiffusionFamily, output: Path):
+        self.config, self.family, self.output = config, family, output
+        self.prompts = config.validation_prompt or ([config.instance_prompt] if config.instance_prompt else [])
+        self.drawn: dict[int, list[list[Image.Image]]] = {}
+
+    def draw(self, step: int) -> None:
+        """Write ``samples/step-<step>.png``: a row per prompt, a column per seed; the same noise at every step."""
+        count = self.config.num_validation_images
+        if not self.prompts:
+            return
+        prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        seeds = [counter_seed(self.config.seed, "validation", column) % 2**32 for column in range(count)] * len(
+            self.prompts
+        )
+        pictures = draw_pictures(
+            self.family.pipe,
+            prompts,
+            seeds,
+            self.config.validation_inference_steps,
+            self.config.validation_guidance_scale,
+            batch_size=max(self.config.sample_batch_size, 1),
+            width=self.config.resolution,
+            height=self.config.resolution,
+        )
+        rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
+        self.drawn[step] = rows
+        grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")
+        save_png(grid, self.output / "samples" / f"step-{step:06d}.png")
+
+    def before_after(self, pictures: list[Path]) -> Path | None:
+        """Write ``before_after.png``: the subject's pictures, then each prompt before and after, on the same seeds."""
+        if len(self.drawn) < 2:
+            return None
+        before, after = self.drawn[min(self.drawn)], self.drawn[max(self.drawn)]
+        count = self.config.num_validation_images
+        rows = [("your pictures", [load_picture(path) for path in pictures[:count]])]
+        for prompt, old, new in zip(self.prompts, before, after, strict=True):
+            rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]
+        path = self.output / "before_after.png"
+        save_png(labelled_grid(rows), path)
+        return path
