@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,10 +17,13 @@ def parse_adapter(text: str) -> tuple[str, float]:
     path, colon, strength = text.rpartition(":")
     if colon and path and not Path(text).exists():
         try:
-            return path, float(strength)
+            value = float(strength)
         except ValueError:
-            if Path(path).exists():
-                raise EffiLoRAError(f"--adapter {text}: the strength {strength!r} is not a number") from None
+            value = math.nan
+        if math.isfinite(value):
+            return path, value
+        if Path(path).exists():
+            raise EffiLoRAError(f"--adapter {text}: the strength {strength!r} is not a number")
     return text, 1.0
 
 

@@ -31,9 +31,11 @@ class EffiLoRA(nn.Module):
 
     For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)``,
     ``y = W x + strength * scale * sum_i w_i B_i h``. Heads start at zero, so a fresh adapter changes nothing. Routers
-    start at random: from equal gates all heads would receive the same gradient and stay copies of one another. Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the
-    heads of all maps of the site stacked; ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep),
-    absent with one head; ``A`` maps a width to ``(r, width)``.
+    start at random: from equal gates all heads would receive the same gradient and stay copies of one another.
+
+    Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the heads of all maps of the site stacked;
+    ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head; ``A`` maps a width
+    to ``(r, width)``.
 
     Args:
         config: the adapter's configuration.
@@ -113,10 +115,11 @@ class EffiLoRA(nn.Module):
             raise EffiLoRAError("timestep routing needs the timestep: run the model the adapter is attached to")
         return F.linear(self.noise_features.to(router), router).softmax(-1).unsqueeze(1)
 
-    def code(self, index: int, x: Tensor) -> Tensor:
-        """What the maps of site ``index`` share: ``h`` (static, one head) or the gated codes, from x ``(..., d_in)``.
+    def code(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the maps of site ``index`` share for an input x ``(..., d_in)``: codes, and the heads that read them.
 
-        The result is ``(..., r)`` if the heads are mixed before they are applied, else ``(..., N r)``.
+        Codes are ``(rows, K)`` and heads ``(sum of d_out, K)``: K is r where the heads are mixed before they are applied
+        (one head, static gates), else N r, the gated codes of all heads side by side for one product.
         """
         site = self.sites[index]
         shared = self.shared_a(site)
@@ -126,29 +129,38 @@ class EffiLoRA(nn.Module):
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
         h = F.linear(x, shared)
-        if not len(self.G) or self.config.routing == "static":
-            return h
+        heads = self.mixed_heads(index)
+        if heads.shape[1] == self.config.rank:
+            return h.flatten(0, -2), heads
         weights = self.gates(index, h)
         assert weights is not None
-        return (weights.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)
+        gated = weights.unsqueeze(-1) * h.unsqueeze(-2)
+        return gated.flatten(0, -3).flatten(1), heads
 
-    def heads_of(self, index: int, rows: slice) -> Tensor:
-        """The matrix that takes :meth:`code` to a map's output: ``(d_out, r)`` or ``(d_out, N r)``."""
-        heads = self.B[index][rows]
+    def mixed_heads(self, index: int) -> Tensor:
+        """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``."""
+        heads = self.B[index]
         if self.config.heads > 1 and self.config.routing == "static":
             gates = self.gates(index, heads)
             assert gates is not None
-            return torch.einsum("n,dnr->dr", gates, heads)
+            return torch.matmul(gates, heads)
         return heads.flatten(1)
 
-    def add_to(self, output: Tensor, index: int, rows: slice, code: Tensor) -> Tensor:
-        """``output + scale * heads * code`` in one product; ``output`` is ``(..., d_out)``."""
-        heads = self.heads_of(index, rows)
+    def add_to(self, output: Tensor, index: int, rows: slice, code: tuple[Tensor, Tensor], fresh: bool) -> Tensor:
+        """``output + scale * heads * code`` in one product; ``output`` is ``(..., d_out)``.
+
+        ``fresh`` outputs (of a plain linear layer, which nobody else holds) are added to in place.
+        """
+        codes, heads = code
         scale = self.site_scale(self.sites[index])
         if output.dtype != heads.dtype:  # the base may be fp16 or quantised; the adapter computes in its own dtype
-            return output + (F.linear(code, heads) * scale).to(output.dtype)
-        flat = torch.addmm(output.flatten(0, -2), code.flatten(0, -2), heads.t(), alpha=scale)
-        return flat.view(output.shape)
+            update = F.linear(codes, heads[rows]) * scale
+            return output + update.view(output.shape).to(output.dtype)
+        flat = output.flatten(0, -2)
+        matrix = heads[rows].t()
+        if fresh:
+            return flat.addmm_(codes, matrix, alpha=scale).view(output.shape)
+        return torch.addmm(flat, codes, matrix, alpha=scale).view(output.shape)
 
     def set_active(self, layers: Sequence[str] | None, train_shared: bool = True) -> None:
         """Train the heads of ``layers`` only (``None``: all). Frozen heads keep no gradient, so no optimizer moves them.

@@ -31,9 +31,9 @@ class Scope:
 
     def __init__(self) -> None:
         self.open = False
-        self.memo: list[tuple[EffiLoRA, int, Tensor, Tensor]] = []
+        self.memo: list[tuple[EffiLoRA, int, Tensor, tuple[Tensor, Tensor]]] = []
 
-    def code(self, adapter: EffiLoRA, index: int, x: Tensor) -> Tensor:
+    def code(self, adapter: EffiLoRA, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The site's code for ``x``, from the memo if a map of this call has already asked for it."""
         for owner, site, source, code in self.memo:
             if owner is adapter and site == index and source is x:
@@ -64,7 +64,7 @@ class MapHook:
         if not self.adapter.acts:
             return output
         code = self.scope.code(self.adapter, self.index, args[0])
-        return self.adapter.add_to(output, self.index, self.rows, code)
+        return self.adapter.add_to(output, self.index, self.rows, code, type(module) is nn.Linear)
 
 
 class TimestepHook:
@@ -165,12 +165,13 @@ def merge(model: nn.Module, name: str = "default") -> None:
         )
     originals = getattr(model, HOST_ATTRIBUTE).originals
     modules = dict(model.named_modules())
-    for site in adapter.sites:
-        for path, _ in site.maps:
-            weight: Tensor = modules[path].weight  # type: ignore[assignment]
-            if not weight.is_floating_point():
-                raise EffiLoRAError(f"{path} is quantised: dequantise the model before merging, or keep it attached")
-            originals.setdefault(path, weight.detach().clone())
+    paths = [path for site in adapter.sites for path, _ in site.maps]
+    weights: dict[str, Tensor] = {path: modules[path].weight for path in paths}  # type: ignore[misc]
+    for path, weight in weights.items():
+        if not weight.is_floating_point():
+            raise EffiLoRAError(f"{path} is quantised: dequantise the model before merging, or keep it attached")
+    for path, weight in weights.items():
+        originals.setdefault(path, weight.detach().clone())
     adapter.merged = True
     try:
         _rebuild(model)
@@ -198,7 +199,7 @@ def _rebuild(model: nn.Module) -> None:
             continue
         for index, site in enumerate(adapter.sites):
             for path, _ in site.maps:
-                update = adapter.heads_of(index, site.rows(path)) @ adapter.shared_a(site)
+                update = adapter.mixed_heads(index)[site.rows(path)] @ adapter.shared_a(site)
                 updates[path] = updates.get(path, 0) + adapter.site_scale(site) * update.float()
     modules = dict(model.named_modules())
     for path, original in originals.items():

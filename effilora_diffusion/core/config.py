@@ -66,7 +66,8 @@ class ReducerConfig:
         _check(_is_int(self.warmup) and self.warmup >= 0, f"reducer warmup must be at least 0, not {self.warmup!r}")
         _check(0 < self.suppress_share < 1, f"reducer suppress_share must be in (0, 1), not {self.suppress_share}")
         _check(0 <= self.suppress_factor < 1, f"reducer suppress_factor must be in [0, 1), not {self.suppress_factor}")
-        _check(self.step_size > 0, f"reducer step_size must be positive, not {self.step_size}")
+        step_ok = math.isfinite(self.step_size) and self.step_size > 0
+        _check(step_ok, f"reducer step_size must be positive, not {self.step_size}")
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,10 @@ class EffiLoRAConfig:
             f"the configuration has format version {version!r}, this library reads {FORMAT_VERSION}: update it",
         )
         data = _from_dict(cls, data, "the adapter's configuration")
-        reducer = ReducerConfig(**_from_dict(ReducerConfig, data.pop("reducer", {}), "the reducer's configuration"))
+        reducer = _from_dict(ReducerConfig, data.pop("reducer", {}), "the reducer's configuration")
         try:
-            return cls(**data, reducer=reducer)
-        except TypeError as error:
+            return cls(**data, reducer=ReducerConfig(**reducer))
+        except (TypeError, OverflowError) as error:
             raise EffiLoRAError(f"the adapter's configuration has a value of the wrong type: {error}") from error
 
     @classmethod

@@ -42,13 +42,11 @@ class Moments:
         self.ci = torch.zeros(heads, rank, rank, dtype=torch.float64)
         self.cij = torch.zeros(heads, heads, rank, rank, dtype=torch.float64)
 
-    def add(self, code: Tensor, gates: Tensor) -> None:
-        """Take in ``code`` ``(..., r)`` with its ``gates`` ``(..., N)``."""
-        h = code.flatten(0, -2).double().cpu()
-        w = gates.expand(*code.shape[:-1], -1).flatten(0, -2).double().cpu()
-        weighted = w.unsqueeze(-1) * h.unsqueeze(-2)  # (rows, N, r)
-        flat = weighted.flatten(1)
-        heads, rank = weighted.shape[1:]
+    def add(self, gated: Tensor) -> None:
+        """Take in the gated codes ``w_i h``, ``(rows, N r)``; as gates sum to 1, their sum over the heads is ``h``."""
+        heads, rank = self.ci.shape[:2]
+        flat = gated.double().cpu()
+        h = flat.view(-1, heads, rank).sum(1)
         self.rows += len(h)
         self.c += h.t() @ h
         self.ci += (flat.t() @ h).view(heads, rank, rank)
@@ -69,22 +67,18 @@ def calibrate(model: nn.Module, adapter: EffiLoRA, run: Callable[[], object]) ->
     if is_exact(adapter):
         return {}, 0.0
     moments = [Moments(adapter.config.heads, adapter.config.rank) for _ in adapter.sites]
-    original = adapter.code
+    original = adapter.add_to
 
-    def watched(index: int, x: Tensor) -> Tensor:
-        h = torch.nn.functional.linear(
-            x.to(adapter.shared_a(adapter.sites[index]).dtype), adapter.shared_a(adapter.sites[index])
-        )
-        gates = adapter.gates(index, h)
-        assert gates is not None
-        moments[index].add(h, gates)
-        return original(index, x)
+    def watched(output: Tensor, index: int, rows: slice, code: tuple[Tensor, Tensor], fresh: bool) -> Tensor:
+        if rows.start == 0:  # the site's first map: once per call, whether or not its maps share the code
+            moments[index].add(code[0])
+        return original(output, index, rows, code, fresh)
 
-    adapter.__dict__["code"] = watched
+    adapter.__dict__["add_to"] = watched
     try:
         run()
     finally:
-        del adapter.__dict__["code"]
+        del adapter.__dict__["add_to"]
     calibration = {site.name: m.stacked() for site, m in zip(adapter.sites, moments, strict=True) if m.rows}
     wrong = total = 0.0
     for index, site_moments in enumerate(moments):
@@ -132,7 +126,7 @@ def to_lora(adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None) -> 
         for path, _ in site.maps:
             rows = site.rows(path)
             if exact:
-                up = adapter.heads_of(index, rows)
+                up = adapter.mixed_heads(index)[rows]
             else:
                 assert calibration is not None
                 up = _fit(adapter.B[index][rows].cpu(), calibration[site.name].cpu())

@@ -1,8 +1,9 @@
 """The native file: one ``.safetensors`` with each tensor once, checked by content and checksum, never a pickle.
 
-Names: ``effilora.A.<width>``, ``<map path>.effilora_B`` ``(d_out, N, r)``, ``<site>.effilora_router`` and
-``<site>.effilora_calibration`` ``(N + 1, r, r)``. The header's single key ``effilora`` holds JSON: format version,
-configuration, sites, base model, trigger prompt, library version, and the SHA-256 of the tensors.
+Names: ``shared_A.<width>``, ``<map path>.stacked_B`` ``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration``
+``(N + 1, r, r)``; none contains "lora", so that a reader of plain LoRA refuses the file. The header's single key
+``effilora`` holds JSON: format version, configuration, sites, base model, trigger prompt, library version, and the
+SHA-256 of the tensors and of itself.
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def header_sha256(header: dict[str, Any]) -> str:
+    """SHA-256 over what a header says, its own ``header_sha256`` aside: a flipped bit in alpha is damage as well."""
+    rest = {key: value for key, value in header.items() if key != "header_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def write_atomic(path: Path, write: Any) -> None:
     """Call ``write(temporary path)`` and move the result to ``path``: the old file stays whole until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,29 +79,30 @@ def write_atomic(path: Path, write: Any) -> None:
 
 def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
     """The trained tensors under their names in the native file."""
-    tensors = {f"effilora.A.{width}": value for width, value in adapter.A.items()}
+    tensors = {f"shared_A.{width}": value for width, value in adapter.A.items()}
     for index, site in enumerate(adapter.sites):
         for path, _ in site.maps:
-            tensors[f"{path}.effilora_B"] = adapter.B[index][site.rows(path)]
+            tensors[f"{path}.stacked_B"] = adapter.B[index][site.rows(path)]
         if len(adapter.G):
-            tensors[f"{site.name}.effilora_router"] = adapter.G[index]
+            tensors[f"{site.name}.router"] = adapter.G[index]
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def save_adapter(path: str | Path, content: AdapterFile, dtype: torch.dtype | None = None) -> str:
     """Write a native file atomically; return its tensors' SHA-256. Refuses weights that are not finite.
 
-    ``dtype`` stores the tensors in another type (``torch.float16`` halves the file).
+    ``dtype`` stores the trained tensors in another type (``torch.float16`` halves the file); calibration stays as it
+    is, since the least-squares fit inverts it.
     """
     tensors = adapter_tensors(content.adapter)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise EffiLoRAError(f"{name} holds NaN or infinite values: nothing was written to {path}")
-    tensors |= {
-        f"{site}.effilora_calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()
-    }
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors |= {
+        f"{site}.calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()
+    }
+    for name, tensor in tensors.items():  # in the stored type: float16 ends at 65504
+        if not tensor.isfinite().all():
+            raise EffiLoRAError(f"{name} holds NaN or infinite values: nothing was written to {path}")
     from .. import __version__
 
     header = {
@@ -105,7 +113,8 @@ def save_adapter(path: str | Path, content: AdapterFile, dtype: torch.dtype | No
         "metadata": content.metadata,
         "sha256": tensors_sha256(tensors),
     }
-    text = {HEADER_KEY: json.dumps(header)}
+    header = json.loads(json.dumps(header))  # as it will be read: tuples are lists, keys are strings
+    text = {HEADER_KEY: json.dumps({**header, "header_sha256": header_sha256(header)})}
     write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
     return str(header["sha256"])
 
@@ -129,12 +138,16 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
         metadata = dict(header.get("metadata") or {})
     except EffiLoRAError as error:
         raise EffiLoRAError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EffiLoRAError(f"{path}: its header is damaged ({error!r}): get the file again") from error
-    expected_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    stated = sum(config.rank * config.heads * site.out_features for site in sites)
-    if stated > expected_bytes:  # before allocating what a forged header asks for
-        raise EffiLoRAError(f"{path}: its header promises {stated} head parameters, which the file does not hold")
+    if not sites:
+        raise EffiLoRAError(f"{path}: its header names no layer: get the file again")
+    held = sum(tensor.numel() for tensor in tensors.values())
+    widths = {site.in_features for site in sites}
+    stated = config.rank * (sum(widths) if config.a_sharing == "width" else max(widths))
+    stated += sum(config.rank * config.heads * site.out_features for site in sites)
+    if stated > held:  # before allocating what a forged header asks for
+        raise EffiLoRAError(f"{path}: its header promises {stated} parameters of A and heads, the file holds {held}")
     adapter = EffiLoRA(config, sites)
     calibration = _fill(path, adapter, tensors)
     return AdapterFile(adapter, metadata, calibration, str(header["sha256"]))
@@ -162,6 +175,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
         raise EffiLoRAError(f"{path}: format version {version!r}, this library reads {FORMAT_VERSION}: update it")
+    if header.get("header_sha256") != header_sha256(header):
+        raise EffiLoRAError(f"{path}: its header does not match its checksum: the file is damaged, get it again")
     if header.get("sha256") != tensors_sha256(tensors):
         raise EffiLoRAError(f"{path}: the weights do not match their checksum: the file is damaged, get it again")
     return header, tensors
@@ -179,21 +194,22 @@ def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str
             raise EffiLoRAError(f"{path}: the tensor {name} is missing")
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise EffiLoRAError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape}")
+        tensor = tensor.float()
         if not tensor.isfinite().all():
             raise EffiLoRAError(f"{path}: {name} holds NaN or infinite values")
-        return tensor.float()
+        return tensor
 
     for width, parameter in adapter.A.items():
-        parameter.copy_(take(f"effilora.A.{width}", tuple(parameter.shape)))
+        parameter.copy_(take(f"shared_A.{width}", tuple(parameter.shape)))
     calibration = {}
     for index, site in enumerate(adapter.sites):
         for map_path, out_features in site.maps:
             shape = (out_features, adapter.config.heads, adapter.config.rank)
-            adapter.B[index][site.rows(map_path)] = take(f"{map_path}.effilora_B", shape)
+            adapter.B[index][site.rows(map_path)] = take(f"{map_path}.stacked_B", shape)
         if len(adapter.G):
-            adapter.G[index].copy_(take(f"{site.name}.effilora_router", tuple(adapter.G[index].shape)))
-        if f"{site.name}.effilora_calibration" in remaining:
-            calibration[site.name] = take(f"{site.name}.effilora_calibration", size)
+            adapter.G[index].copy_(take(f"{site.name}.router", tuple(adapter.G[index].shape)))
+        if f"{site.name}.calibration" in remaining:
+            calibration[site.name] = take(f"{site.name}.calibration", size)
     if remaining:
         raise EffiLoRAError(f"{path}: unknown tensors {sorted(remaining)[:3]}: written by a newer version?")
     return calibration

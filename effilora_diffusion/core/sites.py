@@ -49,7 +49,10 @@ class Site:
     def from_dict(cls, data: dict[str, Any]) -> Site:
         """Inverse of :meth:`to_dict`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on malformed input."""
         maps = tuple((str(path), int(width)) for path, width in data["maps"])
-        return cls(str(data["name"]), str(data["layer"]), int(data["in_features"]), maps)
+        site = cls(str(data["name"]), str(data["layer"]), int(data["in_features"]), maps)
+        if not maps or min(site.in_features, *(width for _, width in maps)) < 1:
+            raise ValueError(f"site {site.name} has no maps or a width below 1")
+        return site
 
 
 def layer_of(path: str) -> str:

@@ -19,7 +19,7 @@ from ..core import AdapterFile, EffiLoRAError, load_adapter_file, save_adapter
 from ..core.adapter import EffiLoRA
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"^checkpoint-(\d+)$")
+_NAME = re.compile(r"^checkpoint-\d+$")
 
 
 @dataclass
@@ -82,15 +82,20 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         raise EffiLoRAError(f"checkpoint {folder} could not be written ({error}): earlier ones are intact") from error
     if limit is not None:
-        for old in list_checkpoints(output)[:-limit]:
+        # Later ones stem from a run that was resumed before them: counting those would drop the one just written.
+        reached = [path for path in list_checkpoints(output) if _step(path) <= state.step]
+        for old in reached[:-limit]:
             shutil.rmtree(old)
     return folder
 
 
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
 def list_checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders in the order of their steps (by number, not by name)."""
-    found = [(int(match.group(1)), path) for path in output.glob("checkpoint-*") if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in output.glob("checkpoint-*") if _NAME.match(path.name)), key=_step)
 
 
 def fault_of(folder: Path) -> str | None:

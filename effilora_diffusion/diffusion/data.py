@@ -19,6 +19,7 @@ __all__ = [
     "Example",
     "PictureError",
     "Problem",
+    "is_unrelated",
     "load_picture",
     "prepare_picture",
     "report_problems",
@@ -81,7 +82,7 @@ def scan_pictures(folder: Path, default_caption: str | None) -> tuple[list[Examp
     folder = Path(folder)
     files = _list_folder(folder)
     sidecars = {_key(file.stem): file for file in files if file.suffix.lower() == ".txt"}
-    candidates = [file for file in files if not _is_unrelated(file)]
+    candidates = [file for file in files if not is_unrelated(file)]
     if not candidates:
         raise EffiLoRAError(
             f"The picture folder '{printable(folder)}' holds no pictures; put PNG or JPEG files there."
@@ -134,7 +135,8 @@ def _list_folder(folder: Path) -> list[Path]:
     return [path for path in entries if not path.name.startswith(".")]
 
 
-def _is_unrelated(path: Path) -> bool:
+def is_unrelated(path: Path) -> bool:
+    """Whether a file is plainly no picture and needs no word: captions, notes, a system's litter."""
     return path.name.casefold() in _UNRELATED_NAMES or path.suffix.lower() in _UNRELATED_SUFFIXES
 
 

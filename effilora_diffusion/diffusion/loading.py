@@ -41,7 +41,7 @@ def load_adapter(pipe: Any, path: str | Path | AdapterFile, scale: float = 1.0, 
     """
     content = path if isinstance(path, AdapterFile) else load_adapter_file(adapter_path(path))
     model = component_of(pipe)
-    wanted = name or (Path(path).stem if not isinstance(path, AdapterFile) else "default")
+    wanted = name or ("default" if isinstance(path, AdapterFile) else Path(path).resolve().stem or "default")
     taken, unique, number = adapters_of(model), wanted.replace(".", "_"), 2
     while unique in taken and name is None:
         unique, number = f"{wanted.replace('.', '_')}_{number}", number + 1

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .counters import counter_seed
-from .data import Example, scan_pictures
+from .data import Example, is_unrelated, report_problems, scan_pictures
 from .family import StableDiffusionFamily
 from .sampling import draw_pictures, save_png
 from .settings import TrainingConfig
@@ -22,8 +22,8 @@ def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: C
     assert config.class_prompt
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    present = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    drawn = {int(path.name.split("-")[0]) for path in present if path.name.split("-")[0].isdigit()}
+    present = _usable(folder, config.class_prompt)
+    drawn = {int(path.name.split("-")[0]) for path in folder.iterdir() if path.name.split("-")[0].isdecimal()}
     missing = [index for index in range(config.num_class_images + len(drawn)) if index not in drawn]
     missing = missing[: max(0, config.num_class_images - len(present))]
     if missing:
@@ -44,4 +44,14 @@ def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: C
         for index, picture in zip(chunk, pictures, strict=True):
             name = hashlib.sha1(picture.tobytes()).hexdigest()
             save_png(picture, folder / f"{index}-{name}.png")
-    return scan_pictures(folder, config.class_prompt)[0]
+    examples, problems = scan_pictures(folder, config.class_prompt)
+    bad = [problem for problem in problems if problem.fatal]
+    if bad:
+        say(report_problems(bad))
+    return examples
+
+
+def _usable(folder: Path, prompt: str) -> list[Example]:
+    """The pictures that are there already; captions and other unrelated files don't count."""
+    files = [path for path in folder.iterdir() if not path.name.startswith(".") and not is_unrelated(path)]
+    return scan_pictures(folder, prompt)[0] if files else []

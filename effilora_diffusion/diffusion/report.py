@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import write_atomic
 from .family import EMBEDDED_BASE
+from .outputs import CARD_FILE, COMPARISON_FILE
 from .settings import TrainingConfig
 
 
@@ -44,10 +46,10 @@ def write_report(output: Path, summary: Summary) -> None:
     base = c.pretrained_model_name_or_path or EMBEDDED_BASE
     counts = summary.parameters
     gap = "exactly" if summary.export_error == 0 else f"up to {summary.export_error:.1%} of the update"
-    pictures = "![before and after](before_after.png)\n" if (output / "before_after.png").exists() else ""
+    pictures = "![before and after](before_after.png)\n" if (output / COMPARISON_FILE).exists() else ""
     front = [f"base_model: {c.pretrained_model_name_or_path}"] if c.pretrained_model_name_or_path else []
     head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
-                      f"instance_prompt: {c.instance_prompt!r}", "---"])  # fmt: skip
+                      f"instance_prompt: {json.dumps(c.instance_prompt, ensure_ascii=False)}", "---"])  # fmt: skip
     text = f"""{head}
 
 # {c.instance_prompt or output.name}
@@ -73,4 +75,4 @@ load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline 
 `pytorch_lora_weights.safetensors` is the same as plain LoRA, for `pipe.load_lora_weights("...")`;
 it reproduces the adapter {gap}. For ComfyUI and A1111: `effilora export effilora.safetensors lora.safetensors --format kohya`.
 """
-    write_atomic(output / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomic(output / CARD_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))

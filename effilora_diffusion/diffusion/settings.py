@@ -6,7 +6,7 @@ Names, meanings and defaults are those of diffusers' ``train_dreambooth_lora.py`
 from __future__ import annotations
 
 import argparse
-import sys
+import tomllib
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -17,6 +17,36 @@ import yaml
 
 from ..core import EffiLoRAConfig, EffiLoRAError, ReducerConfig
 from ..core.config import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+
+NOT_NEEDED = {
+    "dataloader_num_workers": "latents are cached, nothing is loaded while training",
+    "pre_compute_text_embeddings": "text states are always computed once and cached",
+    "cache_latents": "latents are always cached",
+    "enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is used",
+    "use_8bit_adam": "the optimizer only holds the adapter, a few megabytes at most",
+    "logging_dir": "metrics go to metrics.jsonl in output_dir",
+    "local_rank": "accelerate sets it",
+    "prior_generation_precision": "class pictures are drawn in the precision of training",
+}
+"""Flags of diffusers' script that change nothing here: accepted with a note, so that old commands run."""
+
+NOT_SUPPORTED = {
+    "train_text_encoder": "only the UNet is trained",
+    "report_to": "metrics go to metrics.jsonl in output_dir",
+    "push_to_hub": "upload the output folder yourself; its README.md is a model card",
+    "hub_token": "nothing is uploaded",
+    "hub_model_id": "nothing is uploaded",
+    "tokenizer_name": "the model's own tokenizer is used",
+    "tokenizer_max_length": "the tokenizer's own length is used",
+    "text_encoder_use_attention_mask": "DeepFloyd IF can't be trained",
+    "class_labels_conditioning": "DeepFloyd IF can't be trained",
+    "validation_images": "upscalers can't be trained",
+}
+"""Flags of diffusers' script that would change the result: refused with the reason."""
+
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+"""Schedules of the learning rate that are functions of the step."""
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -73,11 +103,10 @@ class TrainingConfig:
     # optimizer and loss
     learning_rate: float = option(5e-4, "peak learning rate")
     scale_lr: bool = option(False, "multiply the learning rate by processes, accumulation and batch size")
-    lr_scheduler: str = option("constant", "schedule of the learning rate, by diffusers' names")
+    lr_scheduler: str = option("constant", "schedule of the learning rate, by diffusers' names", SCHEDULES)
     lr_warmup_steps: int = option(0, "warm-up steps of the schedule")
     lr_num_cycles: int = option(1, "cycles of cosine_with_restarts")
     lr_power: float = option(1.0, "power of the polynomial schedule")
-    use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes")
     adam_beta1: float = option(0.9, "AdamW's beta1")
     adam_beta2: float = option(0.999, "AdamW's beta2")
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay")
@@ -94,7 +123,7 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = option(None, "'latest', a checkpoint's name, or its folder")
     # validation
     validation_prompt: list[str] = option([], "one or more prompts drawn on fixed seeds into a grid")
-    num_validation_images: int = option(4, "pictures per validation prompt")
+    num_validation_images: int = option(4, "pictures per validation prompt; 0: none")
     validation_steps: int | None = option(None, "optimizer steps between grids (default: first and last only)")
     validation_epochs: int | None = option(None, "epochs between grids, if validation_steps is not given")
     validation_inference_steps: int = option(25, "sampling steps of validation pictures")
@@ -105,21 +134,35 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Raise :class:`EffiLoRAError` for values that can't work; one sentence each."""
+        for entry in fields(self):
+            choices = entry.metadata["choices"]
+            if choices and getattr(self, entry.name) not in choices:
+                raise EffiLoRAError(f"--{entry.name} must be one of {choices}, not {getattr(self, entry.name)!r}")
         for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                     "sample_batch_size", "checkpointing_steps", "num_validation_images", "num_class_images",
-                     "validation_inference_steps"):  # fmt: skip
+                     "sample_batch_size", "checkpointing_steps", "num_class_images",
+                     "validation_inference_steps", "lr_num_cycles"):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
+        for name in ("num_validation_images", "lr_warmup_steps", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise EffiLoRAError(f"--seed must be less than 2^63, not {self.seed}")
         for name in ("max_train_steps", "checkpoints_total_limit", "validation_steps", "validation_epochs"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise EffiLoRAError(f"--{name} must be a positive number, not {getattr(self, name)}")
+        for name in ("adam_weight_decay", "prior_loss_weight", "lr_power", "validation_guidance_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise EffiLoRAError(f"--{name} must be a number from 0 up, not {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise EffiLoRAError(f"--{name} must be at least 0 and less than 1, not {getattr(self, name)}")
         if self.resolution % 8:
             raise EffiLoRAError(f"--resolution must be a multiple of 8, not {self.resolution}")
         if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
             raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise EffiLoRAError(f"--snr_gamma must be positive, not {self.snr_gamma}")
         self.adapter_config()
 
@@ -157,24 +200,16 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """The settings in a TOML or YAML file; raises :class:`EffiLoRAError` for unknown keys and unreadable files."""
     try:
         text = path.read_text(encoding="utf-8")
-        data = _load_toml(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise EffiLoRAError(f"--config {path} can't be read: {error}") from error
     if not isinstance(data, dict):
         raise EffiLoRAError(f"--config {path} must hold settings as 'name: value', in TOML or YAML")
     hints = get_type_hints(TrainingConfig)
-    unknown = sorted(set(data) - set(hints))
+    unknown = sorted(map(str, set(data) - set(hints)))
     if unknown:
         raise EffiLoRAError(f"--config {path} has unknown settings {unknown}: see --help for their names")
     return {name: _convert(name, hints[name], value) for name, value in data.items()}
-
-
-def _load_toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
 
 
 def _base_type(hint: Any) -> Any:
@@ -236,7 +271,14 @@ def parse_arguments(
     )
     parser.add_argument("--config", type=Path, help="TOML or YAML file with any of these settings")
     add_arguments(parser)
+    for name in (*NOT_NEEDED, *NOT_SUPPORTED):
+        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
+    for name in [name for name in given if name in NOT_SUPPORTED]:
+        raise EffiLoRAError(f"--{name} is not supported ({NOT_SUPPORTED[name]}): leave it out")
+    for name in [name for name in given if name in NOT_NEEDED]:
+        del given[name]
+        print(f"note: --{name} is not needed: {NOT_NEEDED[name]}")
     config = given.pop("config")
     chosen = {**(read_config_file(config) if config else {}), **given}
     named = chosen.get("pretrained_model_name_or_path") or chosen.get("instance_data_dir")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from ..core import EffiLoRA, EffiLoRAError
 from .checkpoints import list_checkpoints
 from .data import Example
-from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE
+from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, remove_run
 from .settings import TrainingConfig
 
 _SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpolation_mode", "train_batch_size",
@@ -32,19 +33,40 @@ def check_hardware(config: TrainingConfig, device: torch.device) -> str | None:
     return None
 
 
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Undo ``accelerate launch``'s default of one thread where a single process trains on the CPU."""
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if alone and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
+def _used(output: Path) -> bool:
+    """Whether a run has written to ``output``."""
+    return (output / ADAPTER_FILE).exists() or (output / METRICS_FILE).exists() or bool(list_checkpoints(output))
+
+
 def claim_output(config: TrainingConfig) -> None:
-    """Make the output folder and write the resolved settings; an earlier run in it is never overwritten unasked."""
+    """Make the output folder; an earlier run in it is never overwritten unasked, and not changed yet."""
     output = Path(config.output_dir)
-    used = (output / ADAPTER_FILE).exists() or (output / METRICS_FILE).exists() or bool(list_checkpoints(output))
     try:
-        if used and config.resume_from_checkpoint is None:
-            if not config.overwrite_output_dir:
-                raise EffiLoRAError(
-                    f"{output} holds an earlier run: give another --output_dir, continue it with "
-                    "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
-                )
-            shutil.rmtree(output)
+        if _used(output) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+            raise EffiLoRAError(
+                f"{output} holds an earlier run: give another --output_dir, continue it with "
+                "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+            )
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error
+
+
+def open_output(config: TrainingConfig) -> None:
+    """Begin to write: an earlier run that is to be overwritten goes (its files only), the resolved settings come."""
+    output = Path(config.output_dir)
+    try:
+        if config.resume_from_checkpoint is None and _used(output):
+            remove_run(output)
         (output / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error
@@ -65,17 +87,14 @@ def make_optimizer(config: TrainingConfig, adapter: EffiLoRA, lr_factor: float) 
 def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[[int], float]:
     """The learning rate as a function of the optimizer step, so that resuming needs no scheduler state."""
     placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    try:
-        schedule = get_scheduler(
-            config.lr_scheduler,
-            placeholder,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        )
-    except ValueError as error:
-        raise EffiLoRAError(f"--lr_scheduler {config.lr_scheduler} is not known: {error}") from error
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        placeholder,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
     factor = schedule.lr_lambdas[0]
     return lambda step: float(peak * factor(step))
 

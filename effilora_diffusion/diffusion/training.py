@@ -19,14 +19,23 @@ from ..core import AdapterFile, EffiLoRAError, Reducer, calibrate
 from . import attention
 from .batches import Batch, BatchDrawer, ExampleSource
 from .checkpoints import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
+from .counters import counter_seed
 from .data import Example, report_problems, scan_pictures
 from .family import EMBEDDED_BASE, StableDiffusionFamily, load_pipeline, model_hash
 from .objective import denoising_losses, snr_weights, training_target
-from .outputs import METRICS_FILE, REDUCER_FILE, write_adapters
+from .outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, write_adapters
 from .prior import class_examples
 from .report import Summary, write_report
 from .settings import TrainingConfig
-from .setup import check_hardware, claim_output, fingerprint, learning_rates, make_optimizer
+from .setup import (
+    check_hardware,
+    claim_output,
+    fingerprint,
+    learning_rates,
+    make_optimizer,
+    open_output,
+    use_all_cores,
+)
 from .validation import Validation
 
 CALIBRATION_BATCHES = 8
@@ -40,6 +49,14 @@ class Interrupted(Exception):
         self.code = code
 
 
+def _step_of(line: str) -> float:
+    """The step of a log line; infinite for one that a killed run has not finished."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Trainer:
     """One run: everything is loaded and checked on construction, :meth:`run` trains and writes the result."""
 
@@ -48,6 +65,7 @@ class Trainer:
         self.accelerator = accelerator or Accelerator()
         self.output = Path(config.output_dir)
         self.stop_code = 0
+        use_all_cores(self.accelerator)
         note = check_hardware(config, self.accelerator.device)
         if note:
             self.say(note)
@@ -122,12 +140,18 @@ class Trainer:
         """Train to the last step and write the output folder; returns what was done."""
         if self.config.resume_from_checkpoint is not None:
             self._resume()
-        if self.step >= self.steps:
+        unfinished = self.step == self.steps and not (self.output / ADAPTER_FILE).exists()  # stopped while finishing
+        if self.step >= self.steps and not unfinished:
             raise EffiLoRAError(
                 f"the checkpoint is at step {self.step}, max_train_steps is {self.steps}: nothing to do"
             )
-        if self.is_main and self.step == 0:
+        if self.is_main:
+            open_output(self.config)
+            self._trim_logs()
+            self.adapter.enabled = False  # a resumed run shows the base before training, too
             self.validation.draw(0)
+            self.adapter.enabled = True
+        self.accelerator.wait_for_everyone()
         began = time.time()
         before = self.seconds
         self.adapter.train()
@@ -153,8 +177,6 @@ class Trainer:
         self.reducer.load_state_dict(state.reducer)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
-        if self.is_main:
-            self._trim_logs()
         self.say(f"resumed from {folder} at step {self.step}")
 
     def _trim_logs(self) -> None:
@@ -164,7 +186,7 @@ class Trainer:
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 limit = self.step + (1 if name == METRICS_FILE else 0)
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < limit]
+                kept = [line for line in lines if _step_of(line) < limit]
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _optimizer_step(self) -> dict[str, float]:
@@ -181,6 +203,8 @@ class Trainer:
         for micro in range(c.gradient_accumulation_steps):
             index = (step * c.gradient_accumulation_steps + micro) * processes + rank
             batch = self.batches.draw(index * c.train_batch_size, c.train_batch_size)
+            if c.lora_dropout:  # the one draw that torch makes itself: by counter too, so that resuming repeats it
+                torch.manual_seed(counter_seed(c.seed, "dropout", index))
             loss = self._loss(batch)
             value = float(loss.detach())
             if not math.isfinite(value):

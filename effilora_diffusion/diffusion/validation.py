@@ -9,6 +9,7 @@ from PIL import Image
 from .counters import counter_seed
 from .data import load_picture
 from .family import StableDiffusionFamily
+from .outputs import COMPARISON_FILE, SAMPLES_FOLDER
 from .sampling import draw_pictures, labelled_grid, save_png
 from .settings import TrainingConfig
 
@@ -24,7 +25,7 @@ class Validation:
     def draw(self, step: int) -> None:
         """Write ``samples/step-<step>.png``: a row per prompt, a column per seed; the same noise at every step."""
         count = self.config.num_validation_images
-        if not self.prompts:
+        if not self.prompts or not count:
             return
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         seeds = [counter_seed(self.config.seed, "validation", column) % 2**32 for column in range(count)] * len(
@@ -43,7 +44,7 @@ class Validation:
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         self.drawn[step] = rows
         grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")
-        save_png(grid, self.output / "samples" / f"step-{step:06d}.png")
+        save_png(grid, self.output / SAMPLES_FOLDER / f"step-{step:06d}.png")
 
     def before_after(self, pictures: list[Path]) -> Path | None:
         """Write ``before_after.png``: the subject's pictures, then each prompt before and after, on the same seeds."""
@@ -54,6 +55,6 @@ class Validation:
         rows = [("your pictures", [load_picture(path) for path in pictures[:count]])]
         for prompt, old, new in zip(self.prompts, before, after, strict=True):
             rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]
-        path = self.output / "before_after.png"
+        path = self.output / COMPARISON_FILE
         save_png(labelled_grid(rows), path)
         return path

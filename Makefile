@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.11 or later with venv, and git; everything else they fetch themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test check format benchmark clean
+
+demo: $(VENV)/installed
+	$(LAUNCH) train_scripts/train_dreambooth_effilora.py --overwrite_output_dir
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.step_time --json outputs/step_time.json
+	$(BIN)/python -m benchmarks.subject --json outputs/subject.json
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,benchmark]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,159 @@
+"""Does the adapter learn the subject, and nothing else? ``python -m benchmarks.subject``.
+
+The example subject on the embedded base, for the adapter and for PEFT's LoRA of the same rank, each at its own best of
+several learning rates, over several seeds. Judged with ImageNet features (``features.py``):
+
+- similarity: mean cosine of 16 generated pictures to pictures of the subject that nobody trained on;
+- rise: similarity minus the base's; gap: "held-out against training pictures" minus the base's;
+- drift: mean cosine distance between base and adapted pictures of 16 prompts that do not name the subject, same seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from effilora_diffusion.diffusion.family import EMBEDDED_SAMPLING, load_pipeline
+from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.sampling import draw_pictures
+from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.training import Trainer
+
+from . import peft_baseline
+from .features import Judge, load_judge
+
+HELD_OUT = Path(__file__).parent / "held_out_subject"
+OTHER_PROMPTS = (
+    "a noto emoji of fox on a blue background", "a twemoji emoji of red apple", "a fluent emoji of rocket",
+    "a noto emoji of dog face", "a twemoji emoji of panda on a green background", "a fluent emoji of house",
+    "a noto emoji of pizza", "a twemoji emoji of lion", "a fluent emoji of tiger face on a white background",
+    "a noto emoji of weary cat", "a fluent emoji of grinning cat", "a twemoji emoji of grinning face",
+    "a noto emoji of soccer ball on a red background", "a twemoji emoji of sunflower", "a fluent emoji of guitar",
+    "a noto emoji of mouse face",
+)  # fmt: skip
+PICTURES = 16
+RATES = (1e-3, 2e-3, 4e-3)
+
+
+def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
+    """One picture per prompt, always on the same seeds."""
+    seeds = [1000 + index for index in range(len(prompts))]
+    return draw_pictures(pipe, prompts, seeds, batch_size=PICTURES, **EMBEDDED_SAMPLING)
+
+
+def similarity(judge: Judge, pictures: list[Image.Image], references: list[Image.Image]) -> float:
+    """Mean cosine of all pairs."""
+    return float((judge.features(pictures) @ judge.features(references).T).mean())
+
+
+def drift(judge: Judge, base: list[Image.Image], adapted: list[Image.Image]) -> float:
+    """Mean cosine distance of corresponding pictures."""
+    return float(1 - (judge.features(base) * judge.features(adapted)).sum(1).mean())
+
+
+def open_all(folder: Path) -> list[Image.Image]:
+    """Every PNG of a folder, in name order."""
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+
+
+def settings(method: str, seed: int, rate: float, output: str, changes: dict[str, Any]) -> TrainingConfig:
+    """The example's settings with one method's differences; no pictures are drawn while training."""
+    base = {**example_settings(), **changes, "seed": seed, "learning_rate": rate, "output_dir": output}
+    base |= {"num_validation_images": 0, "overwrite_output_dir": True}
+    if method == "static":
+        base["routing"] = "static"
+    elif method == "1 head":
+        base["heads"] = 1
+    return TrainingConfig(**base)
+
+
+def train(method: str, config: TrainingConfig) -> Any:
+    """Train one method; returns the pipeline with its adapter acting."""
+    if method == "PEFT LoRA":
+        return peft_baseline.train(config).pipe
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer.family.pipe
+
+
+def measure(
+    method: str, seed: int, rate: float, changes: dict[str, Any], judge: Judge, base: dict[str, Any]
+) -> dict[str, float]:
+    """Train and judge one method at one seed and learning rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = train(method, settings(method, seed, rate, f"{folder}/run", changes))
+    prompt = example_settings()["instance_prompt"]
+    pictures = draw(pipe, [prompt] * PICTURES)
+    others = draw(pipe, list(OTHER_PROMPTS))
+    found = similarity(judge, pictures, base["held_out"])
+    rise = found - base["similarity"]
+    moved = drift(judge, base["others"], others)
+    return {
+        "similarity": found,
+        "rise": rise,
+        "drift": moved,
+        "rise_of_gap": rise / base["gap"],
+        "drift_of_rise": moved / rise,
+    }
+
+
+def base_figures(judge: Judge) -> dict[str, Any]:
+    """What everything is compared with."""
+    pipe = load_pipeline(None)
+    held_out = open_all(HELD_OUT)
+    training = open_all(Path(str(example_settings()["instance_data_dir"])))
+    found = similarity(judge, draw(pipe, [example_settings()["instance_prompt"]] * PICTURES), held_out)
+    ceiling = similarity(judge, held_out, training)
+    return {
+        "held_out": held_out,
+        "others": draw(pipe, list(OTHER_PROMPTS)),
+        "similarity": found,
+        "ceiling": ceiling,
+        "gap": ceiling - found,
+    }
+
+
+def main() -> None:
+    """Choose each method's learning rate on the first seed, then measure all seeds; print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["EffiLoRA", "PEFT LoRA"])
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="change the example's settings (JSON values)"
+    )
+    parser.add_argument("--json", type=Path, help="also write every figure here")
+    args = parser.parse_args()
+    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
+    torch.manual_seed(0)
+    judge = load_judge()
+    base = base_figures(judge)
+    print(
+        f"base {base['similarity']:.3f}, held-out against training {base['ceiling']:.3f}, gap {base['gap']:.3f}",
+        flush=True,
+    )
+    results: dict[str, Any] = {"base": base["similarity"], "ceiling": base["ceiling"], "gap": base["gap"]}
+    for method in args.methods:
+        sweep = {rate: measure(method, args.seeds[0], rate, changes, judge, base) for rate in args.rates}
+        best = max(sweep, key=lambda rate: sweep[rate]["rise"] - sweep[rate]["drift"])
+        runs = [sweep[best], *(measure(method, seed, best, changes, judge, base) for seed in args.seeds[1:])]
+        results[method] = {"rate": best, "runs": runs, "sweep": {str(rate): found for rate, found in sweep.items()}}
+        cells = []
+        for name in ("similarity", "rise_of_gap", "drift", "drift_of_rise"):
+            values = [run[name] for run in runs]
+            cells.append(f"{name} {statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        print(f"{method:10} lr {best:g}: " + ", ".join(cells), flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Short training runs on the tiny pipeline: pictures to learn, settings that suit 32 pixels, and what a run left."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.training import Trainer
+
+PROMPT = "a sks cat"
+
+QUICK = {
+    "instance_prompt": PROMPT,
+    "resolution": 32,
+    "center_crop": True,
+    "train_batch_size": 1,
+    "max_train_steps": 2,
+    "num_validation_images": 1,
+    "validation_inference_steps": 1,
+    "validation_guidance_scale": 1.0,
+}
+"""Settings of a run that takes a second; the model, the pictures and the output folder are given by each test."""
+
+
+def picture(seed, size=(32, 32)):
+    """A smooth random picture: two colours that run into each other, and a dark bar."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    left, right = rng.integers(0, 256, (2, 3))
+    ramp = np.linspace(0, 1, width)[None, :, None]
+    array = np.broadcast_to(left + (right - left) * ramp, (height, width, 3)).copy()
+    top = int(rng.integers(0, height - 6))
+    array[top : top + 6] = rng.integers(0, 60, 3)
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def make_subject(folder, count=3, first=0, captions=(), size=(32, 32)):
+    """A folder with ``count`` pictures ``0.png``, ``1.png``, ...; ``captions`` go into text files beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        picture(first + index, size).save(folder / f"{index}.png")
+    for index, caption in enumerate(captions):
+        (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def sharp_pipeline(tiny, folder, prediction_type="v_prediction"):
+    """A copy of the tiny pipeline with latents of unit size and without noise of their own, so that it can learn.
+
+    The random autoencoder of the tiny pipeline drowns every picture in noise.
+    """
+    shutil.copytree(tiny, folder)
+    edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type=prediction_type)
+    edit_json(folder / "vae" / "config.json", scaling_factor=8.0)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["quant_conv.weight"][4:] = 0
+    tensors["quant_conv.bias"][:] = torch.tensor([0.0] * 4 + [-20.0] * 4)  # means, then logarithms of variances
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def settings(model, subject, output, **options):
+    """The settings of a quick run of ``model`` on the pictures in ``subject``."""
+    paths = {
+        "pretrained_model_name_or_path": str(model),
+        "instance_data_dir": str(subject),
+        "output_dir": str(output),
+    }
+    return TrainingConfig(**{**QUICK, **paths, **options})
+
+
+def trainer(model, subject, output, **options):
+    """A loaded trainer on the CPU, not yet run."""
+    return Trainer(settings(model, subject, output, **options), Accelerator(cpu=True))
+
+
+def arguments(config):
+    """The command line that gives ``config``: every setting that is not None."""
+    words = []
+    for name, value in vars(config).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *value] if value else []
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def metrics(output):
+    """The lines of ``metrics.jsonl``, without times."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def files_in(folder):
+    """Every file under ``folder`` by relative name, with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }

@@ -1,0 +1,277 @@
+"""What a step trains on: captions stay with their pictures, class pictures are counted, the loss is the textbook's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from helpers import files_in, make_subject, settings, sharp_pipeline, trainer
+
+from effilora_diffusion.core import EffiLoRAError
+from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource
+from effilora_diffusion.diffusion.data import scan_pictures
+from effilora_diffusion.diffusion.family import StableDiffusionFamily, load_pipeline
+from effilora_diffusion.diffusion.objective import denoising_losses, snr_weights, training_target
+from effilora_diffusion.diffusion.prior import class_examples
+
+CAPTIONS = ("red", "green", "blue", "grey", "pink")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pipeline, tmp_path_factory):
+    return sharp_pipeline(tiny_pipeline, tmp_path_factory.mktemp("sharp") / "model")
+
+
+@pytest.fixture(scope="module")
+def family(model):
+    return StableDiffusionFamily(load_pipeline(str(model)), torch.device("cpu"))
+
+
+def source_of(family, folder, **options):
+    """The cached pictures of a folder, and their examples."""
+    examples, _ = scan_pictures(folder, "a cat")
+    config = settings("none", folder, "none", **options)
+    return ExampleSource(family, examples, config, "instance"), examples
+
+
+# ------------------------------------------------------------------------------------------- pictures and captions
+
+
+def test_every_drawn_picture_comes_with_its_own_caption(family, tmp_path):
+    source, examples = source_of(family, make_subject(tmp_path / "s", 5, captions=CAPTIONS))
+    drawer = BatchDrawer(source.config, source, None, 1000)
+    apart, _ = source_of(family, tmp_path / "s")
+    own = {example.path.name: apart._latents_of(example, 0, False)[0] for example in examples}
+    texts = {example.path.name: family.encode_prompts([example.caption])[0] for example in examples}
+    assert [example.caption for example in examples] == list(CAPTIONS)
+    seen = []
+    for first in range(0, 20, 2):
+        batch = drawer.draw(first, 2)
+        for latents, states, name in zip(batch.latents, batch.states, batch.names, strict=True):
+            assert torch.allclose(latents, own[name], atol=1e-2)
+            assert torch.equal(states, texts[name])
+            seen.append(name)
+    assert all(sorted(seen[start : start + 5]) == sorted(own) for start in range(0, 20, 5))
+    assert seen[:5] != seen[5:10]
+    distances = [(a - b).abs().max() for a in own.values() for b in own.values() if a is not b]
+    assert min(distances) > 0.1  # else the comparison above would prove nothing
+
+
+def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path):
+    first = scan_pictures(make_subject(tmp_path / "a", 1, captions=["red"]), None)[0]
+    second = scan_pictures(make_subject(tmp_path / "b", 1, first=5, captions=["blue"]), None)[0]
+    config = settings("none", tmp_path, "none")
+    source = ExampleSource(family, first + second, config, "instance")
+    source.fill()
+    found = {}
+    for position in range(2):
+        latents, states, name = source.draw(position)
+        assert name == "0.png"
+        caption = next(c for c in ("red", "blue") if torch.equal(states, family.encode_prompts([c])[0]))
+        found[caption] = latents
+    for caption, examples in (("red", first), ("blue", second)):
+        alone = ExampleSource(family, examples, config, "instance").draw(0)[0]
+        assert torch.allclose(found[caption], alone, atol=1e-2)
+
+
+def test_same_picture_is_encoded_once_and_changed_file_again(family, tmp_path, monkeypatch):
+    folder = make_subject(tmp_path / "s", 1)
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    calls = []
+    encode = family.encode_picture
+    monkeypatch.setattr(family, "encode_picture", lambda picture: calls.append(1) or encode(picture))
+    source, examples = source_of(family, folder)
+    source.fill()
+    for position in range(6):
+        source.draw(position)
+    assert len(examples) == 2
+    assert len(calls) == 1
+    make_subject(folder, 1, first=9)
+    source, _ = source_of(family, folder)
+    source.fill()
+    assert len(calls) == 3
+
+
+def test_mirrored_and_cropped_pictures_are_cached_apart(family, tmp_path):
+    folder = make_subject(tmp_path / "s", 1, size=(80, 32))
+    source, _ = source_of(family, folder, center_crop=False, random_flip=True)
+    drawn = [source.draw(position)[0] for position in range(40)]
+    different = []
+    for latents in drawn:
+        if not any(torch.allclose(latents, other, atol=1e-2) for other in different):
+            different.append(latents)
+    assert len(different) == 8  # four places, each also mirrored
+    centred, _ = source_of(family, folder)
+    assert all(torch.allclose(centred.draw(p)[0], centred.draw(0)[0], atol=1e-2) for p in range(8))
+
+
+def test_draws_depend_on_seed_and_position_alone(family, tmp_path):
+    folder = make_subject(tmp_path / "s", 3)
+    drawers = []
+    for seed in (0, 0, 1):
+        source, _ = source_of(family, folder, seed=seed)
+        drawers.append(BatchDrawer(source.config, source, None, 1000))
+    drawers[0].draw(0, 3)  # what was drawn before does not matter
+    one, two, other = (drawer.draw(4, 2) for drawer in drawers)
+    alone = drawers[0].draw(5, 1)
+    for field in ("latents", "states", "noise", "timesteps"):
+        assert torch.equal(getattr(one, field), getattr(two, field))
+        assert torch.equal(getattr(one, field)[1:], getattr(alone, field))
+    assert not torch.equal(one.noise, other.noise)
+    assert not torch.equal(one.timesteps, other.timesteps)
+    assert not torch.equal(one.noise[0], one.noise[1])
+
+
+def test_timesteps_cover_the_whole_schedule(family, tmp_path):
+    source, _ = source_of(family, make_subject(tmp_path / "s", 2))
+    drawer = BatchDrawer(source.config, source, None, 10)
+    drawn = torch.cat([drawer.draw(position, 8).timesteps for position in range(0, 160, 8)])
+    assert sorted(set(drawn.tolist())) == list(range(10))
+
+
+# -------------------------------------------------------------------------------------------------- class pictures
+
+
+def prior_settings(tmp_path, **options):
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
+    return settings("none", tmp_path, "none", **{**prior, "num_class_images": 3, "sample_batch_size": 2, **options})
+
+
+def test_class_pictures_are_drawn_to_the_exact_number_and_only_missing_ones(family, tmp_path):
+    folder, said = tmp_path / "class", []
+    config = prior_settings(tmp_path)
+    examples = class_examples(family, config, said.append)
+    first = files_in(folder)
+    assert said == ["drawing 3 class pictures of 'a dog'"]
+    assert len(examples) == len(first) == len(set(first.values())) == 3
+    assert {example.caption for example in examples} == {"a dog"}
+
+    assert class_examples(family, config, said.append) == examples
+    assert said[1:] == []
+    more = class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
+    assert said[1:] == ["drawing 2 class pictures of 'a dog'"]
+    assert len(more) == 5
+    assert files_in(folder).items() >= first.items()
+
+    lost = next(path for path in folder.iterdir() if path.name.startswith("1-"))
+    lost.unlink()
+    class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
+    assert said[2:] == ["drawing 1 class pictures of 'a dog'"]
+    assert files_in(folder)[lost.name] == first[lost.name]
+
+
+def test_only_usable_class_pictures_count_and_bad_ones_are_named(family, tmp_path):
+    folder, said = tmp_path / "class", []
+    make_subject(folder, 1, captions=["my own dog"])
+    (folder / "notes.md").write_text("no picture")
+    (folder / ".hidden.png").write_text("no picture")
+    (folder / "broken.png").write_bytes(b"")
+    examples = class_examples(family, prior_settings(tmp_path), said.append)
+    assert said == ["drawing 2 class pictures of 'a dog'", "skipped  broken.png: the file is empty"]
+    assert len(examples) == 3
+    assert [example.caption for example in examples if example.path.name == "0.png"] == ["my own dog"]
+
+
+def test_class_pictures_stand_behind_the_instances_with_their_own_prompt(model, tmp_path):
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
+    subject = make_subject(tmp_path / "s")
+    run = trainer(model, subject, tmp_path / "out", **prior, num_class_images=2, train_batch_size=2)
+    batch = run.batches.draw(0, 2)
+    assert batch.instances == 2
+    assert len(batch.names) == len(batch.latents) == len(batch.noise) == len(batch.timesteps) == 4
+    folders = [tmp_path / "class" if index >= 2 else subject for index in range(4)]
+    assert all((folder / name).exists() for folder, name in zip(folders, batch.names, strict=True))
+    for states, prompt in zip(batch.states, ("a sks cat", "a sks cat", "a dog", "a dog"), strict=True):
+        assert torch.equal(states, run.family.encode_prompts([prompt])[0])
+    assert not torch.equal(batch.noise[:2], batch.noise[2:])
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_prior_preservation_adds_the_weighted_class_loss(model, tmp_path, gamma):
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
+    options = {"num_class_images": 2, "train_batch_size": 2, "prior_loss_weight": 0.3, "snr_gamma": gamma}
+    run = trainer(model, make_subject(tmp_path / "s"), tmp_path / "out", **prior, **options)
+    batch = run.batches.draw(0, 2)
+    losses = []
+    with torch.no_grad():
+        for row in range(4):
+            time = batch.timesteps[row]
+            alpha = run.family.noise_scheduler.alphas_cumprod[time]
+            noisy = alpha.sqrt() * batch.latents[row] + (1 - alpha).sqrt() * batch.noise[row]
+            target = alpha.sqrt() * batch.noise[row] - (1 - alpha).sqrt() * batch.latents[row]
+            found = run.family.pipe.unet(noisy[None], time, batch.states[row][None]).sample[0]
+            snr = alpha / (1 - alpha)
+            weight = 1 if gamma is None else min(snr, gamma) / (snr + 1)
+            losses.append(float(weight * (found - target).square().mean()))
+        total = float(run._loss(batch))
+    assert total == pytest.approx((losses[0] + losses[1]) / 2 + 0.3 * (losses[2] + losses[3]) / 2, rel=1e-4)
+    assert abs(losses[2] + losses[3]) > 1e-3
+
+
+def scheduler(prediction_type):
+    """Three steps with cumulative alphas 1/2, 1/4 and 1/8: signal to noise 1, 1/3 and 1/7."""
+    return DDPMScheduler(num_train_timesteps=3, trained_betas=[0.5, 0.5, 0.5], prediction_type=prediction_type)
+
+
+def test_targets_are_the_noise_or_the_velocity():
+    latents, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 3.0)
+    times = torch.tensor([0, 1])
+    assert training_target(scheduler("epsilon"), latents, noise, times).flatten().tolist() == [3.0, 3.0]
+    found = training_target(scheduler("v_prediction"), latents, noise, times).flatten().tolist()
+    assert found == pytest.approx([0.5**0.5 * 3 - 0.5**0.5 * 2, 0.25**0.5 * 3 - 0.75**0.5 * 2])
+    with pytest.raises(EffiLoRAError, match="'sample' can't be trained"):
+        training_target(scheduler("sample"), latents, noise, times)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gamma", "expected"),
+    [
+        ("epsilon", None, [1, 1, 1]),
+        ("epsilon", 0.5, [0.5, 1, 1]),
+        ("epsilon", 0.2, [0.2, 0.6, 1]),
+        ("v_prediction", None, [1, 1, 1]),
+        ("v_prediction", 5.0, [1 / 2, 1 / 4, 1 / 8]),
+        ("v_prediction", 0.2, [0.2 / 2, 0.2 / (4 / 3), 1 / 8]),
+    ],
+)
+def test_min_snr_weights_are_the_paper_s(kind, gamma, expected):
+    found = snr_weights(scheduler(kind), torch.tensor([0, 1, 2]), gamma)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_of_a_sample_is_its_weighted_mean_square_in_float():
+    predicted = torch.tensor([[1.0, 3.0], [0.0, 0.0]], dtype=torch.bfloat16)
+    found = denoising_losses(predicted, torch.zeros(2, 2), torch.tensor([0.5, 1.0]))
+    assert found.tolist() == [2.5, 0.0]
+    assert found.dtype == torch.float32
+
+
+def gradients_of_first_step(model, subject, output, monkeypatch, **options):
+    """The loss and gradients that the first optimizer step sees, with heads that are not zero."""
+    run = trainer(model, subject, output, **options)
+    generator = torch.Generator().manual_seed(0)
+    for heads in run.adapter.B:
+        heads.data.copy_(torch.randn(heads.shape, generator=generator) * 0.1)
+    seen = SimpleNamespace()
+    monkeypatch.setattr(
+        run, "_apply_gradients", lambda: seen.__dict__.update({n: p.grad for n, p in run.adapter.named_parameters()})
+    )
+    loss = run._optimizer_step()["loss"]
+    return loss, vars(seen)
+
+
+def test_two_micro_batches_of_one_are_one_batch_of_two(model, tmp_path, monkeypatch):
+    subject = make_subject(tmp_path / "s")
+    split = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    loss, accumulated = gradients_of_first_step(model, subject, tmp_path / "a", monkeypatch, **split)
+    expected_loss, expected = gradients_of_first_step(
+        model, subject, tmp_path / "b", monkeypatch, train_batch_size=2, gradient_accumulation_steps=1
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert accumulated.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(accumulated[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), name

@@ -1,0 +1,285 @@
+"""Settings: diffusers' names and defaults, three sources in order, and one sentence for everything that can't work."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+from effilora_diffusion.core import EffiLoRAError
+from effilora_diffusion.diffusion.settings import (
+    NOT_NEEDED,
+    NOT_SUPPORTED,
+    SCHEDULES,
+    TrainingConfig,
+    parse_arguments,
+    read_config_file,
+)
+
+DIFFUSERS_DEFAULTS = {
+    "rank": 4,
+    "lora_dropout": 0.0,
+    "learning_rate": 5e-4,
+    "resolution": 512,
+    "train_batch_size": 4,
+    "sample_batch_size": 4,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "scale_lr": False,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "lr_scheduler": "constant",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "prior_loss_weight": 1.0,
+    "num_class_images": 100,
+    "num_validation_images": 4,
+    "center_crop": False,
+    "random_flip": False,
+    "with_prior_preservation": False,
+    "output_dir": "lora-dreambooth-model",
+    "allow_tf32": False,
+    "image_interpolation_mode": "lanczos",
+}
+
+EXAMPLE = {"instance_data_dir": "example", "resolution": 64, "max_train_steps": 300}
+
+
+def example():
+    return dict(EXAMPLE)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_are_those_of_diffusers():
+    config = TrainingConfig()
+    assert {name: getattr(config, name) for name in DIFFUSERS_DEFAULTS} == DIFFUSERS_DEFAULTS
+    assert parse_arguments([]) == config
+
+
+def test_default_adapter_has_the_paper_s_three_routed_heads_on_attention():
+    adapter = TrainingConfig().adapter_config()
+    assert (adapter.rank, adapter.heads, adapter.routing, adapter.a_sharing) == (4, 3, "token", "width")
+    assert adapter.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
+    assert adapter.reducer.mode == "off"
+
+
+def test_adapter_settings_reach_the_adapter():
+    adapter = TrainingConfig(
+        rank=8,
+        lora_alpha=4.0,
+        lora_dropout=0.2,
+        heads=2,
+        routing="static",
+        a_sharing="slice",
+        target_modules=["to_q"],
+        adapt_feed_forward=True,
+        reducer="random",
+        reducer_active=0.25,
+        reducer_interval=3,
+        reducer_warmup=7,
+        reducer_train_shared=True,
+    ).adapter_config()
+    assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.heads) == (8, 4.0, 0.2, 2)
+    assert (adapter.routing, adapter.a_sharing) == ("static", "slice")
+    assert adapter.target_modules == ("to_q", "ff.net.0.proj", "ff.net.2")
+    reducer = adapter.reducer
+    assert (reducer.mode, reducer.active, reducer.interval, reducer.warmup) == ("random", 0.25, 3, 7)
+    assert reducer.train_shared is True
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".yaml", "rank: 6\nlearning_rate: 1e-4\nvalidation_prompt: [a cat, a dog]\nrandom_flip: true\nseed: 3\n"),
+        (
+            ".toml",
+            'rank = 6\nlearning_rate = 1e-4\nvalidation_prompt = ["a cat", "a dog"]\nrandom_flip = true\nseed = 3\n',
+        ),
+    ],
+)
+def test_command_line_wins_over_config_file_wins_over_default(tmp_path, suffix, text):
+    path = write(tmp_path / f"settings{suffix}", text)
+    config = parse_arguments(["--config", path, "--rank", "2", "--no-random_flip", "--validation_prompt", "a toy"])
+    assert (config.rank, config.random_flip, config.validation_prompt) == (2, False, ["a toy"])
+    assert (config.learning_rate, config.seed) == (1e-4, 3)
+    assert config.heads == TrainingConfig().heads
+    assert parse_arguments(["--config", path]).validation_prompt == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "0.0001", "1.0e-4"])
+def test_yaml_number_without_a_dot_is_a_number(tmp_path, text):
+    value = read_config_file(tmp_path / write(tmp_path / "a.yaml", f"learning_rate: {text}\n"))["learning_rate"]
+    assert value == 1e-4
+    assert isinstance(value, float)
+
+
+def test_whole_number_is_accepted_where_a_float_is_meant(tmp_path):
+    found = read_config_file(tmp_path / write(tmp_path / "a.yaml", "snr_gamma: 5\nmax_train_steps: null\n"))
+    assert found == {"snr_gamma": 5.0, "max_train_steps": None}
+    assert isinstance(found["snr_gamma"], float)
+
+
+def test_single_prompt_in_a_file_is_a_list_of_one(tmp_path):
+    path = tmp_path / write(tmp_path / "a.yaml", "validation_prompt: a cat\n")
+    assert read_config_file(path) == {"validation_prompt": ["a cat"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "phrase"),
+    [
+        ("a.yaml", "ranc: 4\n", r"unknown settings \['ranc'\]"),
+        ("a.toml", "ranc = 4\n", r"unknown settings \['ranc'\]"),
+        ("a.yaml", "1: 4\nrank: 4\nranc: 4\n", r"unknown settings \['1', 'ranc'\]"),
+        ("a.yaml", "rank: four\n", "rank must be of type int, not 'four'"),
+        ("a.yaml", "rank: 4.5\n", "rank must be of type int, not 4.5"),
+        ("a.yaml", "rank: true\n", "rank must be of type int, not True"),
+        ("a.yaml", "rank: null\n", "rank must be of type int, not None"),
+        ("a.yaml", "learning_rate: fast\n", "learning_rate must be of type float, not 'fast'"),
+        ("a.yaml", "learning_rate: true\n", "learning_rate must be of type float, not True"),
+        ("a.yaml", "random_flip: 1\n", "random_flip must be of type bool, not 1"),
+        ("a.toml", "output_dir = 4\n", "output_dir must be of type str, not 4"),
+        ("a.yaml", "a: [1\n", "can't be read"),
+        ("a.toml", "rank: 4\n", "can't be read"),
+        ("a.yaml", "just words\n", "must hold settings as 'name: value'"),
+        ("a.yaml", "", "must hold settings as 'name: value'"),
+        ("a.yaml", "mixed_precision: fp8\n", "--mixed_precision must be one of"),
+        ("a.yaml", "lr_scheduler: piecewise_constant\n", "--lr_scheduler must be one of"),
+    ],
+)
+def test_bad_config_file_is_refused_with_its_reason(tmp_path, name, text, phrase):
+    with pytest.raises(EffiLoRAError, match=phrase):
+        parse_arguments(["--config", write(tmp_path / name, text)])
+
+
+def test_unreadable_config_file_is_refused_by_name(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"instance_prompt: caf\xe9\n")
+    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "latin.yaml"):
+        with pytest.raises(EffiLoRAError, match="can't be read") as caught:
+            parse_arguments(["--config", str(path)])
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            {name: 0}
+            for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "sample_batch_size")
+        ),
+        *({name: 0} for name in ("num_train_epochs", "checkpointing_steps", "num_class_images", "lr_num_cycles")),
+        *({name: 0} for name in ("max_train_steps", "checkpoints_total_limit", "validation_steps", "rank", "heads")),
+        *({name: -1} for name in ("num_validation_images", "lr_warmup_steps", "seed", "adam_weight_decay")),
+        *({"learning_rate": value} for value in (0, -1.0, math.nan, math.inf)),
+        *({name: math.nan} for name in ("snr_gamma", "prior_loss_weight", "adam_beta1", "max_grad_norm")),
+        {"seed": 2**63},
+        {"resolution": 100},
+        {"snr_gamma": 0.0},
+        {"prior_loss_weight": -1.0},
+        {"adam_beta2": 1.0},
+        {"lora_dropout": 1.0},
+        {"lora_alpha": 0.0},
+        {"routing": "magic"},
+        {"reducer": "magic"},
+        {"mixed_precision": "fp8"},
+        {"lr_scheduler": "magic"},
+        {"target_modules": []},
+        {"reducer_active": 0.0},
+        {"with_prior_preservation": True},
+        {"with_prior_preservation": True, "class_data_dir": "x"},
+        {"with_prior_preservation": True, "class_prompt": "x"},
+    ],
+    ids=str,
+)
+def test_value_that_cannot_work_is_refused_in_one_line(options):
+    with pytest.raises(EffiLoRAError) as caught:
+        TrainingConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_at_their_limits_are_accepted():
+    TrainingConfig(
+        num_validation_images=0,
+        max_train_steps=1,
+        adam_weight_decay=0.0,
+        prior_loss_weight=0.0,
+        seed=2**63 - 1,
+        resolution=8,
+    )
+    for name in SCHEDULES:
+        TrainingConfig(lr_scheduler=name)
+
+
+def test_resolved_settings_repeat_the_run_from_a_file(tmp_path):
+    config = TrainingConfig(
+        instance_prompt="ein süßer Hund: '猫'",
+        validation_prompt=["a", "b: c"],
+        learning_rate=1e-7,
+        snr_gamma=5.0,
+        reducer="importance",
+        center_crop=True,
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == config
+    assert yaml.safe_load(config.to_yaml()).keys() == asdict(config).keys()
+
+
+def test_example_is_used_only_if_neither_model_nor_pictures_are_named(tmp_path):
+    plain = TrainingConfig()
+    assert parse_arguments([], example) == replace(plain, **EXAMPLE)
+    assert parse_arguments(["--resolution", "32"], example) == replace(plain, **{**EXAMPLE, "resolution": 32})
+    for name in ("instance_data_dir", "pretrained_model_name_or_path"):
+        named = replace(plain, **{name: "mine"})
+        assert parse_arguments([f"--{name}", "mine"], example) == named
+        assert parse_arguments(["--config", write(tmp_path / "a.yaml", f"{name}: mine\n")], example) == named
+
+
+def test_example_function_is_not_called_when_it_is_not_needed():
+    def missing():
+        raise AssertionError("asked for the example")
+
+    parse_arguments(["--instance_data_dir", "mine"], missing)
+    with pytest.raises(AssertionError, match="asked"):
+        parse_arguments([], missing)
+
+
+@pytest.mark.parametrize("name", NOT_NEEDED)
+def test_flag_of_diffusers_that_changes_nothing_is_accepted_with_a_note(name, capsys):
+    assert parse_arguments([f"--{name}", "1"]) == TrainingConfig()
+    assert f"--{name} is not needed: {NOT_NEEDED[name]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NOT_SUPPORTED)
+def test_flag_of_diffusers_that_would_change_the_result_is_refused_with_the_reason(name):
+    with pytest.raises(EffiLoRAError, match=f"--{name} is not supported"):
+        parse_arguments([f"--{name}"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--ranc", "4"], ["--rank"], ["--rank", "four"], ["--ran", "4"], ["--routing", "magic"], ["stray"]]
+)
+def test_unknown_and_malformed_options_end_with_code_two(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(words)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_help_names_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in asdict(TrainingConfig()))
+    assert "(default: 0.0005)" in text
