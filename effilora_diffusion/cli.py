@@ -69,6 +69,8 @@ def run_generate(args: argparse.Namespace) -> None:
         raise EffiLoRAError("--num_images and --num_inference_steps must be at least 1")
     if not 0 <= args.seed < 2**63:
         raise EffiLoRAError(f"--seed must be 0 to 2^63 - 1, not {args.seed}")
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        raise EffiLoRAError(f"--guidance_scale must be a number, not {args.guidance_scale}")
     for name in ("width", "height"):
         value = getattr(args, name)
         if value is not None and (value < 8 or value % 8):

@@ -22,6 +22,15 @@ TOKENS = 32
 """Longest prompt of the tiny pipeline, in tokens."""
 
 
+ONE_TRANSFORMER = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
+    "block_out_channels": (32,),
+}
+"""The smallest UNet with a self-attention and a cross-attention: compiling takes time."""
+
+
 class ToyBlock(nn.Module):
     """Linear maps named as in an attention, of two input widths: 8 for q, k, v and 12 for the output."""
 
@@ -88,21 +97,46 @@ def make_adapter(blocks=3, seed=2, **options):
     return adapter if seed is None else randomise(adapter, seed)
 
 
-def tiny_unet(seed=0):
+def footprint(model):
+    """Everything attaching may touch: keys and bits of the state, hooks and attributes of every module."""
+    modules = {
+        path: (
+            sorted(module.__dict__),
+            sorted(module._modules),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks_with_kwargs),
+            len(module._forward_pre_hooks_with_kwargs),
+        )
+        for path, module in model.named_modules()
+    }
+    return modules, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(model, before):
+    """``model`` has the :func:`footprint` ``before``, bit for bit."""
+    modules, state = footprint(model)
+    assert modules == before[0]
+    assert list(state) == list(before[1])
+    assert all(torch.equal(state[key], before[1][key]) for key in state)
+
+
+def tiny_unet(seed=0, **changes):
     """A real UNet with random weights: 8x8 latents, eight attentions in four transformers."""
+    options = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": CONTEXT,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    unet = UNet2DConditionModel(**{**options, **changes})
     return unet.eval().requires_grad_(False)
 
 

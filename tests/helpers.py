@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from effilora_diffusion.diffusion.settings import TrainingConfig
@@ -109,3 +110,12 @@ def files_in(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
     }
+
+
+def same_content(one, other):
+    """Whether two safetensors files hold the same bits and metadata (which safetensors writes in any order)."""
+    with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
+        if first.metadata() != second.metadata():
+            return False
+    found, expected = load_file(one), load_file(other)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ToyModel, make_adapter, make_toy, randomise, toy_sites
+from conftest import ToyModel, assert_same, footprint, make_adapter, make_toy, randomise, toy_sites
 from torch import nn
 
 from effilora_diffusion.core import (
@@ -18,38 +18,10 @@ from effilora_diffusion.core import (
     merge,
     unmerge,
 )
+from effilora_diffusion.core.attach import Scope
 from effilora_diffusion.core.sites import single_sites
 
 ROUTINGS = ["token", "static", "timestep"]
-
-
-def footprint(model):
-    """Everything attaching may touch: keys and bits of the state, hooks and attributes of every module."""
-    modules = {
-        path: (
-            sorted(module.__dict__),
-            sorted(module._modules),
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            len(module._forward_hooks_with_kwargs),
-            len(module._forward_pre_hooks_with_kwargs),
-        )
-        for path, module in model.named_modules()
-    }
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    return modules, state
-
-
-def assert_same(model, before):
-    modules, state = footprint(model)
-    assert modules == before[0]
-    assert list(state) == list(before[1])
-    assert all(torch.equal(state[key], before[1][key]) for key in state)
-
-
-def update(model, x):
-    """What the attached adapters add to the output."""
-    return model(x, 300) - make_toy()(x, 300)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -262,12 +234,20 @@ def test_a_map_called_twice_with_different_inputs_uses_each_input(toy, x):
     assert not torch.allclose(second - layer.bias, first - layer.bias)
 
 
+def test_an_open_scope_shares_the_code_of_one_input_and_never_of_two(x):
+    adapter, scope = make_adapter(), Scope()
+    scope.open = True
+    first = scope.code(adapter, 0, x)
+    assert scope.code(adapter, 0, x) is first
+    assert not torch.allclose(scope.code(adapter, 0, 2 * x)[0], first[0])
+    assert not torch.allclose(scope.code(adapter, 2, x)[0], first[0])  # the same A, another router
+    assert not torch.allclose(scope.code(make_adapter(seed=7), 0, x)[0], first[0])
+
+
 def test_single_sites_finds_each_target_once_with_its_block_as_layer(toy):
     sites = single_sites(toy, ("to_q", "to_out.0"), taken=["blocks.1.to_q"])
-    assert [site.name for site in sites] == ["blocks.0.to_q", "blocks.0.to_out.0"] + ["blocks.1.to_out.0"] + [
-        "blocks.2.to_q",
-        "blocks.2.to_out.0",
-    ]
+    names = ["blocks.0.to_q", "blocks.0.to_out.0", "blocks.1.to_out.0", "blocks.2.to_q", "blocks.2.to_out.0"]
+    assert [site.name for site in sites] == names
     assert sites[0] == Site("blocks.0.to_q", "blocks.0", 8, (("blocks.0.to_q", 12),))
     assert sites[1].in_features == 12
     assert [Site.from_dict(site.to_dict()) for site in toy_sites()] == toy_sites()

@@ -30,8 +30,13 @@ def family(model):
 def source_of(family, folder, **options):
     """The cached pictures of a folder, and their examples."""
     examples, _ = scan_pictures(folder, "a cat")
-    config = settings("none", folder, "none", **options)
-    return ExampleSource(family, examples, config, "instance"), examples
+    return filled(family, examples, **options), examples
+
+
+def filled(family, examples, **options):
+    source = ExampleSource(family, examples, settings("none", "none", "none", **options), "instance")
+    source.fill()
+    return source
 
 
 # ------------------------------------------------------------------------------------------- pictures and captions
@@ -40,8 +45,7 @@ def source_of(family, folder, **options):
 def test_every_drawn_picture_comes_with_its_own_caption(family, tmp_path):
     source, examples = source_of(family, make_subject(tmp_path / "s", 5, captions=CAPTIONS))
     drawer = BatchDrawer(source.config, source, None, 1000)
-    apart, _ = source_of(family, tmp_path / "s")
-    own = {example.path.name: apart._latents_of(example, 0, False)[0] for example in examples}
+    own = {example.path.name: filled(family, [example]).draw(0)[0] for example in examples}
     texts = {example.path.name: family.encode_prompts([example.caption])[0] for example in examples}
     assert [example.caption for example in examples] == list(CAPTIONS)
     seen = []
@@ -60,9 +64,7 @@ def test_every_drawn_picture_comes_with_its_own_caption(family, tmp_path):
 def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path):
     first = scan_pictures(make_subject(tmp_path / "a", 1, captions=["red"]), None)[0]
     second = scan_pictures(make_subject(tmp_path / "b", 1, first=5, captions=["blue"]), None)[0]
-    config = settings("none", tmp_path, "none")
-    source = ExampleSource(family, first + second, config, "instance")
-    source.fill()
+    source = filled(family, first + second)
     found = {}
     for position in range(2):
         latents, states, name = source.draw(position)
@@ -70,7 +72,7 @@ def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path)
         caption = next(c for c in ("red", "blue") if torch.equal(states, family.encode_prompts([c])[0]))
         found[caption] = latents
     for caption, examples in (("red", first), ("blue", second)):
-        alone = ExampleSource(family, examples, config, "instance").draw(0)[0]
+        alone = filled(family, examples).draw(0)[0]
         assert torch.allclose(found[caption], alone, atol=1e-2)
 
 
@@ -81,14 +83,12 @@ def test_same_picture_is_encoded_once_and_changed_file_again(family, tmp_path, m
     encode = family.encode_picture
     monkeypatch.setattr(family, "encode_picture", lambda picture: calls.append(1) or encode(picture))
     source, examples = source_of(family, folder)
-    source.fill()
     for position in range(6):
         source.draw(position)
     assert len(examples) == 2
     assert len(calls) == 1
     make_subject(folder, 1, first=9)
-    source, _ = source_of(family, folder)
-    source.fill()
+    source_of(family, folder)
     assert len(calls) == 3
 
 

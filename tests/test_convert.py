@@ -135,7 +135,9 @@ def test_equal_heads_convert_without_error():
     expected = model(x)
     calibration, error = calibrate(model, adapter, lambda: model(x))
     assert error < 1e-3
-    torch.testing.assert_close(apply_factors(make_toy(), to_lora(adapter, calibration))(x), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        apply_factors(make_toy(), to_lora(adapter, calibration))(x), expected, rtol=0, atol=1e-3
+    )
 
 
 def test_few_inputs_still_give_a_finite_fit():
@@ -146,6 +148,12 @@ def test_few_inputs_still_give_a_finite_fit():
     factors = to_lora(adapter, calibration)
     limit = 3 * max(float(heads.detach().abs().max()) for heads in adapter.B)
     assert all(pair.up.isfinite().all() and pair.up.abs().max() < limit for pair in factors.values())
+    for site, heads in zip(adapter.sites, adapter.B, strict=True):  # where nothing was seen: the mean gates
+        c, ci = calibration[site.name][0], calibration[site.name][1:]
+        unseen = torch.linalg.eigh(c).eigenvectors[:, :3]
+        mean = torch.einsum("n,dnr->dr", ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum(), heads.detach())
+        up = torch.cat([factors[path].up for path, _ in site.maps])
+        torch.testing.assert_close(up @ unseen, mean @ unseen, rtol=0, atol=0.1 * float(mean.abs().max()))
 
 
 def test_a_fresh_adapter_converts_to_zero():

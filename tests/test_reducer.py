@@ -135,7 +135,9 @@ def test_random_mode_draws_every_layer_equally_often():
     assert all(abs(counts[layer] - 600) < 90 for layer in LAYERS)
 
 
-@pytest.mark.parametrize(("share", "rollouts", "factor", "size"), [(0.5, 3, 0.0, 3), (0.34, 4, 0.25, 2), (0.1, 2, 0, 1)])
+@pytest.mark.parametrize(
+    ("share", "rollouts", "factor", "size"), [(0.5, 3, 0.0, 3), (0.34, 4, 0.25, 2), (0.1, 2, 0, 1)]
+)
 def test_each_rollout_suppresses_its_share_of_the_layers_by_the_factor(share, rollouts, factor, size):
     reducer = make_reducer(suppress_share=share, rollouts=rollouts, suppress_factor=factor)
     seen = []

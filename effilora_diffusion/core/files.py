@@ -97,9 +97,7 @@ def save_adapter(path: str | Path, content: AdapterFile, dtype: torch.dtype | No
     tensors = adapter_tensors(content.adapter)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    tensors |= {
-        f"{site}.calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()
-    }
+    tensors |= {f"{site}.calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()}
     for name, tensor in tensors.items():  # in the stored type: float16 ends at 65504
         if not tensor.isfinite().all():
             raise EffiLoRAError(f"{name} holds NaN or infinite values: nothing was written to {path}")
@@ -168,6 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(text)
+        digest = header_sha256(header) if isinstance(header, dict) else ""  # deep nesting may fail here as well
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, EffiLoRAError):
             raise
@@ -175,7 +174,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
         raise EffiLoRAError(f"{path}: format version {version!r}, this library reads {FORMAT_VERSION}: update it")
-    if header.get("header_sha256") != header_sha256(header):
+    if header.get("header_sha256") != digest:
         raise EffiLoRAError(f"{path}: its header does not match its checksum: the file is damaged, get it again")
     if header.get("sha256") != tensors_sha256(tensors):
         raise EffiLoRAError(f"{path}: the weights do not match their checksum: the file is damaged, get it again")

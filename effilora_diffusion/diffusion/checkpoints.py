@@ -19,6 +19,7 @@ from ..core import AdapterFile, EffiLoRAError, load_adapter_file, save_adapter
 from ..core.adapter import EffiLoRA
 
 MANIFEST = "manifest.json"
+CONTENT = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 _NAME = re.compile(r"^checkpoint-\d+$")
 
 
@@ -69,7 +70,7 @@ def save_checkpoint(
         save_adapter(aside / "adapter.safetensors", AdapterFile(adapter))
         save_file(_optimizer_tensors(adapter, optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
-        files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        files = {name: _sha256(aside / name) for name in CONTENT}
         (aside / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
         for path in aside.iterdir():
             with path.open("rb+") as file:
@@ -102,10 +103,10 @@ def fault_of(folder: Path) -> str | None:
     """Why ``folder`` is not a whole checkpoint, or ``None``."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest["files"].items():
-            if _sha256(folder / Path(name).name) != digest:
+        for name in CONTENT:
+            if _sha256(folder / name) != manifest["files"][name]:
                 return f"{name} does not match the manifest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest can't be used ({error})"
     return None
 
