@@ -289,20 +289,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(routing):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
 
 
-def test_fused_projections_are_refused_before_and_noticed_after_attaching():
-    unet = tiny_unet()
-    unet.fuse_qkv_projections()
-    before = footprint(unet)
-    with pytest.raises(EffiLoRAError, match="unfuse_qkv_projections"):
-        attach(unet, create_adapter(tiny_unet(), EffiLoRAConfig()))
-    assert_same(unet, before)
-    unet = tiny_unet()
-    attached(unet)
-    unet.fuse_qkv_projections()
-    with pytest.raises(EffiLoRAError, match="fused"):
-        run(unet)
-
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_detach_restores_the_very_same_processors_and_every_bit(routing):
     unet = tiny_unet()

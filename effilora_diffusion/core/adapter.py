@@ -181,6 +181,9 @@ class EffiLoRA(nn.Module):
         """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
         stored = sum(p.numel() for p in self.parameters())
         active = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        if len(self.G):  # routers of cut layers ask for gradients, but none reaches them
+            pairs = zip(self.sites, self.G, strict=True)
+            active -= sum(router.numel() for site, router in pairs if site.layer in self.cut_layers)
         return {"trained_per_step": active, "trained_ever": stored, "stored": stored}
 
     def extra_repr(self) -> str:

@@ -64,11 +64,19 @@ class MapHook:
         if not self.adapter.acts:
             return output
         code = self.scope.code(self.adapter, self.index, args[0])
-        return self.adapter.add_to(output, self.index, self.rows, code, type(module) is nn.Linear)
+        return self.adapter.add_to(output, self.index, self.rows, code, _is_fresh(module))
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether nobody but adapters can hold the module's output, so that it may be changed in place."""
+    return type(module) is nn.Linear and all(type(hook) is MapHook for hook in module._forward_hooks.values())
 
 
 class TimestepHook:
-    """Forward pre-hook of the host that shows the timestep to a ``timestep`` router."""
+    """Forward pre-hook of the host that shows the timestep to a ``timestep`` router.
+
+    With gradient checkpointing, run the backward pass before the next forward pass: recomputation sees the last one's.
+    """
 
     def __init__(self, adapter: EffiLoRA):
         self.adapter = adapter
@@ -153,7 +161,8 @@ def merge(model: nn.Module, name: str = "default") -> None:
     """Add an adapter's update to the base weights, so that it costs nothing more; :func:`unmerge` restores the bits.
 
     Raises :class:`EffiLoRAError` where the update is no fixed matrix (token and timestep routing with several heads),
-    where a base weight is not in floating point, and where a result would not be finite; nothing is changed then.
+    where a base weight is not in floating point, and where a result would not be finite; nothing is changed then. The
+    strength at this moment is merged: set it before, changes while merged have no effect.
     """
     adapter = named(model, name)
     if adapter.merged:

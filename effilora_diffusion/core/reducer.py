@@ -100,8 +100,9 @@ class Reducer:
         mean_loss = sum(losses) / len(losses)
         spread = math.sqrt(sum((loss - mean_loss) ** 2 for loss in losses) / len(losses))
         self.deviation = spread if self.deviation == 0 else 0.7 * self.deviation + 0.3 * spread
+        told = spread > 1e-6 * abs(mean_loss)  # else the roll-outs differ by rounding only
         for subset, loss in zip(subsets, losses, strict=True):
-            harm = max(-3.0, min(3.0, (loss - mean_loss) / self.deviation)) if self.deviation > 0 else 0.0
+            harm = max(-3.0, min(3.0, (loss - mean_loss) / self.deviation)) if told else 0.0
             for index in subset:
                 gradient = sigmoid(self.scores[index]) * (1 - sigmoid(self.scores[index]))
                 moved = self.scores[index] - self.config.step_size * harm * gradient

@@ -31,6 +31,14 @@ def is_attention(module: nn.Module) -> bool:
     return callable(getattr(module, "set_processor", None)) and isinstance(getattr(module, "to_q", None), nn.Module)
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether an attention computes q, k and v in one fused projection.
+
+    Its processor is asked: ``unfuse_qkv_projections`` puts that back but leaves ``fused_projections`` true.
+    """
+    return bool(getattr(module, "fused_projections", False)) and "Fused" in type(module.processor).__name__
+
+
 def find_sites(model: nn.Module, config: EffiLoRAConfig) -> list[Site]:
     """All sites of ``model``: those of its attentions, then single ones for other targeted linear layers.
 
@@ -158,6 +166,8 @@ def _restore_processors(model: nn.Module) -> None:
         if is_attention(module) and is_effilora_processor(module.processor):
             live: Any = module.processor
             same = original is not None and type(live)._effilora_base is type(original)
+            if same:
+                original.__dict__.update(live.__dict__)  # what was set on the processor meanwhile is kept
             module.processor = original if same else _unwrap(live)
         if hasattr(module, SCOPE_ATTRIBUTE):
             delattr(module, SCOPE_ATTRIBUTE)
@@ -175,7 +185,7 @@ class HostCheck:
         replaced = 0
         for part in module.modules():
             if is_attention(part):
-                if getattr(part, "fused_projections", False):
+                if is_fused(part) and any(adapter.acts for adapter in adapters_of(module).values()):
                     raise EffiLoRAError(
                         "the model's q, k and v projections were fused after the adapter was attached, which would "
                         "bypass it: call unfuse_qkv_projections(), or merge the adapter first"
@@ -190,7 +200,7 @@ class HostCheck:
 
 def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
     """Let ``adapter`` act on a diffusers model: processors swapped, maps hooked. See :func:`effilora_diffusion.core.attach`."""
-    fused = [path for path, part in model.named_modules() if getattr(part, "fused_projections", False)]
+    fused = [path for path, part in model.named_modules() if is_attention(part) and is_fused(part)]
     if fused:
         raise EffiLoRAError(f"{fused[0]} has fused q, k, v projections: call unfuse_qkv_projections() first")
     fresh = not adapters_of(model)
