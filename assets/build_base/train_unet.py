@@ -12,12 +12,14 @@ import random
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .icons import BACKGROUNDS, Icon, base_icons, caption, composite, draw_caption, load_icons
@@ -129,7 +131,7 @@ def draw_batch(icons: list[Icon], latents: torch.Tensor, size: int, step: int) -
 
 
 def diffusion_loss(
-    model: TextToImage, scheduler: DDIMScheduler, latents: torch.Tensor, tokens: torch.Tensor, step: int
+    model: TextToImage, scheduler: DDIMScheduler, latents: torch.Tensor, tokens: torch.Tensor, step: int, bf16: bool
 ) -> torch.Tensor:
     """v-prediction loss, clipped at low noise as min-SNR is (arXiv 2303.09556); timesteps spread evenly over the batch."""
     generator = torch.Generator().manual_seed(step)
@@ -139,14 +141,24 @@ def diffusion_loss(
     timesteps = (spread * count).long().clamp_max(count - 1)[torch.randperm(len(latents), generator=generator)]
     target = scheduler.get_velocity(latents, noise, timesteps)
     noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    states = model.text_encoder(tokens)[0]
-    predicted = model.unet(noisy, timesteps, states, return_dict=False)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        states = model.text_encoder(tokens)[0]
+        predicted = model.unet(noisy, timesteps, states, return_dict=False)[0].float()
     alphas = scheduler.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas).clamp_min(1e-8)
     # Clipped at low noise only: min-SNR's own weight min(snr, gamma) / (snr + 1) also vanishes at high noise, where the
     # caption alone must decide what is drawn. With it, shapes stayed blobs after 48,000 pictures.
     weight = (MIN_SNR_GAMMA / (snr + 1)).clamp(max=1)
     return ((predicted - target).square().flatten(1).mean(1) * weight).mean()
+
+
+_attention = functional.scaled_dot_product_attention
+
+
+def float32_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Attention in float32 under autocast: on CPUs its bf16 backward pass is ten times slower."""
+    with torch.autocast("cpu", enabled=False):
+        return _attention(q.float(), k.float(), v.float(), *args, **kwargs).to(q.dtype)
 
 
 def pipeline_of(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
@@ -179,10 +191,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--bf16", action="store_true", help="1.4 times faster on CPUs with bf16 instructions only")
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
 
     torch.manual_seed(0)
+    if args.bf16:
+        functional.scaled_dot_product_attention = float32_attention
     every = load_icons(args.work / "packages")
     icons = base_icons(every)
     tokenizer = make_tokenizer(args.work / "tokenizer", every)
@@ -205,7 +220,7 @@ def main() -> None:
             group["lr"] = learning_rate(step, args.lr, args.decay_from, args.steps)
         batch, captions = draw_batch(icons, latents, args.batch, step)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        loss = diffusion_loss(model, scheduler, batch, tokens, step)
+        loss = diffusion_loss(model, scheduler, batch, tokens, step, args.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
