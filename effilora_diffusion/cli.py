@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from .core import EffiLoRAError
+from .core import EffiLoRAError, exit_code
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -132,12 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
     args = make_parser().parse_args(arguments)
     run = {"generate": run_generate, "export": run_export, "inspect": run_inspect}[args.command]
-    try:
-        run(args)
-    except EffiLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

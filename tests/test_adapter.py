@@ -158,17 +158,17 @@ def test_a_row_gives_the_same_alone_and_in_a_batch(toy, routing):
 
 def test_token_gates_depend_on_the_token_and_timestep_gates_on_the_timestep_only(toy, x):
     token, timed = make_adapter(routing="token"), make_adapter(routing="timestep")
-    h = F.linear(x, token.shared_a(token.sites[0]))
+    h = F.linear(x, token.shared_a(token.sites[0])).flatten(0, 1).t()
     gates = token.gates(0, h)
-    assert gates.shape == (2, 5, 3)
-    assert not torch.allclose(gates[0, 0], gates[0, 1])
+    assert gates.shape == (3, 2 * 5)
+    assert not torch.allclose(gates[:, 0], gates[:, 1])
     attach(toy, timed)
     toy(x, STEPS)
     gates = timed.gates(0, h)
-    assert gates.shape == (2, 1, 3)
-    assert not torch.allclose(gates[0], gates[1])
+    assert gates.shape == (3, 2)
+    assert not torch.allclose(gates[:, 0], gates[:, 1])
     toy(x, 500)
-    assert timed.gates(0, h).shape == (1, 1, 3)
+    assert timed.gates(0, h).shape == (3, 1)
 
 
 def test_timestep_routing_without_a_timestep_says_so(toy, x):

@@ -270,16 +270,20 @@ def run_mistake(main, words, capsys, **names):
     return code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_ends_with_code_two_and_one_line_and_writes_nothing(tiny_pipeline, place, tmp_path, capsys, mistake):
-    before = files_in(place)
-    names = {"place": place, "new": tmp_path / "new", "model": tiny_pipeline}
-    code, error = run_mistake(cli.main, MISTAKES[mistake], capsys, **names)
+def assert_refused_in_one_line(code, error):
     assert code == 2
     assert "Traceback" not in error
     lines = [line for line in error.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert error.rstrip().endswith(lines[0])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_with_code_two_and_one_line_and_writes_nothing(tiny_pipeline, place, tmp_path, capsys, mistake):
+    before = files_in(place)
+    names = {"place": place, "new": tmp_path / "new", "model": tiny_pipeline}
+    code, error = run_mistake(cli.main, MISTAKES[mistake], capsys, **names)
+    assert_refused_in_one_line(code, error)
     assert files_in(place) == before
     assert not (tmp_path / "new").exists()
 
@@ -291,11 +295,7 @@ def test_training_mistake_ends_with_code_two_and_one_line_and_trains_nothing(
     before = files_in(place)
     names = {"place": place, "new": tmp_path / "new", "model": tiny_pipeline}
     code, error = run_mistake(launch.main, [*TRAIN, *TRAINING_MISTAKES[mistake]], capsys, **names)
-    assert code == 2
-    assert "Traceback" not in error
-    lines = [line for line in error.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    assert error.rstrip().endswith(lines[0])
+    assert_refused_in_one_line(code, error)
     assert files_in(place) == before
     assert files_in(tmp_path) == {}
 

@@ -273,6 +273,7 @@ def test_a_saved_state_continues_as_if_never_interrupted():
     second = make_reducer()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.state_dict() == first.state_dict()
+    assert second.adapter.parameter_counts() == first.adapter.parameter_counts()  # frozen as they were
     for step in range(6, 12):
         second.update(step, harm_of(second, harms))
         second.begin_step(step)

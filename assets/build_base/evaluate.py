@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from PIL import Image
 
 from benchmarks import features
 from benchmarks.features import Judge, load_judge
+from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.errors import EffiLoRAError
 
 from . import icons as icons_module
@@ -233,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

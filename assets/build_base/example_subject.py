@@ -6,9 +6,12 @@ Five expressions of one cat to learn from, and others of the same cat to be judg
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image
+
+from effilora_diffusion.core import exit_code
 
 from .icons import BACKGROUNDS, SUBJECT_HELD_OUT, SUBJECT_TRAIN, composite, load_icons
 
@@ -29,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

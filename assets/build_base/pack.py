@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
 
+from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.errors import EffiLoRAError
 
 from .evaluate import PROMPTS, generate, judged_prompts, load_pipeline
@@ -68,6 +70,7 @@ encoder, UNet, DDIM with v-prediction), stored in half precision:
 
 ```python
 from diffusers import StableDiffusionPipeline
+from effilora_diffusion.core import exit_code
 
 pipe = StableDiffusionPipeline.from_pretrained("assets/base")
 pipe("{example}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
@@ -258,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from effilora_diffusion.core import exit_code
 
 from .icons import BACKGROUNDS, Icon, base_icons, caption, composite, draw_caption, load_icons
 from .state import Ema, load_state, save_state
@@ -240,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

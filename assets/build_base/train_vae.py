@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+
+from effilora_diffusion.core import exit_code
 
 from .icons import BACKGROUNDS, autoencoder_split, composite, load_icons
 from .state import Ema, load_state, save_state
@@ -120,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

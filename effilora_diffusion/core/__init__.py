@@ -4,7 +4,7 @@ from .adapter import EffiLoRA
 from .attach import adapters_of, attach, detach, merge, unmerge
 from .config import EffiLoRAConfig, ReducerConfig
 from .convert import calibrate, is_exact, to_lora
-from .errors import EffiLoRAError
+from .errors import EffiLoRAError, exit_code
 from .files import AdapterFile, load_adapter_file, save_adapter
 from .reducer import Reducer
 from .sites import Site
@@ -21,6 +21,7 @@ __all__ = [
     "attach",
     "calibrate",
     "detach",
+    "exit_code",
     "is_exact",
     "load_adapter_file",
     "merge",

@@ -17,6 +17,9 @@ from .sites import Site
 TIMESTEP_FEATURES = 16
 """Width of the noise level's encoding that the ``timestep`` router reads."""
 
+Code = tuple[Tensor, tuple[Tensor, ...]]
+"""What the maps of one site share for one input, see :meth:`EffiLoRA.code`."""
+
 
 def timestep_features(timesteps: Tensor) -> Tensor:
     """Sinusoids of timesteps in [0, 1000]: ``(n,)`` to ``(n, TIMESTEP_FEATURES)``, the first one a constant 1."""
@@ -98,27 +101,28 @@ class EffiLoRA(nn.Module):
         """Everything the site's update is multiplied with."""
         return self.config.scale * self.strength * self.layer_strength.get(site.layer, 1.0)
 
-    def gates(self, index: int, code: Tensor) -> Tensor | None:
-        """Softmax gates of site ``index``; ``None`` with one head.
+    def gates(self, index: int, h: Tensor | None = None) -> Tensor | None:
+        """Softmax gates of site ``index``, heads first; ``None`` with one head.
 
-        ``code`` is ``(..., r)``; the result is ``(..., N)`` for token routing, ``(N,)`` for static routing and
-        ``(batch or 1, 1, N)`` for timestep routing.
+        ``h`` is ``(r, rows)``; the result is ``(N, rows)`` for token routing, ``(N,)`` for static routing and
+        ``(N, batch or 1)`` for timestep routing.
         """
         if not len(self.G):
             return None
         router = self.G[index].detach() if self.sites[index].layer in self.cut_layers else self.G[index]
         if self.config.routing == "token":
-            return F.linear(code, router).softmax(-1)
+            assert h is not None
+            return torch.mm(router, h).softmax(0)
         if self.config.routing == "static":
-            return router.softmax(-1)
+            return router.softmax(0)
         if self.noise_features is None:
             raise EffiLoRAError("timestep routing needs the timestep: run the model the adapter is attached to")
-        return F.linear(self.noise_features.to(router), router).softmax(-1).unsqueeze(1)
+        return torch.mm(router, self.noise_features.to(router).t()).softmax(0)
 
-    def code(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the maps of site ``index`` share for an input x ``(..., d_in)``: codes, and the heads that read them.
+    def code(self, index: int, x: Tensor) -> Code:
+        """What the maps of site ``index`` share for an input x ``(..., d_in)``: codes, and each map's heads.
 
-        Codes are ``(rows, K)`` and heads ``(sum of d_out, K)``: K is r where the heads are mixed before they are applied
+        Codes are ``(rows, K)`` and a map's heads ``(d_out, K)``: K is r where the heads are mixed before they are applied
         (one head, static gates), else N r, the gated codes of all heads side by side for one product.
         """
         site = self.sites[index]
@@ -128,36 +132,38 @@ class EffiLoRA(nn.Module):
         x = x.to(shared.dtype)
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
-        h = F.linear(x, shared)
+        # Features first: with the few heads and ranks of an adapter, softmax and gating along the long dimension are
+        # several times faster than along the short one.
+        h = torch.mm(shared, x.flatten(0, -2).t())
         heads = self.mixed_heads(index)
-        if heads.shape[1] == self.config.rank:
-            return h.flatten(0, -2), heads
-        weights = self.gates(index, h)
-        assert weights is not None
-        gated = weights.unsqueeze(-1) * h.unsqueeze(-2)
-        return gated.flatten(0, -3).flatten(1), heads
+        if heads.shape[1] != self.config.rank:
+            weights = self.gates(index, h)
+            assert weights is not None
+            groups = h.unflatten(1, (weights.shape[1], -1))  # rows of one gate: one row, or all of a batch item
+            h = (weights[:, None, :, None] * groups).flatten(2).flatten(0, 1)
+        return h.t(), heads.split([width for _, width in site.maps])
 
     def mixed_heads(self, index: int) -> Tensor:
         """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``."""
         heads = self.B[index]
         if self.config.heads > 1 and self.config.routing == "static":
-            gates = self.gates(index, heads)
+            gates = self.gates(index)
             assert gates is not None
             return torch.matmul(gates, heads)
         return heads.flatten(1)
 
-    def add_to(self, output: Tensor, index: int, rows: slice, code: tuple[Tensor, Tensor], fresh: bool) -> Tensor:
-        """``output + scale * heads * code`` in one product; ``output`` is ``(..., d_out)``.
+    def add_to(self, output: Tensor, index: int, position: int, code: Code, fresh: bool) -> Tensor:
+        """``output + scale * heads * code`` in one product; ``output`` ``(..., d_out)`` is the site's map ``position``.
 
         ``fresh`` outputs (of a plain linear layer, which nobody else holds) are added to in place.
         """
-        codes, heads = code
+        codes, heads = code[0], code[1][position]
         scale = self.site_scale(self.sites[index])
         if output.dtype != heads.dtype:  # the base may be fp16 or quantised; the adapter computes in its own dtype
-            update = F.linear(codes, heads[rows]) * scale
+            update = F.linear(codes, heads) * scale
             return output + update.view(output.shape).to(output.dtype)
         flat = output.flatten(0, -2)
-        matrix = heads[rows].t()
+        matrix = heads.t()
         if fresh:
             return flat.addmm_(codes, matrix, alpha=scale).view(output.shape)
         return torch.addmm(flat, codes, matrix, alpha=scale).view(output.shape)

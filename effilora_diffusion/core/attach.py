@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import EffiLoRA, timestep_features
+from .adapter import Code, EffiLoRA, timestep_features
 from .errors import EffiLoRAError
 from .sites import Site, check_sites
 
@@ -31,9 +31,9 @@ class Scope:
 
     def __init__(self) -> None:
         self.open = False
-        self.memo: list[tuple[EffiLoRA, int, Tensor, tuple[Tensor, Tensor]]] = []
+        self.memo: list[tuple[EffiLoRA, int, Tensor, Code]] = []
 
-    def code(self, adapter: EffiLoRA, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def code(self, adapter: EffiLoRA, index: int, x: Tensor) -> Code:
         """The site's code for ``x``, from the memo if a map of this call has already asked for it."""
         for owner, site, source, code in self.memo:
             if owner is adapter and site == index and source is x:
@@ -57,14 +57,14 @@ class MapHook:
 
     def __init__(self, adapter: EffiLoRA, index: int, path: str, scope: Scope):
         self.adapter, self.index, self.scope = adapter, index, scope
-        self.rows = adapter.sites[index].rows(path)
+        self.position = [name for name, _ in adapter.sites[index].maps].index(path)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The map's output with the adapter's update added."""
         if not self.adapter.acts:
             return output
         code = self.scope.code(self.adapter, self.index, args[0])
-        return self.adapter.add_to(output, self.index, self.rows, code, _is_fresh(module))
+        return self.adapter.add_to(output, self.index, self.position, code, _is_fresh(module))
 
 
 def _is_fresh(module: nn.Module) -> bool:

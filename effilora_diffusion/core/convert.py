@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapter import EffiLoRA
+from .adapter import Code, EffiLoRA
 from .errors import EffiLoRAError
 
 RIDGE = 1e-6
@@ -69,10 +69,10 @@ def calibrate(model: nn.Module, adapter: EffiLoRA, run: Callable[[], object]) ->
     moments = [Moments(adapter.config.heads, adapter.config.rank) for _ in adapter.sites]
     original = adapter.add_to
 
-    def watched(output: Tensor, index: int, rows: slice, code: tuple[Tensor, Tensor], fresh: bool) -> Tensor:
-        if rows.start == 0:  # the site's first map: once per call, whether or not its maps share the code
+    def watched(output: Tensor, index: int, position: int, code: Code, fresh: bool) -> Tensor:
+        if position == 0:  # the site's first map: once per call, whether or not its maps share the code
             moments[index].add(code[0])
-        return original(output, index, rows, code, fresh)
+        return original(output, index, position, code, fresh)
 
     adapter.__dict__["add_to"] = watched
     try:

@@ -1,5 +1,17 @@
-"""The one error type a user's mistake may raise."""
+"""The one error type a user's mistake may raise, and what a command does with it."""
+
+import sys
+from collections.abc import Callable
 
 
 class EffiLoRAError(ValueError):
     """Something the user can mend: the message names what, where and what to do. Commands exit with code 2 on it."""
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command; its own exit code (``None`` is 0), or 2 with one line on standard error for an EffiLoRAError."""
+    try:
+        return command() or 0
+    except EffiLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -151,6 +151,7 @@ class Reducer:
         self.deviation = float(state["deviation"])
         self.active = tuple(state["active"])
         self.ever_active = set(state["ever_active"])
+        self.adapter.set_active(self.active, self.config.train_shared)
 
     def _write(self, event: dict[str, Any]) -> None:
         if self.log is not None:

@@ -51,6 +51,8 @@ def _optimizer_tensors(adapter: EffiLoRA, optimizer: torch.optim.Optimizer) -> d
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows can't open folders; its file system journals the renaming itself
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core import EffiLoRAError
+from ..core import EffiLoRAError, exit_code
 from .settings import parse_arguments
 
 
@@ -43,17 +43,15 @@ def example_settings() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the training command; returns the exit code: 0 done, 2 a mistake to mend, 130 or 143 stopped by a signal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
-    try:
-        config = parse_arguments(arguments, example_settings)
-        from .training import Interrupted, Trainer  # late: --help and mistakes should not wait for torch to load
-    except EffiLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _train(arguments))
+
+
+def _train(arguments: list[str] | None) -> int:
+    config = parse_arguments(arguments, example_settings)
+    from .training import Interrupted, Trainer  # late: --help and mistakes should not wait for torch to load
+
     try:
         summary = Trainer(config).run()
-    except EffiLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.code
