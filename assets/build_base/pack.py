@@ -70,7 +70,6 @@ encoder, UNet, DDIM with v-prediction), stored in half precision:
 
 ```python
 from diffusers import StableDiffusionPipeline
-from effilora_diffusion.core import exit_code
 
 pipe = StableDiffusionPipeline.from_pretrained("assets/base")
 pipe("{example}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
