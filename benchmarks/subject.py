@@ -69,8 +69,8 @@ def settings(method: str, seed: int, rate: float, output: str, changes: dict[str
     """The example's settings with one method's differences; no pictures are drawn while training."""
     base = {**example_settings(), **changes, "seed": seed, "learning_rate": rate, "output_dir": output}
     base |= {"num_validation_images": 0, "overwrite_output_dir": True}
-    if method == "static":
-        base["routing"] = "static"
+    if method in ("static", "timestep"):
+        base["routing"] = method
     elif method == "1 head":
         base["heads"] = 1
     return TrainingConfig(**base)
