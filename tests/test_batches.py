@@ -12,6 +12,7 @@ from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource
 from effilora_diffusion.diffusion.data import scan_pictures
 from effilora_diffusion.diffusion.family import StableDiffusionFamily, load_pipeline
 from effilora_diffusion.diffusion.objective import denoising_losses, snr_weights, training_target
+from effilora_diffusion.diffusion.pictures import load_picture
 from effilora_diffusion.diffusion.prior import class_examples
 
 CAPTIONS = ("red", "green", "blue", "grey", "pink")
@@ -158,6 +159,17 @@ def test_class_pictures_are_drawn_to_the_exact_number_and_only_missing_ones(fami
     class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
     assert said[2:] == ["drawing 1 class pictures of 'a dog'"]
     assert files_in(folder)[lost.name] == first[lost.name]
+
+
+def test_several_class_prompts_share_the_pictures_and_each_keeps_its_own(family, tmp_path):
+    config = prior_settings(tmp_path, class_prompt=["a dog", "a red car"], num_class_images=4)
+    examples = class_examples(family, config, print)
+    assert sorted(example.caption for example in examples) == ["a dog", "a dog", "a red car", "a red car"]
+    assert class_examples(family, config, print) == examples
+    single = class_examples(family, prior_settings(tmp_path / "one", num_class_images=2), print)
+    drawn = {example.caption: load_picture(example.path).tobytes() for example in examples if example.path.name < "2"}
+    assert drawn["a dog"] == load_picture(single[0].path).tobytes()  # the first picture, of the same prompt
+    assert len(set(drawn.values())) == 2
 
 
 def test_only_usable_class_pictures_count_and_bad_ones_are_named(family, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from ..core.files import write_atomic
 from .counters import counter_seed
 from .data import Example, is_unrelated, report_problems, scan_pictures
 from .family import StableDiffusionFamily
@@ -14,26 +15,29 @@ from .settings import TrainingConfig
 
 
 def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: Callable[[str], None]) -> list[Example]:
-    """The class pictures in ``class_data_dir``, filled up to ``num_class_images`` with pictures of the class prompt.
+    """The class pictures in ``class_data_dir``, filled up to ``num_class_images`` with pictures of the class prompts.
 
     Files are named ``<index>-<sha1>.png``; each has its own seed, so that an interrupted filling goes on where it was.
+    With several prompts each picture has its own beside it, in a ``.txt`` file; with one, that is every picture's caption.
     """
     assert config.class_data_dir
-    assert config.class_prompt
+    prompts = config.class_prompt
+    caption = prompts[0] if len(prompts) == 1 else None
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    present = _usable(folder, config.class_prompt)
-    drawn = {int(path.name.split("-")[0]) for path in folder.iterdir() if path.name.split("-")[0].isdecimal()}
+    present = _usable(folder, caption)
+    numbers = (path.name.split("-")[0] for path in folder.glob("*.png"))
+    drawn = {int(number) for number in numbers if number.isdecimal()}
     missing = [index for index in range(config.num_class_images + len(drawn)) if index not in drawn]
     missing = missing[: max(0, config.num_class_images - len(present))]
     if missing:
-        say(f"drawing {len(missing)} class pictures of {config.class_prompt!r}")
+        say(f"drawing {len(missing)} class pictures of {', '.join(map(repr, prompts))}")
     for start in range(0, len(missing), config.sample_batch_size):
         chunk = missing[start : start + config.sample_batch_size]
         seeds = [counter_seed(config.seed, "class picture", index) for index in chunk]
         pictures = draw_pictures(
             family.pipe,
-            [config.class_prompt] * len(chunk),
+            [prompts[index % len(prompts)] for index in chunk],
             seeds,
             config.validation_inference_steps,
             config.validation_guidance_scale,
@@ -43,15 +47,21 @@ def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: C
         )
         for index, picture in zip(chunk, pictures, strict=True):
             name = hashlib.sha1(picture.tobytes()).hexdigest()
+            if caption is None:  # before its picture, so that no picture is ever without
+                _write_caption(folder / f"{index}-{name}.txt", prompts[index % len(prompts)])
             save_png(picture, folder / f"{index}-{name}.png")
-    examples, problems = scan_pictures(folder, config.class_prompt)
+    examples, problems = scan_pictures(folder, caption)
     bad = [problem for problem in problems if problem.fatal]
     if bad:
         say(report_problems(bad))
     return examples
 
 
-def _usable(folder: Path, prompt: str) -> list[Example]:
+def _write_caption(path: Path, caption: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(caption, encoding="utf-8"))
+
+
+def _usable(folder: Path, caption: str | None) -> list[Example]:
     """The pictures that are there already; captions and other unrelated files don't count."""
     files = [path for path in folder.iterdir() if not path.name.startswith(".") and not is_unrelated(path)]
-    return scan_pictures(folder, prompt)[0] if files else []
+    return scan_pictures(folder, caption)[0] if files else []

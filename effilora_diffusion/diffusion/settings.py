@@ -69,7 +69,9 @@ class TrainingConfig:
         None, "prompt that names the subject, for pictures without a caption of their own"
     )
     class_data_dir: str | None = option(None, "folder with class pictures for prior preservation; filled up if needed")
-    class_prompt: str | None = option(None, "prompt of the class, e.g. 'a cat'")
+    class_prompt: list[str] = option(
+        [], "prompt of the class, e.g. 'a cat'; class pictures are shared out among several prompts"
+    )
     with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it is not forgotten")
     prior_loss_weight: float = option(1.0, "weight of the prior preservation loss")
     num_class_images: int = option(100, "least number of class pictures")
@@ -130,6 +132,9 @@ class TrainingConfig:
     validation_guidance_scale: float = option(5.0, "guidance of validation pictures")
 
     def __post_init__(self) -> None:
+        for name in ("class_prompt", "validation_prompt", "target_modules"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
         self.check()
 
     def check(self) -> None:
