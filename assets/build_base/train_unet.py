@@ -189,8 +189,8 @@ def main() -> None:
     """Train until ``--steps`` or ``--minutes``; then write the averaged pipeline (float32) to ``DIR/pipeline``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder that train_vae has filled")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--decay-from", type=int, default=9500)
+    parser.add_argument("--steps", type=int, default=15000)
+    parser.add_argument("--decay-from", type=int, default=12000)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=6e-4)
