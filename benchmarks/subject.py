@@ -41,7 +41,7 @@ OTHER_PROMPTS = (
     "a noto emoji of mouse face",
 )  # fmt: skip
 PICTURES = 16
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 
 
 def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:

@@ -132,6 +132,7 @@ From the root of the repository, with its `base` extra installed and `npm` at ha
 
 ```
 python -m assets.build_base.train_vae --work WORK
+python -m assets.build_base.train_vae --work WORK --decoder-only --lr 1e-3 --steps 6000
 python -m assets.build_base.train_unet --work WORK
 python -m assets.build_base.evaluate --pipeline WORK/pipeline --work WORK --json report.json
 python -m assets.build_base.pack --work WORK --output assets/base --report report.json

@@ -1,6 +1,8 @@
 """Train the autoencoder of the embedded base: ``python -m assets.build_base.train_vae --work DIR``.
 
 64 x 64 pixels to 16 x 16 x 4 latents. It may be stopped at any time: the same command goes on from the last save.
+``--decoder-only`` goes on with the decoder of the finished autoencoder. The latents stay what they are, so this may be
+done before, after or beside ``train_unet``; a pipeline that stands in DIR already gets the new decoder.
 """
 
 from __future__ import annotations
@@ -54,9 +56,10 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss_of(vae: AutoencoderKL, pictures: torch.Tensor, step: int) -> torch.Tensor:
+def loss_of(vae: AutoencoderKL, pictures: torch.Tensor, step: int, train_encoder: bool = True) -> torch.Tensor:
     """Mean absolute error of pixels and of their differences (sharp edges), plus a small KL term."""
-    posterior = vae.encode(pictures).latent_dist
+    with torch.set_grad_enabled(train_encoder):
+        posterior = vae.encode(pictures).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
     decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     error = decoded - pictures
@@ -82,30 +85,49 @@ def held_out_pictures(cache: Path) -> torch.Tensor:
     return to_tensor(np.stack([composite(icon.render(), colours[i % 10]) for i, icon in enumerate(test)]))
 
 
+def install(vae: AutoencoderKL, pipeline: Path) -> None:
+    """Put a better decoder into the pipeline that ``train_unet`` has written, whose latents are scaled already."""
+    vae.register_to_config(scaling_factor=AutoencoderKL.load_config(pipeline / "vae")["scaling_factor"])
+    vae.save_pretrained(pipeline / "vae")
+
+
 def main() -> None:
     """Train until ``--steps`` or ``--minutes`` is reached, saving every 200 steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads, state and weights")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--decoder-only", action="store_true", help="go on with the decoder of DIR/vae")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--bf16", action="store_true", help="1.5 times faster on CPUs with bf16 instructions only")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     train, _ = autoencoder_split(load_icons(args.work / "packages"))
     art = np.stack([icon.render() for icon in train])
     test = held_out_pictures(args.work / "packages")[:128]
-    vae = make_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    vae = AutoencoderKL.from_pretrained(args.work / "vae").train() if args.decoder_only else make_vae()
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    state = args.work / ("vae-decoder.pt" if args.decoder_only else "vae.pt")
+    optimizer = torch.optim.AdamW(
+        [p for p in vae.parameters() if p.requires_grad],
+        lr=args.lr,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
     ema = Ema(vae, 0.995)
-    step = load_state(args.work / "vae.pt", vae, optimizer, ema)
+    step = load_state(state, vae, optimizer, ema)
     began = time.time()
     while step < args.steps and time.time() - began < args.minutes * 60:
         decay = 0.5 * (1 + math.cos(math.pi * step / args.steps)) * 0.98 + 0.02
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * decay
-        loss = loss_of(vae, draw_batch(art, args.batch, step), step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = loss_of(vae, draw_batch(art, args.batch, step), step, not args.decoder_only)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -113,13 +135,15 @@ def main() -> None:
         ema.update(vae, step)
         step += 1
         if step % 200 == 0 or step == args.steps:
-            save_state(args.work / "vae.pt", vae, optimizer, ema, step)
+            save_state(state, vae, optimizer, ema, step)
             with ema.applied(vae):
                 print(
                     f"{step} loss {loss.item():.4f} psnr {psnr(vae, test):.2f} {time.time() - began:.0f} s", flush=True
                 )
     with ema.applied(vae):
         vae.save_pretrained(args.work / "vae")
+        if (args.work / "pipeline").is_dir():
+            install(vae, args.work / "pipeline")
 
 
 if __name__ == "__main__":
