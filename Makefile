@@ -22,6 +22,7 @@ format: $(VENV)/installed-dev
 benchmark: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.step_time --json outputs/step_time.json
 	$(BIN)/python -m benchmarks.subject --json outputs/subject.json
+	$(BIN)/python -m benchmarks.plain_lora --json outputs/plain_lora.json
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

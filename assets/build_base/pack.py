@@ -123,7 +123,8 @@ prompts are followed, not that new things can be drawn.
 {figures}
 
 Text obeyed: {prompts} prompts ({steps} steps, guidance {guidance}) of 100 things; the picture counts if, by the
-features of an ImageNet EfficientNet-Lite0 that took no part in training, its nearest neighbour among the true pictures
+features of an ImageNet EfficientNet-Lite0 that took no part in training (pictures smoothed by a pixel first, which
+makes it a better judge: `python -m benchmarks.features`), its nearest neighbour among the true pictures
 of those 100 things, in the asked style on the asked background, is the asked one. Background right: the four corners
 of the picture vote; of the true pictures {background_ceiling_percent} % pass. The figures are those of the float32
 weights; half precision is checked against them when the base is packed.

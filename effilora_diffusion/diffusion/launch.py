@@ -53,6 +53,7 @@ def example_settings() -> dict[str, Any]:
             "an emoji of sks cat on a blue background",
             "a noto emoji of fox",
         ],
+        "num_validation_images": 5,
         "validation_inference_steps": 25,
         "validation_guidance_scale": 2.0,
         "sample_batch_size": 16,

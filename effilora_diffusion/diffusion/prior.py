@@ -31,7 +31,8 @@ def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: C
     missing = [index for index in range(config.num_class_images + len(drawn)) if index not in drawn]
     missing = missing[: max(0, config.num_class_images - len(present))]
     if missing:
-        say(f"drawing {len(missing)} class pictures of {', '.join(map(repr, prompts))}")
+        what = repr(caption) if caption is not None else f"{len(prompts)} class prompts"
+        say(f"drawing {len(missing)} class pictures of {what}")
     for start in range(0, len(missing), config.sample_batch_size):
         chunk = missing[start : start + config.sample_batch_size]
         seeds = [counter_seed(config.seed, "class picture", index) for index in chunk]
