@@ -134,13 +134,14 @@ class EffiLoRA(nn.Module):
             x = F.dropout(x, self.config.dropout)
         # Features first: with the few heads and ranks of an adapter, softmax and gating along the long dimension are
         # several times faster than along the short one.
-        h = torch.mm(shared, x.flatten(0, -2).t())
+        h = torch.mm(x.flatten(0, -2), shared.t()).t()
         heads = self.mixed_heads(index)
         if heads.shape[1] != self.config.rank:
             weights = self.gates(index, h)
             assert weights is not None
-            groups = h.unflatten(1, (weights.shape[1], -1))  # rows of one gate: one row, or all of a batch item
-            h = (weights[:, None, :, None] * groups).flatten(2).flatten(0, 1)
+            if weights.shape[1] != h.shape[1]:  # one gate for all rows of a batch item
+                weights = weights.repeat_interleave(h.shape[1] // weights.shape[1], 1)
+            h = (weights.unsqueeze(1) * h).flatten(0, 1)
         return h.t(), heads.split([width for _, width in site.maps])
 
     def mixed_heads(self, index: int) -> Tensor:
