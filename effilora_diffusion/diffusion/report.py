@@ -25,7 +25,8 @@ class Summary:
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
         counts = self.parameters
-        exact = "exact" if self.export_error == 0 else f"least squares, {self.export_error:.1%} of the update missing"
+        missing = f"least squares, {self.export_error:.1%} of the update missing (none with --routing static)"
+        exact = "exact" if self.export_error == 0 else missing
         return [
             f"trained {self.steps} steps in {self.seconds:.0f} s ({self.seconds / max(1, self.steps):.3f} s a step)",
             f"parameters: {counts['trained_per_step']:,} trained per step, {counts['trained_ever']:,} ever, "
