@@ -80,7 +80,13 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_tokenizer(folder: Path, icons: Iterable[Icon]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges cover every word of the captions and tags; other words fall into pieces."""
+    """A CLIP tokenizer whose merges cover every word of the captions and tags; other words fall into pieces.
+
+    One that stands in ``folder`` is opened again: merges of equal count come in another order in every process, and a
+    run that goes on must not give its tokens new numbers.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        return CLIPTokenizer.from_pretrained(folder)
     words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     words.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True)
