@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from effilora_diffusion.core import EffiLoRAError
+from effilora_diffusion.core.config import ATTENTION_TARGETS
 from effilora_diffusion.diffusion.settings import (
     NOT_NEEDED,
     NOT_SUPPORTED,
@@ -71,7 +72,7 @@ def test_defaults_are_those_of_diffusers():
 def test_default_adapter_has_the_paper_s_three_routed_heads_on_attention():
     adapter = TrainingConfig().adapter_config()
     assert (adapter.rank, adapter.heads, adapter.routing, adapter.a_sharing) == (4, 3, "token", "width")
-    assert adapter.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
+    assert adapter.target_modules == ATTENTION_TARGETS
     assert adapter.reducer.mode == "off"
 
 

@@ -16,7 +16,7 @@ ROUTINGS = ("token", "static", "timestep")
 A_SHARINGS = ("width", "slice")
 SCALINGS = ("standard", "rslora")
 REDUCER_MODES = ("importance", "random", "off")
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
 
 

@@ -42,16 +42,15 @@ def is_fused(module: nn.Module) -> bool:
 def find_sites(model: nn.Module, config: EffiLoRAConfig) -> list[Site]:
     """All sites of ``model``: those of its attentions, then single ones for other targeted linear layers.
 
-    In self-attention one site serves q, k and v; in cross-attention q reads the picture, k and v read the text.
+    In self-attention one site serves q, k and v; in cross-attention q reads the picture, k and v read the text. Joint
+    attention has a second q, k and v (``add_q_proj`` ...) that read the text.
     """
     sites: list[Site] = []
     for path, module in model.named_modules():
         if is_attention(module):
             cross = bool(getattr(module, "is_cross_attention", False))
-            groups = (
-                (("to_q",), ("to_k", "to_v"), ("to_out.0",)) if cross else (("to_q", "to_k", "to_v"), ("to_out.0",))
-            )
-            for group in groups:
+            image = (("to_q",), ("to_k", "to_v")) if cross else (("to_q", "to_k", "to_v"),)
+            for group in (*image, ("to_out.0",), ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)):
                 site = _site(module, path, group, config)
                 if site is not None:
                     sites.append(site)

@@ -1,0 +1,420 @@
+"""Tiny random-weight pipelines of many text-to-image families, from the real diffusers and transformers classes."""
+
+import math
+import os
+import re
+import string
+from collections.abc import Callable
+from functools import partial
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import diffusers as d
+import torch
+import transformers as t
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+
+WIDTH = 32
+"""Width of the denoisers and of the text states they read."""
+
+CHANNELS = 4
+"""Channels of the latents, before any packing."""
+
+CLIP_TOKENS = 77
+
+CORPUS = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n",
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation.",
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start> ",
+    "a photo of a red cat, a blue dog, a green house; an icon of a small yellow car on a big white table in the style "
+    "of sks. A painting with a tree, the sun and two people! 0 1 2 3 4 5 6 7 8 9 b c e j k q v w x y z -",
+)
+"""What the tokenizers know: the templates of the pipelines become one token a word, as in the real ones."""
+
+WORDS = sorted(set(re.findall(r"\w+", " ".join(CORPUS).lower())))
+LETTERS = [letter for letter in string.ascii_letters + string.digits + string.punctuation if letter != "_"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+GAIN = 1.15
+"""Weights a little larger than those that keep the variance: prompts show in pictures of two steps."""
+
+
+def clip_tokenizer():
+    """A tokenizer of single bytes; trained ones differ from run to run."""
+    letters = [letter + end for letter in sorted(ByteLevel.alphabet()) for end in ("", "</w>")]
+    vocab = {token: index for index, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    return t.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CLIP_TOKENS)
+
+
+def bert_tokenizer():
+    pieces = [start + letter for letter in LETTERS for start in ("", "##")]
+    vocab = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *WORDS])
+    return t.BertTokenizer(vocab={token: index for index, token in enumerate(vocab)}, model_max_length=CLIP_TOKENS)
+
+
+def t5_tokenizer():
+    vocab = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")] + [("▁", -4.0)]
+    vocab += [(letter, -8.0) for letter in LETTERS] + [(f"▁{word}", -3.0) for word in WORDS]
+    return t.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def gemma_tokenizer():
+    """A tokenizer that has learned the most common pieces of the corpus."""
+    tokenizer = t.GemmaTokenizer().train_new_from_iterator(CORPUS, 400)
+    tokenizer.model_max_length, tokenizer.add_bos_token = 8192, True
+    return tokenizer
+
+
+def chat_tokenizer(side: str = "right", **options):
+    """A byte-level tokenizer as Qwen's that has learned the corpus; a ``bos_token`` opens every text, as GLM's does."""
+    specials = ["<|im_start|>", "<|im_end|>", "[IMG]", "<|image_pad|>", "<|video_pad|>"]
+    bare = t.Qwen2Tokenizer(padding_side=side, **options)
+    tokenizer = bare.train_new_from_iterator(CORPUS, 2000, new_special_tokens=specials)
+    tokenizer.model_max_length, tokenizer.add_bos_token = 4096, "bos_token" in options
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def encoder_options(tokenizer, width: int = WIDTH) -> dict:
+    """What the configurations of all text encoders share; two layers."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {name: getattr(tokenizer, name) for name in names} | sizes | {"vocab_size": len(tokenizer)}
+
+
+def clip_text(model: type, tokenizer, width: int = WIDTH // 2):
+    options = {"max_position_embeddings": CLIP_TOKENS, "projection_dim": width}
+    return model(t.CLIPTextConfig(**encoder_options(tokenizer, width), **options))
+
+
+def bert_text(tokenizer):
+    options = {"max_position_embeddings": CLIP_TOKENS}
+    return t.BertModel(t.BertConfig(**encoder_options(tokenizer), **options), add_pooling_layer=False)
+
+
+def t5_text(config: type, model: type, tokenizer):
+    options = {"vocab_size": len(tokenizer), "d_model": WIDTH, "d_kv": 8, "d_ff": 2 * WIDTH, "num_layers": 2}
+    return model(config(num_heads=2, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, **options))
+
+
+def decoder_options(tokenizer, layers: int = 3, width: int = WIDTH) -> dict:
+    """What the configurations of all decoder-only language models share."""
+    heads = {"num_key_value_heads": 1, "head_dim": width // 2, "max_position_embeddings": 4096}
+    return encoder_options(tokenizer, width) | heads | {"num_hidden_layers": layers}
+
+
+def decoder_text(config: type, model: type, tokenizer, **sizes):
+    return model(config(**decoder_options(tokenizer, **sizes)))
+
+
+def qwen_vl_text(config: type, model: type, tokenizer, **vision):
+    """A Qwen with eyes; only its language half works here."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    text = decoder_options(tokenizer) | {"rope_parameters": rope}
+    vision |= {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    return model(config(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video))
+
+
+def mistral3_text(model: type, tokenizer, **sizes):
+    """A Mistral 3 with a Pixtral eye that nobody opens here."""
+    text = decoder_options(tokenizer, **sizes) | {"model_type": "mistral", "sliding_window": None}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "pixtral", "patch_size": 14, "image_size": 28}
+    image = tokenizer.convert_tokens_to_ids("[IMG]")
+    return model(t.Mistral3Config(text_config=text, vision_config=vision, image_token_index=image))
+
+
+_DEEP_MISTRAL = partial(mistral3_text, t.Mistral3ForConditionalGeneration, layers=31, width=WIDTH // 2)
+_DEEP_QWEN = partial(decoder_text, t.Qwen3Config, t.Qwen3ForCausalLM, layers=28, width=WIDTH // 2)
+_GLM = partial(decoder_text, t.GlmConfig, t.GlmModel)
+_QWEN25_VL = partial(qwen_vl_text, t.Qwen2_5_VLConfig, t.Qwen2_5_VLForConditionalGeneration)
+_QWEN3_VL = partial(qwen_vl_text, t.Qwen3VLConfig, t.Qwen3VLModel)
+
+_TEXTS: dict[str, tuple[Callable, Callable]] = {
+    "bert": (bert_tokenizer, bert_text),
+    "clip": (clip_tokenizer, partial(clip_text, t.CLIPTextModel)),
+    "clip-wide": (clip_tokenizer, partial(clip_text, t.CLIPTextModel, width=WIDTH)),
+    "clip-projected": (clip_tokenizer, partial(clip_text, t.CLIPTextModelWithProjection)),
+    "gemma2": (gemma_tokenizer, partial(decoder_text, t.Gemma2Config, t.Gemma2Model)),
+    "glm": (partial(chat_tokenizer, "left", bos_token="<|im_start|>"), _GLM),
+    "mistral3": (chat_tokenizer, partial(mistral3_text, t.Mistral3Model)),
+    "mistral3-deep": (partial(chat_tokenizer, "left"), _DEEP_MISTRAL),
+    "qwen2.5-vl": (chat_tokenizer, partial(_QWEN25_VL, fullatt_block_indexes=[0])),
+    "qwen3": (chat_tokenizer, partial(decoder_text, t.Qwen3Config, t.Qwen3Model)),
+    "qwen3-deep": (chat_tokenizer, _DEEP_QWEN),
+    "qwen3-vl": (chat_tokenizer, partial(_QWEN3_VL, num_position_embeddings=16, deepstack_visual_indexes=[0])),
+    "t5": (t5_tokenizer, partial(t5_text, t.T5Config, t.T5EncoderModel)),
+    "umt5": (t5_tokenizer, partial(t5_text, t.UMT5Config, t.UMT5EncoderModel)),
+}
+"""Tokenizers and encoders. The deep ones are thin: FLUX.2 reads layers 10, 20, 30 or 9, 18, 27."""
+
+
+def kl_vae(cls: type = d.AutoencoderKL, **options):
+    """The usual autoencoder: eight times smaller latents."""
+    sizes = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    return cls(down_block_types=down, up_block_types=up, latent_channels=CHANNELS, **sizes, **options)
+
+
+def flux_vae(scaling_factor: float = 0.3611, shift_factor: float = 0.1159):
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return kl_vae(scaling_factor=scaling_factor, shift_factor=shift_factor, **bare)
+
+
+def qwen_vae():
+    """The video autoencoder of Qwen-Image; a picture is one frame."""
+    statistics = {"latents_mean": [-0.7, 0.4, 0.1, -0.2], "latents_std": [2.8, 1.5, 2.3, 1.2]}
+    return d.AutoencoderKLQwenImage(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1, 2, 2], num_res_blocks=1, **statistics)
+
+
+def sana_vae():
+    sizes = {"block_types": ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"), "layers_per_block": (1,) * 4}
+    sizes |= {"block_out_channels": (8, 8, 16, 16), "qkv_multiscales": ((), (), (), (5,))}
+    both = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in sizes.items()}
+    return d.AutoencoderDC(latent_channels=CHANNELS, attention_head_dim=8, scaling_factor=0.41407, **both)
+
+
+flow = d.FlowMatchEulerDiscreteScheduler
+
+FLUX_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": WIDTH // 2}
+LATENTS = {"in_channels": CHANNELS, "out_channels": CHANNELS, "sample_size": 8, "num_layers": 2}
+PACKED = 4 * CHANNELS
+"""Channels of a token when 2x2 latents are packed into one."""
+AXES = (4, 6, 6)
+"""Rotary dimensions of each position axis; together the width of a head."""
+
+
+def _unet(**options):
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "block_out_channels": (16, 32)}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "norm_num_groups": 4}
+    return d.UNet2DConditionModel(sample_size=8, cross_attention_dim=WIDTH, attention_head_dim=2, **blocks, **options)
+
+
+def _two_streams(cls: type, **options):
+    """A transformer of Flux's kind: one block of two streams, two blocks of one stream."""
+    sizes = {"patch_size": 1, "in_channels": PACKED, "num_layers": 1, "num_single_layers": 2}
+    return cls(**(sizes | HEADS | {"joint_attention_dim": WIDTH, "axes_dims_rope": AXES} | options))
+
+
+def assemble(pipeline: type, model: nn.Module, vae: nn.Module, scheduler, *kinds: str, **options):
+    """A pipeline of its parts; the text encoders are named by their kinds, in the order of the pipeline."""
+    parts = {"unet" if isinstance(model, d.UNet2DConditionModel) else "transformer": model}
+    for kind, suffix in zip(kinds, ("", "_2", "_3"), strict=False):
+        make_tokenizer, make_encoder = _TEXTS[kind]
+        parts[f"tokenizer{suffix}"] = make_tokenizer()
+        parts[f"text_encoder{suffix}"] = make_encoder(parts[f"tokenizer{suffix}"])
+    return pipeline(vae=vae, scheduler=scheduler, **parts, **options)
+
+
+def _stable_diffusion(prediction_type: str):
+    unet = _unet(use_linear_projection=prediction_type == "v_prediction")
+    steps = {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": prediction_type}
+    vae, scheduler = kl_vae(scaling_factor=0.18215), d.DDIMScheduler(**BETAS, **steps)
+    return assemble(d.StableDiffusionPipeline, unet, vae, scheduler, "clip-wide", **UNCHECKED)
+
+
+def _sdxl():
+    micro = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    micro["projection_class_embeddings_input_dim"] = 6 * 8 + WIDTH // 2
+    unet = _unet(transformer_layers_per_block=(1, 2), use_linear_projection=True, **micro)
+    vae, scheduler = kl_vae(scaling_factor=0.13025), d.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
+    texts = ("clip", "clip-projected")
+    return assemble(d.StableDiffusionXLPipeline, unet, vae, scheduler, *texts, add_watermarker=False)
+
+
+def _sd3(**options):
+    widths = ("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim")
+    options |= dict.fromkeys(widths, WIDTH) | {"pos_embed_max_size": 16}
+    model, texts = d.SD3Transformer2DModel(**LATENTS, **HEADS, **options), ("clip-projected", "clip-projected", "t5")
+    return assemble(d.StableDiffusion3Pipeline, model, flux_vae(1.5305, 0.0609), flow(shift=3.0), *texts)
+
+
+def _flux(guidance_embeds: bool):
+    pooled = {"pooled_projection_dim": WIDTH // 2, "guidance_embeds": guidance_embeds}
+    model = _two_streams(d.FluxTransformer2DModel, **pooled)
+    scheduler = flow(**FLUX_SHIFT) if guidance_embeds else flow(shift=1.0)
+    return assemble(d.FluxPipeline, model, flux_vae(), scheduler, "clip", "t5")
+
+
+def _flux2(pipeline: type, kind: str, guidance_embeds: bool):
+    """FLUX.2; the released one has a PixtralProcessor, which needs torchvision, in the place of its tokenizer.
+
+    The pipeline uses only its text half, through ``apply_chat_template``.
+    """
+    options = {"guidance_embeds": guidance_embeds, "timestep_guidance_channels": 32, "axes_dims_rope": (4,) * 4}
+    model = _two_streams(d.Flux2Transformer2DModel, joint_attention_dim=3 * WIDTH // 2, **options)
+    return assemble(pipeline, model, kl_vae(d.AutoencoderKLFlux2), flow(**FLUX_SHIFT), kind)
+
+
+def _pixart(pipeline: type, micro_conditions: bool):
+    sizes = {"sample_size": 128, "out_channels": 2 * CHANNELS, "caption_channels": WIDTH, "cross_attention_dim": 48}
+    sizes |= {"attention_head_dim": 24, "use_additional_conditions": micro_conditions}
+    model = d.PixArtTransformer2DModel(**(LATENTS | HEADS | sizes))
+    scheduler = d.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    return assemble(pipeline, model, kl_vae(scaling_factor=0.18215 if micro_conditions else 0.13025), scheduler, "t5")
+
+
+def _sana():
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": WIDTH // 2, "cross_attention_dim": WIDTH}
+    model = d.SanaTransformer2DModel(**(LATENTS | HEADS | cross | {"caption_channels": WIDTH, "sample_size": 32}))
+    solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return assemble(d.SanaPipeline, model, sana_vae(), d.DPMSolverMultistepScheduler(**solver), "gemma2")
+
+
+def _lumina2():
+    sizes = {"num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": AXES}
+    sizes |= {"hidden_size": WIDTH, "cap_feat_dim": WIDTH, "num_refiner_layers": 1}
+    model = d.Lumina2Transformer2DModel(**LATENTS, **sizes)
+    return assemble(d.Lumina2Pipeline, model, flux_vae(), flow(shift=6.0), "gemma2")
+
+
+def _auraflow():
+    layers = {"num_mmdit_layers": 1, "num_single_dit_layers": 2, "pos_embed_max_size": 64, "sample_size": 8}
+    widths = {"joint_attention_dim": WIDTH, "caption_projection_dim": WIDTH}
+    model = d.AuraFlowTransformer2DModel(**layers, **widths, **HEADS)
+    return assemble(d.AuraFlowPipeline, model, kl_vae(scaling_factor=0.13025), flow(shift=1.73), "umt5")
+
+
+def _hunyuandit():
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": CHANNELS, "hidden_size": WIDTH, "num_layers": 4}
+    widths = ("cross_attention_dim", "cross_attention_dim_t5", "pooled_projection_dim")
+    model = d.HunyuanDiT2DModel(**sizes, **HEADS, **dict.fromkeys(widths, WIDTH))
+    steps = {"beta_end": 0.018, "clip_sample": False, "prediction_type": "v_prediction"}
+    vae, scheduler = kl_vae(scaling_factor=0.13025), d.DDPMScheduler(**(BETAS | steps))
+    return assemble(d.HunyuanDiTPipeline, model, vae, scheduler, "bert", "t5", **UNCHECKED)
+
+
+def _qwen_image():
+    sizes = {"num_layers": 2, "in_channels": PACKED, "out_channels": CHANNELS, "joint_attention_dim": WIDTH}
+    model = d.QwenImageTransformer2DModel(axes_dims_rope=AXES, **HEADS, **sizes)
+    shift = FLUX_SHIFT | {"shift": 1.0, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    return assemble(d.QwenImagePipeline, model, qwen_vae(), flow(**shift), "qwen2.5-vl")
+
+
+def _z_image():
+    sizes = {"n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "in_channels": CHANNELS}
+    model = d.ZImageTransformer2DModel(dim=WIDTH, cap_feat_dim=WIDTH, axes_dims=list(AXES), **sizes)
+    return assemble(d.ZImagePipeline, model, flux_vae(), flow(shift=3.0), "qwen3")
+
+
+def _chroma():
+    approximator = {"approximator_num_channels": 32, "approximator_hidden_dim": WIDTH, "approximator_layers": 2}
+    model = _two_streams(d.ChromaTransformer2DModel, **approximator)
+    return assemble(d.ChromaPipeline, model, flux_vae(), flow(shift=1.0), "t5")
+
+
+def _cogview4():
+    widths = {"text_embed_dim": WIDTH, "time_embed_dim": WIDTH, "condition_dim": 8}
+    model = d.CogView4Transformer2DModel(**LATENTS, **HEADS, **widths)
+    shift = {"base_shift": 0.25, "max_shift": 0.75, "use_dynamic_shifting": True, "time_shift_type": "linear"}
+    return assemble(d.CogView4Pipeline, model, kl_vae(scaling_factor=1.0), flow(**shift), "glm")
+
+
+def _ovis_image():
+    model = _two_streams(d.OvisImageTransformer2DModel, out_channels=PACKED)
+    return assemble(d.OvisImagePipeline, model, flux_vae(), flow(**FLUX_SHIFT), "qwen3")
+
+
+def _krea2():
+    sizes = {"num_text_layers": 3, "text_hidden_dim": WIDTH, "text_intermediate_size": 2 * WIDTH}
+    sizes |= {"text_num_attention_heads": 2, "text_num_key_value_heads": 2, "num_layerwise_text_blocks": 1}
+    sizes |= {"in_channels": PACKED, "num_layers": 2, "num_key_value_heads": 1, "intermediate_size": 2 * WIDTH}
+    sizes |= {"num_refiner_text_blocks": 1, "timestep_embed_dim": 32, "axes_dims_rope": AXES}
+    model, scheduler = d.Krea2Transformer2DModel(**HEADS, **sizes), flow(**FLUX_SHIFT, max_image_seq_len=6400)
+    layers = {"text_encoder_select_layers": (1, 2, 3)}
+    return assemble(d.Krea2Pipeline, model, qwen_vae(), scheduler, "qwen3-vl", **layers)
+
+
+def _ernie_image():
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 2 * WIDTH}
+    sizes |= {"in_channels": PACKED, "out_channels": PACKED, "text_in_dim": WIDTH, "rope_axes_dim": AXES}
+    model = d.ErnieImageTransformer2DModel(**sizes)
+    return assemble(d.ErnieImagePipeline, model, kl_vae(d.AutoencoderKLFlux2), flow(shift=3.0), "mistral3")
+
+
+_CFG = {"guidance_scale": 3.0}
+_NO_BINS = _CFG | {"use_resolution_binning": False}
+
+_TABLE: dict[str, tuple[Callable, dict]] = {
+    "sd15": (lambda: _stable_diffusion("epsilon"), _CFG),
+    "sd21": (lambda: _stable_diffusion("v_prediction"), _CFG),
+    "sdxl": (_sdxl, _CFG),
+    "sd3": (_sd3, _CFG | {"max_sequence_length": 32}),
+    "sd35": (lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), _CFG | {"max_sequence_length": 32}),
+    "flux": (lambda: _flux(guidance_embeds=True), {"guidance_scale": 3.5, "max_sequence_length": 32}),
+    "flux-schnell": (lambda: _flux(guidance_embeds=False), {"guidance_scale": 0.0, "max_sequence_length": 32}),
+    "flux2": (lambda: _flux2(d.Flux2Pipeline, "mistral3-deep", True), _CFG | {"max_sequence_length": 64}),
+    "flux2-klein": (lambda: _flux2(d.Flux2KleinPipeline, "qwen3-deep", False), _CFG | {"max_sequence_length": 64}),
+    "pixart-alpha": (lambda: _pixart(d.PixArtAlphaPipeline, True), _NO_BINS | {"max_sequence_length": 32}),
+    "pixart-sigma": (lambda: _pixart(d.PixArtSigmaPipeline, False), _NO_BINS | {"max_sequence_length": 32}),
+    "sana": (_sana, _NO_BINS | {"max_sequence_length": 32, "complex_human_instruction": None}),
+    "lumina2": (_lumina2, _CFG | {"max_sequence_length": 96}),
+    "auraflow": (_auraflow, _CFG | {"max_sequence_length": 16}),
+    "hunyuandit": (_hunyuandit, _NO_BINS),
+    "qwen-image": (_qwen_image, {"true_cfg_scale": 3.0, "negative_prompt": " ", "max_sequence_length": 64}),
+    "z-image": (_z_image, _CFG | {"max_sequence_length": 64}),
+    "chroma": (_chroma, _CFG | {"max_sequence_length": 32}),
+    "cogview4": (_cogview4, _CFG | {"max_sequence_length": 64}),
+    "ovis-image": (_ovis_image, _CFG | {"max_sequence_length": 64}),
+    "krea2": (_krea2, _CFG | {"max_sequence_length": 64}),
+    "ernie-image": (_ernie_image, _CFG),
+}
+
+FAMILIES: tuple[str, ...] = tuple(_TABLE)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill every weight, also the ones that start at zero, so that no input is without effect."""
+    for name, value in module.named_parameters():
+        noise = torch.randn(value.shape, generator=generator)
+        if value.ndim > 1 and value[0].numel() > 1:
+            value.copy_(GAIN * noise / math.sqrt(value[0].numel()))
+        else:
+            value.copy_(0.1 * noise + name.endswith(("weight", "gamma")))
+    for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.running_mean.copy_(0.3 * torch.randn(norm.running_mean.shape, generator=generator))
+        norm.running_var.copy_(0.5 + torch.rand(norm.running_var.shape, generator=generator))
+
+
+def build(name: str, seed: int = 0) -> d.DiffusionPipeline:
+    """The tiny pipeline of a family, its random weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        pipeline = _TABLE[name][0]()
+    generator = torch.Generator().manual_seed(seed)
+    for _, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            randomise(part.eval().requires_grad_(False), generator)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sampling(name: str) -> dict:
+    """Keyword arguments with which the pipeline of a family draws a small picture in two steps."""
+    return {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pil"} | _TABLE[name][1]
+
+
+def draw(pipeline: d.DiffusionPipeline, name: str, prompt: str) -> torch.Tensor:
+    """The bytes of the picture that a pipeline of the family draws for the prompt."""
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(1), **sampling(name)).images[0]
+    assert picture.size == (64, 64), f"{name}: picture of {picture.size}"
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
