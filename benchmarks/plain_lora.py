@@ -24,9 +24,7 @@ from effilora_diffusion.diffusion.launch import example_settings
 from effilora_diffusion.diffusion.training import Trainer
 
 from .features import Judge, load_judge
-from .subject import OTHER_PROMPTS, PICTURES, draw, drift, settings
-
-METHODS = ("EffiLoRA", "timestep", "static", "1 head")
+from .subject import OTHER_PROMPTS, OURS, PICTURES, draw, drift, settings
 
 
 def prompts() -> list[str]:
@@ -69,7 +67,7 @@ def measure(method: str, seed: int, judge: Judge, base: list[Image.Image]) -> di
 def main() -> None:
     """Print one block per method, and write the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(OURS), choices=OURS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--json", type=Path, help="also write every figure here")
     args = parser.parse_args()

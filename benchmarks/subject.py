@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ import torch
 from PIL import Image
 
 from effilora_diffusion.core import exit_code
-from effilora_diffusion.diffusion.family import EMBEDDED_SAMPLING, load_pipeline
+from effilora_diffusion.diffusion.family import load_pipeline
 from effilora_diffusion.diffusion.launch import example_settings
 from effilora_diffusion.diffusion.sampling import draw_pictures
-from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING, TrainingConfig
 from effilora_diffusion.diffusion.training import Trainer
 
 from . import peft_baseline
@@ -42,28 +41,51 @@ OTHER_PROMPTS = (
     "a noto emoji of mouse face",
 )  # fmt: skip
 PICTURES = 16
+OURS = ("EffiLoRA", "static", "timestep", "1 head")
+"""Variants of the adapter: as it is (token routing), other gates, and one head."""
 RATES = (5e-4, 1e-3, 2e-3)
 
 
-@dataclass
-class BasePictures:
-    """True pictures of the subject, for judging and for training, and the base's before any training."""
+class Reference:
+    """What every run is compared with, by one judge: true pictures of the subject, and the base before any training.
 
-    held_out: list[Image.Image]
-    training: list[Image.Image]
-    subject: list[Image.Image]
-    others: list[Image.Image]
+    Args:
+        judge: describes the pictures.
+        subject: the base's pictures of the subject's prompt.
+        others: the base's pictures of the other prompts.
+
+    Attributes:
+        start: similarity of the base's pictures to the held-out ones.
+        ceiling: similarity of the training pictures to them.
+    """
+
+    def __init__(self, judge: Judge, subject: list[Image.Image], others: list[Image.Image]):
+        self.judge, self.others = judge, others
+        self.held_out = judge.features(open_all(HELD_OUT))
+        self.start = self.similarity(subject)
+        self.ceiling = self.similarity(open_all(Path(str(example_settings()["instance_data_dir"]))))
+
+    def similarity(self, pictures: list[Image.Image]) -> float:
+        """Mean cosine of every picture to every held-out one."""
+        return float((self.judge.features(pictures) @ self.held_out.T).mean())
+
+    def figures(self, pictures: list[Image.Image], others: list[Image.Image]) -> dict[str, float]:
+        """Everything the table shows of one run."""
+        found = self.similarity(pictures)
+        rise, moved = found - self.start, drift(self.judge, self.others, others)
+        return {
+            "similarity": found,
+            "rise": rise,
+            "drift": moved,
+            "rise_of_gap": rise / (self.ceiling - self.start),
+            "drift_of_rise": moved / rise,
+        }
 
 
 def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
     """One picture per prompt, always on the same seeds."""
     seeds = [1000 + index for index in range(len(prompts))]
     return draw_pictures(pipe, prompts, seeds, batch_size=PICTURES, **EMBEDDED_SAMPLING)
-
-
-def similarity(judge: Judge, pictures: list[Image.Image], references: list[Image.Image]) -> float:
-    """Mean cosine of all pairs."""
-    return float((judge.features(pictures) @ judge.features(references).T).mean())
 
 
 def drift(judge: Judge, base: list[Image.Image], adapted: list[Image.Image]) -> float:
@@ -97,15 +119,17 @@ def train(method: str, config: TrainingConfig) -> Any:
 
 
 def measure(
-    method: str, seed: int, rate: float, changes: dict[str, Any], judge: Judge, base: BasePictures
+    method: str, seed: int, rate: float, changes: dict[str, Any], references: dict[str, Reference]
 ) -> dict[str, float]:
-    """Train and judge one method at one seed and learning rate."""
+    """Train one method at one seed and learning rate; every reference's figures, its name behind theirs."""
     with tempfile.TemporaryDirectory() as folder:
         pipe = train(method, settings(method, seed, rate, f"{folder}/run", changes))
     pictures, others = draw_all(pipe)
-    found = figures(judge, base, pictures, others)
-    unsmoothed = figures(load_judge(0.0), base, pictures, others)
-    return found | {f"{name}, unsmoothed": value for name, value in unsmoothed.items()}
+    return {
+        name + suffix: value
+        for suffix, reference in references.items()
+        for name, value in reference.figures(pictures, others).items()
+    }
 
 
 def draw_all(pipe: Any) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -113,37 +137,10 @@ def draw_all(pipe: Any) -> tuple[list[Image.Image], list[Image.Image]]:
     return draw(pipe, [example_settings()["instance_prompt"]] * PICTURES), draw(pipe, list(OTHER_PROMPTS))
 
 
-def figures(
-    judge: Judge, base: BasePictures, pictures: list[Image.Image], others: list[Image.Image]
-) -> dict[str, float]:
-    """Everything the table shows of one run, by one judge."""
-    start, ceiling = bounds(judge, base)
-    found = similarity(judge, pictures, base.held_out)
-    rise, moved = found - start, drift(judge, base.others, others)
-    return {
-        "similarity": found,
-        "rise": rise,
-        "drift": moved,
-        "rise_of_gap": rise / (ceiling - start),
-        "drift_of_rise": moved / rise,
-    }
-
-
-def bounds(judge: Judge, base: BasePictures) -> tuple[float, float]:
-    """Similarity to the held-out pictures of the base's pictures and of the training pictures."""
-    return similarity(judge, base.subject, base.held_out), similarity(judge, base.training, base.held_out)
-
-
-def base_pictures() -> BasePictures:
-    """What every run is compared with."""
-    training = open_all(Path(str(example_settings()["instance_data_dir"])))
-    return BasePictures(open_all(HELD_OUT), training, *draw_all(load_pipeline(None)))
-
-
 def main() -> None:
     """Choose each method's learning rate on the first seed, then measure all seeds; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["EffiLoRA", "PEFT LoRA"])
+    parser.add_argument("--methods", nargs="+", default=["EffiLoRA", "PEFT LoRA"], choices=(*OURS, "PEFT LoRA"))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
@@ -153,14 +150,15 @@ def main() -> None:
     args = parser.parse_args()
     changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
     torch.manual_seed(0)
-    judge, base = load_judge(), base_pictures()
-    start, ceiling = bounds(judge, base)
+    base = draw_all(load_pipeline(None))
+    references = {"": Reference(load_judge(), *base), ", unsmoothed": Reference(load_judge(0.0), *base)}
+    start, ceiling = references[""].start, references[""].ceiling
     print(f"base {start:.3f}, held-out against training {ceiling:.3f}, gap {ceiling - start:.3f}", flush=True)
     results: dict[str, Any] = {"base": start, "ceiling": ceiling}
     for method in args.methods:
-        sweep = {rate: measure(method, args.seeds[0], rate, changes, judge, base) for rate in args.rates}
+        sweep = {rate: measure(method, args.seeds[0], rate, changes, references) for rate in args.rates}
         best = max(sweep, key=lambda rate: sweep[rate]["rise"] - sweep[rate]["drift"])
-        runs = [sweep[best], *(measure(method, seed, best, changes, judge, base) for seed in args.seeds[1:])]
+        runs = [sweep[best], *(measure(method, seed, best, changes, references) for seed in args.seeds[1:])]
         results[method] = {"rate": best, "runs": runs, "sweep": {str(rate): found for rate, found in sweep.items()}}
         cells = []
         for name in ("similarity", "rise_of_gap", "drift", "drift_of_rise", "rise_of_gap, unsmoothed",

@@ -61,9 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Draw ``num_images`` pictures; each PNG carries its parameters."""
-    from .diffusion.family import EMBEDDED_BASE, EMBEDDED_SAMPLING, load_pipeline
+    from .diffusion.family import EMBEDDED_BASE, load_pipeline
     from .diffusion.loading import adapter_path, load_adapter
     from .diffusion.sampling import draw_pictures, save_png
+    from .diffusion.settings import EMBEDDED_SAMPLING
 
     if args.num_images < 1 or (args.num_inference_steps is not None and args.num_inference_steps < 1):
         raise EffiLoRAError("--num_images and --num_inference_steps must be at least 1")

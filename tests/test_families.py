@@ -37,4 +37,8 @@ def test_every_targeted_projection_belongs_to_one_site(name):
     found = [path for site in adapter.sites for path, _ in site.maps]
     named = [path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     assert sorted(found) == sorted(path for path in named if is_target(path, config.target_modules))
-    assert len(adapter.sites) < len(found)  # q, k and v share
+    named_maps = [[path.rpartition(".")[2] for path, _ in site.maps] for site in adapter.sites]
+    shared = [names for names in named_maps if "to_v" in names or "add_v_proj" in names]
+    assert shared
+    for names in shared:  # one code for every projection of one input
+        assert "add_k_proj" in names if "add_v_proj" in names else "to_k" in names

@@ -24,13 +24,13 @@ from benchmarks import features
 from benchmarks.features import Judge, load_judge
 from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.errors import EffiLoRAError
+from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING
 
 from . import icons as icons_module
 from .icons import BACKGROUNDS, SIZE, STYLES, Icon, caption, composite, judged_concepts, load_icons
 from .train_vae import held_out_pictures, psnr
 
-STEPS = 25
-GUIDANCE = 2.0
+STEPS, GUIDANCE = EMBEDDED_SAMPLING["steps"], EMBEDDED_SAMPLING["guidance_scale"]
 PROMPTS = 200
 QUICK_PROMPTS = 60
 BATCH = 25

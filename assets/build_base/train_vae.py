@@ -142,7 +142,7 @@ def main() -> None:
                 )
     with ema.applied(vae):
         vae.save_pretrained(args.work / "vae")
-        if (args.work / "pipeline").is_dir():
+        if args.decoder_only and (args.work / "pipeline").is_dir():
             install(vae, args.work / "pipeline")
 
 

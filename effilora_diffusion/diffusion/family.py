@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..core import EffiLoRAError
 
 EMBEDDED_BASE = "the embedded base"
-EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
-"""Sampling that suits the embedded base; other models have defaults of their own."""
 
 
 def embedded_base() -> Path:

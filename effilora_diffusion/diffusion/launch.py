@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import EffiLoRAError, exit_code
-from .settings import parse_arguments
+from .settings import EMBEDDED_SAMPLING, parse_arguments
 
 EXAMPLE_CLASS_PROMPTS = (
     "a noto emoji of cat face",
@@ -54,8 +54,8 @@ def example_settings() -> dict[str, Any]:
             "a noto emoji of fox",
         ],
         "num_validation_images": 5,
-        "validation_inference_steps": 25,
-        "validation_guidance_scale": 2.0,
+        "validation_inference_steps": EMBEDDED_SAMPLING["steps"],
+        "validation_guidance_scale": EMBEDDED_SAMPLING["guidance_scale"],
         "sample_batch_size": 16,
     }
 

@@ -45,6 +45,9 @@ NOT_SUPPORTED = {
 """Flags of diffusers' script that would change the result: refused with the reason."""
 
 
+EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
+"""Sampling that suits the embedded base; other models have defaults of their own."""
+
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 """Schedules of the learning rate that are functions of the step."""
 
