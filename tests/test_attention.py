@@ -23,7 +23,6 @@ from effilora_diffusion.diffusion.attention import (
     detach,
     find_sites,
     is_effilora_processor,
-    with_feed_forward,
 )
 
 ROUTINGS = ["token", "static", "timestep"]
@@ -351,9 +350,7 @@ def test_a_deep_copy_stands_alone(routing):
 def test_feed_forward_layers_are_adapted_on_request():
     unet = tiny_unet()
     plain = EffiLoRAConfig()
-    config = with_feed_forward(plain)
-    assert with_feed_forward(config) == config
-    assert config.reducer == plain.reducer
+    config = EffiLoRAConfig(target_modules=("attention", "feed_forward"))
     extra = {site.name for site in find_sites(unet, config)} - {site.name for site in find_sites(unet, plain)}
     assert extra == {path for path, _ in unet.named_modules() if path.endswith(("ff.net.0.proj", "ff.net.2"))}
     assert len(extra) == 8

@@ -28,12 +28,17 @@ def test_fused_projections_are_refused_before_attaching():
     assert_same(unet, before)
 
 
-def test_fusing_after_attaching_is_noticed_and_unfusing_mends_it():
+def test_fusing_under_an_adapter_is_refused_and_leaves_the_model_as_it_was():
     unet = tiny_unet()
-    attached(unet)
+    adapter = attached(unet)
     adapted = run(unet)
+    with pytest.raises(EffiLoRAError, match="merge the adapter first, or detach it"):
+        unet.fuse_qkv_projections()
+    assert torch.equal(run(unet), adapted)
+    adapter.enabled = False
     unet.fuse_qkv_projections()
-    with pytest.raises(EffiLoRAError, match="fused"):
+    adapter.enabled = True
+    with pytest.raises(EffiLoRAError, match="unfuse_qkv_projections"):
         run(unet)
     unet.unfuse_qkv_projections()
     torch.testing.assert_close(run(unet), adapted)

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.core.config import ATTENTION_TARGETS
 from effilora_diffusion.diffusion.settings import (
     NOT_NEEDED,
     NOT_SUPPORTED,
@@ -72,7 +71,7 @@ def test_defaults_are_those_of_diffusers():
 def test_default_adapter_has_the_paper_s_three_routed_heads_on_attention():
     adapter = TrainingConfig().adapter_config()
     assert (adapter.rank, adapter.heads, adapter.routing, adapter.a_sharing) == (4, 3, "token", "width")
-    assert adapter.target_modules == ATTENTION_TARGETS
+    assert adapter.target_modules == ("attention",)
     assert adapter.reducer.mode == "off"
 
 
@@ -94,7 +93,7 @@ def test_adapter_settings_reach_the_adapter():
     ).adapter_config()
     assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.heads) == (8, 4.0, 0.2, 2)
     assert (adapter.routing, adapter.a_sharing) == ("static", "slice")
-    assert adapter.target_modules == ("to_q", "ff.net.0.proj", "ff.net.2")
+    assert adapter.target_modules == ("to_q", "feed_forward")
     reducer = adapter.reducer
     assert (reducer.mode, reducer.active, reducer.interval, reducer.warmup) == ("random", 0.25, 3, 7)
     assert reducer.train_shared is True

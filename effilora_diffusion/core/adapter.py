@@ -55,7 +55,7 @@ class EffiLoRA(nn.Module):
         self.config = config
         self.sites = tuple(sites)
         if not self.sites:
-            raise EffiLoRAError(f"no linear layer of the model ends in one of {list(config.target_modules)}")
+            raise EffiLoRAError(f"the model has no linear layer of the target_modules {list(config.target_modules)}")
         self.strength = 1.0
         self.enabled = True
         self.merged = False

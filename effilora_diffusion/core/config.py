@@ -16,8 +16,25 @@ ROUTINGS = ("token", "static", "timestep")
 A_SHARINGS = ("width", "slice")
 SCALINGS = ("standard", "rslora")
 REDUCER_MODES = ("importance", "random", "off")
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
+TARGET_GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("to_q", "to_k", "to_v", "to_out.0", "to_out", "to_gate"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # joint attention: the text's own projections
+        *("to_q_t", "to_k_t", "to_v_t", "to_out_t"),
+        *("to_query", "to_key", "to_value", "*_attention.out_layer"),
+        *("to_qkv", "to_kv", "to_qkv_mlp_proj", "img_qkv_proj", "txt_kv_proj"),  # projections that are always fused
+        *("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj"),
+        *("q_img", "k_img", "v_img"),
+    ),
+    "feed_forward": (
+        *("ff*.net.0.proj", "ff*.net.2", "*_mlp.net.0.proj", "*_mlp.net.2"),
+        *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
+        *("ff*.linear_in", "ff*.linear_out", "ff*.linear_1", "ff*.linear_2", "ff*.out_projection"),
+        *("feed_forward.w*", "feed_forward.linear_*", "ff.gate", "ff.up", "ff.down"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.linear_fc2"),
+    ),
+}
+"""Names for usual sets of linear layers, as they are called in the models of diffusers."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -81,7 +98,8 @@ class EffiLoRAConfig:
         routing: ``"token"`` softmax(G A x) per token (the paper), ``"static"`` learned gates without input,
             ``"timestep"`` gates from the noise level only.
         a_sharing: ``"width"`` one A per input width, ``"slice"`` one A of the largest width whose columns are sliced.
-        target_modules: name endings of the linear layers to adapt.
+        target_modules: what to adapt: groups (:data:`TARGET_GROUPS`) and name endings of linear layers; ``*`` stands for
+            any part of a name between two dots.
         dropout: probability of dropping an element of the adapter's input while training.
         scaling: ``"standard"`` or ``"rslora"`` (arXiv 2312.03732).
     """
@@ -91,7 +109,7 @@ class EffiLoRAConfig:
     heads: int = 3
     routing: str = "token"
     a_sharing: str = "width"
-    target_modules: tuple[str, ...] = ATTENTION_TARGETS
+    target_modules: tuple[str, ...] = ("attention",)
     dropout: float = 0.0
     scaling: str = "standard"
     reducer: ReducerConfig = field(default_factory=ReducerConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .config import TARGET_GROUPS
 from .errors import EffiLoRAError
 
 _BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
@@ -69,8 +71,15 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_target(path: str, targets: Iterable[str]) -> bool:
-    """Whether ``path`` is, or ends in, one of the target names."""
-    return any(path == target or path.endswith("." + target) for target in targets)
+    """Whether ``path`` is, or ends in, one of the target names; groups of :data:`TARGET_GROUPS` stand for theirs."""
+    return _pattern(tuple(targets)).search(path) is not None
+
+
+@functools.cache
+def _pattern(targets: tuple[str, ...]) -> re.Pattern[str]:
+    names = [name for target in targets for name in TARGET_GROUPS.get(target, (target,))]
+    endings = "|".join(re.escape(name).replace(r"\*", "[^.]*") for name in names)
+    return re.compile(rf"(?:^|\.)(?:{endings})$")
 
 
 def single_sites(model: nn.Module, targets: Iterable[str], taken: Iterable[str] = ()) -> list[Site]:

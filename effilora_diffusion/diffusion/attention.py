@@ -14,29 +14,43 @@ import logging
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site
 from ..core import attach as attach_maps
 from ..core import detach as detach_maps
 from ..core.attach import HOST_ATTRIBUTE, SCOPE_ATTRIBUTE, Scope, adapters_of
-from ..core.config import FEED_FORWARD_TARGETS
 from ..core.sites import is_target, layer_of, single_sites, widths
 
 logger = logging.getLogger(__name__)
 
 
+_SAME_INPUT = (
+    ("to_q", "to_k", "to_v", "to_gate"),
+    ("to_out.0",),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("to_q_t", "to_k_t", "to_v_t"),
+    ("to_query", "to_key", "to_value"),
+)
+"""Projections that read one input (in cross-attention, key and value read another one than the rest)."""
+
+
 def is_attention(module: nn.Module) -> bool:
-    """Whether ``module`` calls a processor on query and key projections."""
-    return callable(getattr(module, "set_processor", None)) and isinstance(getattr(module, "to_q", None), nn.Module)
+    """Whether ``module`` computes attention through a processor and has linear projections of its own."""
+    if not callable(getattr(module, "set_processor", None)) or getattr(module, "processor", None) is None:
+        return False
+    return any(widths(part) is not None for part in module.modules())
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether an attention computes q, k and v in one fused projection.
+    """Whether ``fuse_qkv_projections`` has replaced the attention's q, k and v by one projection.
 
-    Its processor is asked: ``unfuse_qkv_projections`` puts that back but leaves ``fused_projections`` true.
+    The older ``Attention`` is asked by its processor: unfusing puts that back but leaves ``fused_projections`` true.
+    Projections that a model has fused from the start are ordinary targets.
     """
-    return bool(getattr(module, "fused_projections", False)) and "Fused" in type(module.processor).__name__
+    fused = bool(getattr(module, "fused_projections", False))
+    return fused and (not isinstance(module, Attention) or "Fused" in type(module.processor).__name__)
 
 
 def find_sites(model: nn.Module, config: EffiLoRAConfig) -> list[Site]:
@@ -48,27 +62,37 @@ def find_sites(model: nn.Module, config: EffiLoRAConfig) -> list[Site]:
     sites: list[Site] = []
     for path, module in model.named_modules():
         if is_attention(module):
-            cross = bool(getattr(module, "is_cross_attention", False))
-            image = (("to_q",), ("to_k", "to_v")) if cross else (("to_q", "to_k", "to_v"),)
-            for group in (*image, ("to_out.0",), ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)):
-                site = _site(module, path, group, config)
-                if site is not None:
-                    sites.append(site)
+            for group in _input_groups(module):
+                sites += _shared_sites(module, path, group, config)
     taken = [path for site in sites for path, _ in site.maps]
     return sites + single_sites(model, config.target_modules, taken)
 
 
-def _site(module: nn.Module, path: str, group: tuple[str, ...], config: EffiLoRAConfig) -> Site | None:
-    maps, width = [], 0
-    for name in group:
+def _input_groups(module: nn.Module) -> list[tuple[str, ...]]:
+    """Names of the attention's linear layers, those that read one input together."""
+    cross = bool(getattr(module, "is_cross_attention", False))
+    groups: list[tuple[str, ...]] = []
+    for names in _SAME_INPUT:
+        groups += [(names[0], *names[3:]), names[1:3]] if cross else [names]
+    known = {name for names in groups for name in names}
+    others = [name for name, part in module.named_modules() if name not in known and widths(part) is not None]
+    return groups + [(name,) for name in others]
+
+
+def _shared_sites(module: nn.Module, path: str, names: tuple[str, ...], config: EffiLoRAConfig) -> list[Site]:
+    """The site of the maps ``names`` of one attention; one each where their inputs differ in width."""
+    by_width: dict[int, list[tuple[str, int]]] = {}
+    for name in names:
         child = _child(module, name)
         size = widths(child) if child is not None else None
         if size is not None and is_target(f"{path}.{name}", config.target_modules):
-            maps.append((f"{path}.{name}", size[1]))
-            width = size[0]
-    if not maps:
-        return None
-    return Site(f"{path}.{'_'.join(name.removeprefix('to_') for name in group)}", layer_of(path), width, tuple(maps))
+            by_width.setdefault(size[0], []).append((name, size[1]))
+    sites = []
+    for width, maps in by_width.items():
+        label = "_".join(name.removeprefix("to_") for name, _ in maps)
+        paths = tuple((f"{path}.{name}", outputs) for name, outputs in maps)
+        sites.append(Site(f"{path}.{label}", layer_of(path), width, paths))
+    return sites
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
@@ -76,12 +100,6 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
         return module.get_submodule(name)
     except AttributeError:
         return None
-
-
-def with_feed_forward(config: EffiLoRAConfig) -> EffiLoRAConfig:
-    """The same configuration with the feed-forward layers as further targets."""
-    targets = dict.fromkeys((*config.target_modules, *FEED_FORWARD_TARGETS))
-    return EffiLoRAConfig(**{**config.__dict__, "target_modules": tuple(targets)})
 
 
 def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0) -> EffiLoRA:
@@ -172,6 +190,25 @@ def _restore_processors(model: nn.Module) -> None:
             delattr(module, SCOPE_ATTRIBUTE)
 
 
+_FUSED = (
+    "the model's q, k and v projections {when} while an adapter is attached, which would bypass it: "
+    "{remedy}merge the adapter first, or detach it"
+)
+
+
+class FuseGuard:
+    """Stands in for the host's ``fuse_qkv_projections`` while adapters are attached."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self) -> None:
+        """Fuse if no adapter acts; else raise :class:`EffiLoRAError`."""
+        if any(adapter.acts for adapter in adapters_of(self.model).values()):
+            raise EffiLoRAError(_FUSED.format(when="can't be fused", remedy=""))
+        type(self.model).fuse_qkv_projections(self.model)  # type: ignore[operator]
+
+
 class HostCheck:
     """Pre-hook of the host: whatever replaced processors since the last call is wrapped again, and said."""
 
@@ -186,8 +223,10 @@ class HostCheck:
             if is_attention(part):
                 if is_fused(part) and any(adapter.acts for adapter in adapters_of(module).values()):
                     raise EffiLoRAError(
-                        "the model's q, k and v projections were fused after the adapter was attached, which would "
-                        "bypass it: call unfuse_qkv_projections(), or merge the adapter first"
+                        _FUSED.format(
+                            when="were fused",
+                            remedy="call unfuse_qkv_projections() (or unfuse_projections() of the attention), ",
+                        )
                     )
                 replaced += not is_effilora_processor(part.processor)
         if replaced:
@@ -215,6 +254,8 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
         check = HostCheck()
         check.handle = model.register_forward_pre_hook(check)
         getattr(model, HOST_ATTRIBUTE).check = check
+        if hasattr(type(model), "fuse_qkv_projections"):
+            model.__dict__["fuse_qkv_projections"] = FuseGuard(model)
     return adapter
 
 
@@ -224,4 +265,5 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     detach_maps(model, name)
     if host is not None and not adapters_of(model):
         host.check.handle.remove()
+        model.__dict__.pop("fuse_qkv_projections", None)
         _restore_processors(model)

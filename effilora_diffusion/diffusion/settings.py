@@ -16,7 +16,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..core import EffiLoRAConfig, EffiLoRAError, ReducerConfig
-from ..core.config import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 
 NOT_NEEDED = {
     "dataloader_num_workers": "latents are cached, nothing is loaded while training",
@@ -98,7 +97,7 @@ class TrainingConfig:
     heads: int = option(3, "B heads per adapted layer; 1 is plain LoRA with a shared A")
     routing: str = option("token", "what the gates of the heads depend on", ("token", "static", "timestep"))
     a_sharing: str = option("width", "one A per input width, or one sliced A", ("width", "slice"))
-    target_modules: list[str] = option(list(ATTENTION_TARGETS), "name endings of the linear layers to adapt")
+    target_modules: list[str] = option(["attention"], "groups (attention, feed_forward) and name endings to adapt")
     adapt_feed_forward: bool = option(False, "adapt the feed-forward layers too")
     reducer: str = option("off", "which layers' heads are trained", ("importance", "random", "off"))
     reducer_active: float = option(0.5, "share of the layers trained per step")
@@ -176,7 +175,7 @@ class TrainingConfig:
 
     def adapter_config(self) -> EffiLoRAConfig:
         """The adapter these settings describe."""
-        extra = FEED_FORWARD_TARGETS if self.adapt_feed_forward else ()
+        extra = ("feed_forward",) if self.adapt_feed_forward else ()
         return EffiLoRAConfig(
             rank=self.rank,
             alpha=self.lora_alpha,
