@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from effilora_diffusion.diffusion.batches import Batch, BatchDrawer, ExampleSource
+from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource, batch_loss
 from effilora_diffusion.diffusion.data import scan_pictures
-from effilora_diffusion.diffusion.family import StableDiffusionFamily, load_pipeline
-from effilora_diffusion.diffusion.objective import denoising_losses, snr_weights, training_target
+from effilora_diffusion.diffusion.families import Family, make_family
+from effilora_diffusion.diffusion.pipelines import load_base
 from effilora_diffusion.diffusion.prior import class_examples
 from effilora_diffusion.diffusion.settings import TrainingConfig
-from effilora_diffusion.diffusion.setup import learning_rates
+from effilora_diffusion.diffusion.setup import learning_rates, make_objective
 
 
 def inject(unet: torch.nn.Module, rank: int, alpha: float | None = None) -> list[torch.nn.Parameter]:
@@ -25,23 +25,12 @@ def inject(unet: torch.nn.Module, rank: int, alpha: float | None = None) -> list
     return [p for p in unet.parameters() if p.requires_grad]
 
 
-def loss_of(family: StableDiffusionFamily, batch: Batch, config: TrainingConfig) -> torch.Tensor:
-    """The loss of our training loop, for any adapter inside the family's model."""
-    scheduler = family.noise_scheduler
-    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    predicted = family.predict(noisy, batch.timesteps, batch.states)
-    target = training_target(scheduler, batch.latents, batch.noise, batch.timesteps)
-    losses = denoising_losses(predicted, target, snr_weights(scheduler, batch.timesteps, config.snr_gamma))
-    loss = losses[: batch.instances].mean()
-    if len(losses) > batch.instances:
-        loss = loss + config.prior_loss_weight * losses[batch.instances :].mean()
-    return loss
-
-
-def train(config: TrainingConfig) -> StableDiffusionFamily:
+def train(config: TrainingConfig) -> Family:
     """Train a PEFT LoRA with the settings of ``config`` (its rank, not its heads); returns the adapted model."""
     torch.manual_seed(config.seed)
-    family = StableDiffusionFamily(load_pipeline(config.pretrained_model_name_or_path), torch.device("cpu"))
+    device = torch.device("cpu")
+    family = make_family(load_base(config), device)
+    objective = make_objective(config, family)
     examples, _ = scan_pictures(Path(str(config.instance_data_dir)), config.instance_prompt)
     prior = class_examples(family, config, print) if config.with_prior_preservation else []
     sources = [
@@ -52,8 +41,7 @@ def train(config: TrainingConfig) -> StableDiffusionFamily:
         if source is not None:
             source.fill()
     assert sources[0] is not None
-    count = family.noise_scheduler.config.num_train_timesteps
-    drawer = BatchDrawer(config, sources[0], sources[1], count)
+    drawer = BatchDrawer(family, objective, sources[0], sources[1])
     parameters = inject(family.model, config.rank, config.lora_alpha)
     optimizer = torch.optim.AdamW(
         parameters,
@@ -67,7 +55,8 @@ def train(config: TrainingConfig) -> StableDiffusionFamily:
     for step in range(config.max_train_steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        loss_of(family, drawer.draw(step * config.train_batch_size, config.train_batch_size), config).backward()
+        batch = drawer.draw(step * config.train_batch_size, config.train_batch_size)
+        batch_loss(family, objective, batch, device, config.prior_loss_weight).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -19,8 +19,8 @@ from PIL import Image
 
 from effilora_diffusion import load_adapter, remove_adapter
 from effilora_diffusion.core import exit_code
-from effilora_diffusion.diffusion.family import load_pipeline
 from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training import Trainer
 
 from .features import Judge, load_judge

@@ -19,7 +19,7 @@ import torch
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig
 from effilora_diffusion.core import Reducer, exit_code
 from effilora_diffusion.diffusion import attention
-from effilora_diffusion.diffusion.family import load_pipeline
+from effilora_diffusion.diffusion.pipelines import load_pipeline
 
 from .peft_baseline import inject
 

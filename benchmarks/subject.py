@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from effilora_diffusion.core import exit_code
-from effilora_diffusion.diffusion.family import load_pipeline
 from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.pipelines import load_pipeline
 from effilora_diffusion.diffusion.sampling import draw_pictures
 from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING, TrainingConfig
 from effilora_diffusion.diffusion.training import Trainer

@@ -61,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Draw ``num_images`` pictures; each PNG carries its parameters."""
-    from .diffusion.family import EMBEDDED_BASE, load_pipeline
     from .diffusion.loading import adapter_path, load_adapter
+    from .diffusion.pipelines import EMBEDDED_BASE, load_pipeline
     from .diffusion.sampling import draw_pictures, save_png
     from .diffusion.settings import EMBEDDED_SAMPLING
 

@@ -18,9 +18,24 @@ WIDTH = 32
 
 ARGUMENTS = {
     **dict.fromkeys(
-        ("query_dim", "dim", "hidden_size", "width", "pair_width", "context_dim", "q_dim", "kv_dim", "d_model",
-         "in_dim", "out_dim", "num_channels", "channels", "added_kv_proj_dim"), WIDTH
-    ),  # fmt: skip
+        (
+            "query_dim",
+            "dim",
+            "hidden_size",
+            "width",
+            "pair_width",
+            "context_dim",
+            "q_dim",
+            "kv_dim",
+            "d_model",
+            "in_dim",
+            "out_dim",
+            "num_channels",
+            "channels",
+            "added_kv_proj_dim",
+        ),
+        WIDTH,
+    ),
     **dict.fromkeys(("heads", "num_heads", "num_attention_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("dim_head", "head_dim", "attention_head_dim"), WIDTH // 2),
     **dict.fromkeys(("attention_bias", "use_pair", "single"), False),

@@ -4,15 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from helpers import files_in, make_subject, settings, sharp_pipeline, trainer
 
-from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource
 from effilora_diffusion.diffusion.data import scan_pictures
-from effilora_diffusion.diffusion.family import StableDiffusionFamily, load_pipeline
-from effilora_diffusion.diffusion.objective import denoising_losses, snr_weights, training_target
+from effilora_diffusion.diffusion.families import make_family
+from effilora_diffusion.diffusion.objective import DDPMObjective
 from effilora_diffusion.diffusion.pictures import load_picture
+from effilora_diffusion.diffusion.pipelines import load_pipeline
 from effilora_diffusion.diffusion.prior import class_examples
 
 CAPTIONS = ("red", "green", "blue", "grey", "pink")
@@ -25,7 +24,15 @@ def model(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def family(model):
-    return StableDiffusionFamily(load_pipeline(str(model)), torch.device("cpu"))
+    return make_family(load_pipeline(str(model)), torch.device("cpu"))
+
+
+def drawer_of(source, steps=1000):
+    return BatchDrawer(source.family, DDPMObjective({"num_train_timesteps": steps}), source)
+
+
+def text_states(family, prompt):
+    return family.encode_prompt(prompt)["encoder_hidden_states"]
 
 
 def source_of(family, folder, **options):
@@ -45,14 +52,16 @@ def filled(family, examples, **options):
 
 def test_every_drawn_picture_comes_with_its_own_caption(family, tmp_path):
     source, examples = source_of(family, make_subject(tmp_path / "s", 5, captions=CAPTIONS))
-    drawer = BatchDrawer(source.config, source, None, 1000)
+    drawer = drawer_of(source)
     own = {example.path.name: filled(family, [example]).draw(0)[0] for example in examples}
-    texts = {example.path.name: family.encode_prompts([example.caption])[0] for example in examples}
+    texts = {example.path.name: text_states(family, example.caption) for example in examples}
     assert [example.caption for example in examples] == list(CAPTIONS)
     seen = []
     for first in range(0, 20, 2):
         batch = drawer.draw(first, 2)
-        for latents, states, name in zip(batch.latents, batch.states, batch.names, strict=True):
+        for latents, states, name in zip(
+            batch.latents, batch.conditions["encoder_hidden_states"], batch.names, strict=True
+        ):
             assert torch.allclose(latents, own[name], atol=1e-2)
             assert torch.equal(states, texts[name])
             seen.append(name)
@@ -68,9 +77,10 @@ def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path)
     source = filled(family, first + second)
     found = {}
     for position in range(2):
-        latents, states, name = source.draw(position)
+        latents, conditions, name = source.draw(position)
         assert name == "0.png"
-        caption = next(c for c in ("red", "blue") if torch.equal(states, family.encode_prompts([c])[0]))
+        states = conditions["encoder_hidden_states"]
+        caption = next(c for c in ("red", "blue") if torch.equal(states, text_states(family, c)))
         found[caption] = latents
     for caption, examples in (("red", first), ("blue", second)):
         alone = filled(family, examples).draw(0)[0]
@@ -111,11 +121,11 @@ def test_draws_depend_on_seed_and_position_alone(family, tmp_path):
     drawers = []
     for seed in (0, 0, 1):
         source, _ = source_of(family, folder, seed=seed)
-        drawers.append(BatchDrawer(source.config, source, None, 1000))
+        drawers.append(drawer_of(source))
     drawers[0].draw(0, 3)  # what was drawn before does not matter
     one, two, other = (drawer.draw(4, 2) for drawer in drawers)
     alone = drawers[0].draw(5, 1)
-    for field in ("latents", "states", "noise", "timesteps"):
+    for field in ("latents", "noise", "timesteps"):
         assert torch.equal(getattr(one, field), getattr(two, field))
         assert torch.equal(getattr(one, field)[1:], getattr(alone, field))
     assert not torch.equal(one.noise, other.noise)
@@ -125,7 +135,7 @@ def test_draws_depend_on_seed_and_position_alone(family, tmp_path):
 
 def test_timesteps_cover_the_whole_schedule(family, tmp_path):
     source, _ = source_of(family, make_subject(tmp_path / "s", 2))
-    drawer = BatchDrawer(source.config, source, None, 10)
+    drawer = drawer_of(source, 10)
     drawn = torch.cat([drawer.draw(position, 8).timesteps for position in range(0, 160, 8)])
     assert sorted(set(drawn.tolist())) == list(range(10))
 
@@ -193,8 +203,10 @@ def test_class_pictures_stand_behind_the_instances_with_their_own_prompt(model, 
     assert len(batch.names) == len(batch.latents) == len(batch.noise) == len(batch.timesteps) == 4
     folders = [tmp_path / "class" if index >= 2 else subject for index in range(4)]
     assert all((folder / name).exists() for folder, name in zip(folders, batch.names, strict=True))
-    for states, prompt in zip(batch.states, ("a sks cat", "a sks cat", "a dog", "a dog"), strict=True):
-        assert torch.equal(states, run.family.encode_prompts([prompt])[0])
+    for states, prompt in zip(
+        batch.conditions["encoder_hidden_states"], ("a sks cat", "a sks cat", "a dog", "a dog"), strict=True
+    ):
+        assert torch.equal(states, text_states(run.family, prompt))
     assert not torch.equal(batch.noise[:2], batch.noise[2:])
 
 
@@ -211,54 +223,18 @@ def test_prior_preservation_adds_the_weighted_class_loss(model, tmp_path, gamma)
     with torch.no_grad():
         for row in range(4):
             time = batch.timesteps[row]
-            alpha = run.family.noise_scheduler.alphas_cumprod[time]
+            alpha = run.objective.scheduler.alphas_cumprod[time]
             noisy = alpha.sqrt() * batch.latents[row] + (1 - alpha).sqrt() * batch.noise[row]
             target = alpha.sqrt() * batch.noise[row] - (1 - alpha).sqrt() * batch.latents[row]
-            found = run.family.pipe.unet(noisy[None], time, batch.states[row][None]).sample[0]
+            found = run.family.pipe.unet(
+                noisy[None], time, batch.conditions["encoder_hidden_states"][row][None]
+            ).sample[0]
             snr = alpha / (1 - alpha)
             weight = 1 if gamma is None else min(snr, gamma) / (snr + 1)
             losses.append(float(weight * (found - target).square().mean()))
         total = float(run._loss(batch))
     assert total == pytest.approx((losses[0] + losses[1]) / 2 + 0.3 * (losses[2] + losses[3]) / 2, rel=1e-4)
     assert abs(losses[2] + losses[3]) > 1e-3
-
-
-def scheduler(prediction_type):
-    """Three steps with cumulative alphas 1/2, 1/4 and 1/8: signal to noise 1, 1/3 and 1/7."""
-    return DDPMScheduler(num_train_timesteps=3, trained_betas=[0.5, 0.5, 0.5], prediction_type=prediction_type)
-
-
-def test_targets_are_the_noise_or_the_velocity():
-    latents, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 3.0)
-    times = torch.tensor([0, 1])
-    assert training_target(scheduler("epsilon"), latents, noise, times).flatten().tolist() == [3.0, 3.0]
-    found = training_target(scheduler("v_prediction"), latents, noise, times).flatten().tolist()
-    assert found == pytest.approx([0.5**0.5 * 3 - 0.5**0.5 * 2, 0.25**0.5 * 3 - 0.75**0.5 * 2])
-    with pytest.raises(EffiLoRAError, match="'sample' can't be trained"):
-        training_target(scheduler("sample"), latents, noise, times)
-
-
-@pytest.mark.parametrize(
-    ("kind", "gamma", "expected"),
-    [
-        ("epsilon", None, [1, 1, 1]),
-        ("epsilon", 0.5, [0.5, 1, 1]),
-        ("epsilon", 0.2, [0.2, 0.6, 1]),
-        ("v_prediction", None, [1, 1, 1]),
-        ("v_prediction", 5.0, [1 / 2, 1 / 4, 1 / 8]),
-        ("v_prediction", 0.2, [0.2 / 2, 0.2 / (4 / 3), 1 / 8]),
-    ],
-)
-def test_min_snr_weights_are_the_paper_s(kind, gamma, expected):
-    found = snr_weights(scheduler(kind), torch.tensor([0, 1, 2]), gamma)
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_of_a_sample_is_its_weighted_mean_square_in_float():
-    predicted = torch.tensor([[1.0, 3.0], [0.0, 0.0]], dtype=torch.bfloat16)
-    found = denoising_losses(predicted, torch.zeros(2, 2), torch.tensor([0.5, 1.0]))
-    assert found.tolist() == [2.5, 0.0]
-    assert found.dtype == torch.float32
 
 
 def gradients_of_first_step(model, subject, output, monkeypatch, **options):

@@ -11,8 +11,8 @@ from assets.build_base.evaluate import background_of
 from assets.build_base.icons import BACKGROUNDS
 from effilora_diffusion import load_adapter, remove_adapter
 from effilora_diffusion.cli import main
-from effilora_diffusion.diffusion.family import embedded_base, load_pipeline
 from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.pipelines import embedded_base, load_pipeline
 from effilora_diffusion.diffusion.sampling import draw_pictures
 from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING, TrainingConfig
 from effilora_diffusion.diffusion.training import Trainer

@@ -1,15 +1,88 @@
-"""Adapters on the denoisers of every family, in the families' own pipelines: exact until trained, exact when gone."""
+"""Every family from its folder to a trained adapter and back: in the loop, in its own pipeline, and as plain LoRA."""
+
+from functools import cache, partial
 
 import pytest
 import torch
+from helpers import make_subject, trainer
 from tiny_families import FAMILIES, build, draw
 
-from effilora_diffusion import EffiLoRAConfig
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, load_adapter
+from effilora_diffusion.core import adapters_of
 from effilora_diffusion.core.sites import is_target
+from effilora_diffusion.diffusion import families
 from effilora_diffusion.diffusion.attention import attach, create_adapter, detach
+from effilora_diffusion.diffusion.families import family_class, make_family
+from effilora_diffusion.diffusion.inspection import inspect_adapter
 from effilora_diffusion.diffusion.loading import component_of
+from effilora_diffusion.diffusion.pipelines import load_pipeline
+from effilora_diffusion.diffusion.training import CALIBRATION_BATCHES
 
 PROMPT = "a red cat on a table"
+
+LEARNED = {
+    "resolution": 64,
+    "train_batch_size": 2,
+    "max_train_steps": 30,
+    "learning_rate": 3e-2,
+    "adapt_feed_forward": True,
+    "num_validation_images": 0,
+}
+"""Thirty steps in which a transformer of random weights learns something."""
+
+WITHOUT_GRADIENT = {
+    "sd3": ("transformer_blocks.1.attn.add_q_proj",),
+    "sd35": ("transformer_blocks.1.attn.add_q_proj",),
+    "qwen-image": (
+        "transformer_blocks.1.attn.add_q_proj",
+        "transformer_blocks.1.attn.to_add_out",
+        "transformer_blocks.1.txt_mlp.net.0.proj",
+        "transformer_blocks.1.txt_mlp.net.2",
+    ),
+}
+"""Projections of the last block's text stream: nothing after them reaches the picture."""
+
+WITHOUT_LOADER = ("pixart-alpha", "pixart-sigma", "hunyuandit", "ovis-image")
+"""Pipelines that have no ``load_lora_weights`` in diffusers."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A function that gives the saved pipeline of a family, written once."""
+
+    @cache
+    def folder(name):
+        place = tmp_path_factory.mktemp(name)
+        build(name).save_pretrained(place)
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folders, tmp_path_factory):
+    """A function that trains a family once per routing: the trainer, and the loss on fixed noise before and after."""
+    subject = make_subject(tmp_path_factory.mktemp("two") / "pictures", 2, size=(64, 64))
+
+    @cache
+    def run(name, routing):
+        output = tmp_path_factory.mktemp(f"{name}-{routing}") / "out"
+        trained = trainer(folders(name), subject, output, routing=routing, **LEARNED)
+        before = trained._validation_loss(0)
+        trained.run()
+        return trained, before, trained._validation_loss(0)
+
+    return run
+
+
+def with_random_heads(adapter, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for heads in adapter.B:
+        heads.data.normal_(std=0.3, generator=generator)
+    return adapter
+
+
+# ------------------------------------------------------------------------------------------------- exact until trained
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -17,11 +90,10 @@ def test_pictures_are_the_base_s_until_trained_at_strength_zero_and_after_detach
     pipe = build(name)
     model = component_of(pipe)
     before = draw(pipe, name, PROMPT)
-    adapter = attach(model, create_adapter(model, EffiLoRAConfig()))
+    everything = EffiLoRAConfig(target_modules=("attention", "feed_forward"))
+    adapter = attach(model, create_adapter(model, everything))
     assert torch.equal(draw(pipe, name, PROMPT), before)
-    generator = torch.Generator().manual_seed(0)
-    for heads in adapter.B:
-        heads.data.normal_(std=0.3, generator=generator)
+    with_random_heads(adapter)
     assert (draw(pipe, name, PROMPT) - before).abs().mean() > 1
     adapter.strength = 0.0
     assert torch.equal(draw(pipe, name, PROMPT), before)
@@ -42,3 +114,138 @@ def test_every_targeted_projection_belongs_to_one_site(name):
     assert shared
     for names in shared:  # one code for every projection of one input
         assert "add_k_proj" in names if "add_v_proj" in names else "to_k" in names
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_feed_forward_targets_leave_only_embeddings_modulations_and_the_last_layers(name):
+    model = component_of(build(name))
+    adapter = create_adapter(model, EffiLoRAConfig(target_modules=("attention", "feed_forward")))
+    found = {path for site in adapter.sites for path, _ in site.maps}
+    left = {path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)} - found
+    inside = [path for path in left if any(part.isdecimal() for part in path.split(".")[:-1])]
+    modulations = ("norm", "mod", "emb", "proj_in", "proj_out", "skip_linear", "adaLN", "distilled_guidance", "mlp.0")
+    assert all(any(part in path for part in (*modulations, "final_layer", "mlp.2")) for path in inside)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fusing_projections_under_an_adapter_is_refused(name):
+    model = component_of(build(name))
+    fuse = getattr(model, "fuse_qkv_projections", None)
+    attach(model, create_adapter(model, EffiLoRAConfig()))
+    if fuse is not None:
+        with pytest.raises(EffiLoRAError, match="merge the adapter first, or detach it"):
+            model.fuse_qkv_projections()
+    detach(model)
+    assert "fuse_qkv_projections" not in vars(model)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_thirty_steps_on_two_pictures_lower_their_loss_clearly(runs, name):
+    _, before, after = runs(name, "token")
+    assert after < 0.75 * before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradient_reaches_every_head_every_a_and_every_router(folders, name, tmp_path):
+    run = trainer(folders(name), make_subject(tmp_path / "s", 2, size=(64, 64)), tmp_path / "out", **LEARNED)
+    adapter = with_random_heads(run.adapter)
+    run._loss(run.batches.validation(0)).backward()
+    without = set()
+    for site, heads, router in zip(adapter.sites, adapter.B, adapter.G, strict=True):
+        gradient = torch.zeros_like(heads) if heads.grad is None else heads.grad  # (outputs, heads, rank)
+        reached = [path for path, _ in site.maps if gradient[site.rows(path)].abs().amax((0, 2)).min() > 0]
+        without |= {path for path, _ in site.maps} - set(reached)
+        assert not reached or router.grad.abs().amax(1).min() > 0
+    assert without == set(WITHOUT_GRADIENT.get(name, ()))
+    assert all(shared.grad.abs().max() > 0 for shared in adapter.A.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_adapter_draws_the_trained_pictures_in_a_fresh_pipeline_and_leaves_the_base_s(runs, folders, name):
+    trained, _, _ = runs(name, "token")
+    expected = draw(trained.family.pipe, name, PROMPT)
+    pipe = load_pipeline(str(folders(name)))
+    base = draw(pipe, name, PROMPT)
+    load_adapter(pipe, trained.output)
+    assert torch.equal(draw(pipe, name, PROMPT), expected)
+    assert (expected - base).abs().mean() > 1
+    detach(component_of(pipe))
+    assert torch.equal(draw(pipe, name, PROMPT), base)
+
+
+# --------------------------------------------------------------------------------------------------------- plain LoRA
+
+
+def pipelines(trained, model):
+    """The base with our adapter, and another with the plain LoRA that stands beside it, loaded by diffusers alone."""
+    ours, stock = load_pipeline(str(model)), load_pipeline(str(model))
+    load_adapter(ours, trained.output)
+    stock.load_lora_weights(trained.output)
+    return ours, stock
+
+
+def drive(trained, pipe, batches=CALIBRATION_BATCHES):
+    """The denoiser of ``pipe`` on the batches that the printed gap was measured on; the last prediction."""
+    family = make_family(pipe, torch.device("cpu"))
+    for index in range(batches):
+        batch = trained.batches.validation(trained.steps + index)
+        noisy = trained.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+        with torch.no_grad():
+            predicted = family.predict(noisy, batch.timesteps, batch.conditions)
+    return predicted
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_LOADER])
+def test_static_adapters_become_the_same_model_by_load_lora_weights(runs, folders, name):
+    trained, _, _ = runs(name, "static")
+    ours, stock = pipelines(trained, folders(name))
+    expected, found = drive(trained, ours, 1), drive(trained, stock, 1)
+    base = drive(trained, load_pipeline(str(folders(name))), 1)
+    assert (expected - base).norm() > 0.1 * base.norm()
+    assert (found - expected).norm() < 1e-4 * (expected - base).norm()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_LOADER])
+def test_the_printed_gap_is_what_the_plain_lora_misses_of_the_layers_updates(runs, folders, name):
+    trained, _, _ = runs(name, "token")
+    ours, stock = (component_of(pipe) for pipe in (pipelines(trained, folders(name))))
+    missed, total = [], []
+
+    def compare(module, args, output, path):
+        plain = stock.get_submodule(path)
+        update = output - torch.nn.functional.linear(args[0], module.weight, module.bias)
+        missed.append((plain(args[0]) - plain.base_layer(args[0]) - update).square().sum())
+        total.append(update.square().sum())
+
+    (adapter,) = adapters_of(ours).values()
+    for path in (path for site in adapter.sites for path, _ in site.maps):
+        ours.get_submodule(path).register_forward_hook(partial(compare, path=path))
+    pipe = load_pipeline(str(folders(name)))
+    setattr(pipe, trained.family.component, ours)
+    drive(trained, pipe)
+    printed = inspect_adapter(trained.output)["export_error"]
+    assert 0 < printed < 0.5
+    assert float((sum(missed) / sum(total)).sqrt()) == pytest.approx(printed, rel=0.02)
+
+
+def test_pipelines_without_a_lora_loader_are_the_known_ones():
+    assert {name for name in FAMILIES if not hasattr(build(name), "load_lora_weights")} == set(WITHOUT_LOADER)
+
+
+# -------------------------------------------------------------------------------------------------------- recognition
+
+
+def test_every_family_has_a_tiny_pipeline_here():
+    tested = {family_class(build(name)) for name in FAMILIES}
+    assert tested == set(families.FAMILIES)
+    named = [pipeline for family in families.FAMILIES for pipeline in family.pipelines]
+    assert len(named) == len(set(named))
+    assert {type(build(name)).__name__ for name in FAMILIES} == set(named)
+
+
+def test_a_pipeline_of_no_family_is_refused_with_those_there_are():
+    with pytest.raises(EffiLoRAError, match=r"object models can't be trained; .* Stable Diffusion 3"):
+        make_family(object(), torch.device("cpu"))

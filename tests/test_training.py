@@ -13,7 +13,7 @@ from PIL import Image
 from effilora_diffusion.core import EffiLoRAError, load_adapter_file
 from effilora_diffusion.diffusion import attention, launch
 from effilora_diffusion.diffusion.checkpoints import fault_of, list_checkpoints
-from effilora_diffusion.diffusion.family import load_pipeline
+from effilora_diffusion.diffusion.pipelines import load_pipeline
 from effilora_diffusion.diffusion.settings import parse_arguments
 from effilora_diffusion.diffusion.training import Trainer
 
@@ -54,10 +54,14 @@ def checkpoints(output):
 def velocity_loss(run, batches):
     """Mean squared error of the velocity on a fixed batch, computed without the trainer's own loss."""
     batch = batches.validation(0)
-    alphas = run.family.noise_scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    alphas = run.objective.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = alphas.sqrt() * batch.latents + (1 - alphas).sqrt() * batch.noise
     target = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * batch.latents
-    return float((run.family.model(noisy, batch.timesteps, batch.states).sample - target).square().mean())
+    return float(
+        (run.family.model(noisy, batch.timesteps, batch.conditions["encoder_hidden_states"]).sample - target)
+        .square()
+        .mean()
+    )
 
 
 def test_training_learns_its_picture_and_not_another_one(tiny_pipeline, tmp_path):

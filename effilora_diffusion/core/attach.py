@@ -83,11 +83,13 @@ class TimestepHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the encoding of the call's timestep, ``(batch or 1, features)``."""
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        named = (kwargs[name] for name in ("timestep", "timesteps", "t") if kwargs.get(name) is not None)
+        timestep = next(named, args[1] if len(args) > 1 else None)
         if timestep is None:
             raise EffiLoRAError("timestep routing needs a model that is called with a timestep")
         device = next(self.adapter.parameters()).device
-        self.adapter.noise_features = timestep_features(torch.as_tensor(timestep, device=device))
+        scaled = torch.as_tensor(timestep, device=device) * (1000 / self.adapter.config.timestep_range)
+        self.adapter.noise_features = timestep_features(scaled)
 
 
 def adapters_of(model: nn.Module) -> dict[str, EffiLoRA]:

@@ -101,6 +101,7 @@ class EffiLoRAConfig:
         target_modules: what to adapt: groups (:data:`TARGET_GROUPS`) and name endings of linear layers; ``*`` stands for
             any part of a name between two dots.
         dropout: probability of dropping an element of the adapter's input while training.
+        timestep_range: the timestep that the model is called with at pure noise, for ``timestep`` routing.
         scaling: ``"standard"`` or ``"rslora"`` (arXiv 2312.03732).
     """
 
@@ -111,6 +112,7 @@ class EffiLoRAConfig:
     a_sharing: str = "width"
     target_modules: tuple[str, ...] = ("attention",)
     dropout: float = 0.0
+    timestep_range: float = 1000.0
     scaling: str = "standard"
     reducer: ReducerConfig = field(default_factory=ReducerConfig)
 
@@ -123,6 +125,8 @@ class EffiLoRAConfig:
         _check(self.a_sharing in A_SHARINGS, f"a_sharing must be one of {A_SHARINGS}, not {self.a_sharing!r}")
         _check(self.scaling in SCALINGS, f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
         _check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout!r}")
+        range_ok = math.isfinite(self.timestep_range) and self.timestep_range > 0
+        _check(range_ok, f"timestep_range must be positive, not {self.timestep_range!r}")
         targets = self.target_modules
         _check(
             not isinstance(targets, str) and len(targets) > 0 and all(isinstance(t, str) and t for t in targets),

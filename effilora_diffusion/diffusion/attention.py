@@ -206,7 +206,7 @@ class FuseGuard:
         """Fuse if no adapter acts; else raise :class:`EffiLoRAError`."""
         if any(adapter.acts for adapter in adapters_of(self.model).values()):
             raise EffiLoRAError(_FUSED.format(when="can't be fused", remedy=""))
-        type(self.model).fuse_qkv_projections(self.model)  # type: ignore[operator]
+        type(self.model).fuse_qkv_projections(self.model)  # type: ignore[attr-defined]
 
 
 class HostCheck:

@@ -14,8 +14,8 @@ from ..core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file, to_l
 from ..core.attach import check_sites
 from ..core.convert import PlainLoRA
 from ..core.files import write_atomic
-from .family import EMBEDDED_BASE, load_pipeline
 from .loading import adapter_path, component_of
+from .pipelines import EMBEDDED_BASE, load_pipeline
 
 FORMATS = ("diffusers", "kohya", "peft", "merged")
 

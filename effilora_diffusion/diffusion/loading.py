@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, adapters_of, load_adapter_file
 from . import attention
-from .family import model_hash
+from .pipelines import model_hash
 
 logger = logging.getLogger(__name__)
 

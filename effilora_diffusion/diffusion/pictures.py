@@ -195,17 +195,31 @@ def prepare_picture(
     return levels.to(torch.float32).div(255).sub(0.5).div(0.5)  # torchvision's ToTensor and Normalize, to the bit
 
 
-def _cut_square(
-    image: Image.Image, resolution: int, crop: tuple[float, float] | None, method: Image.Resampling
-) -> Image.Image:
-    """Resize the shorter edge to ``resolution`` and cut a square there; ``crop`` None means the centre."""
-    short = min(image.size)
-    width, height = (resolution * edge // short for edge in image.size)
+def crop_place(
+    size: tuple[int, int], resolution: int, crop: tuple[float, float] | None, flip: bool = False
+) -> tuple[int, int, int, int]:
+    """Where the square of :func:`prepare_picture` lies in a picture of ``size`` (width, height), in pixels.
+
+    ``crop`` None means the centre; ``flip``: the whole picture is mirrored before the square is cut.
+
+    Returns:
+        Width and height of the scaled picture, left and top edge of the square in it.
+    """
+    short = min(size)
+    width, height = (resolution * edge // short for edge in size)
     room = (width - resolution, height - resolution)
     if crop is None:
         left, top = (round(free / 2) for free in room)
     else:
         left, top = (min(math.floor(place * (free + 1)), free) for place, free in zip(crop, room, strict=True))
+    return width, height, room[0] - left if flip else left, top
+
+
+def _cut_square(
+    image: Image.Image, resolution: int, crop: tuple[float, float] | None, method: Image.Resampling
+) -> Image.Image:
+    """Resize the shorter edge to ``resolution`` and cut a square there; ``crop`` None means the centre."""
+    width, height, left, top = crop_place(image.size, resolution, crop)
     box = (left, top, left + resolution, top + resolution)
     if width * height <= MAX_PIXELS:
         return image.resize((width, height), method).crop(box)

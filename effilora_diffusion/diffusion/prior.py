@@ -9,12 +9,12 @@ from pathlib import Path
 from ..core.files import write_atomic
 from .counters import counter_seed
 from .data import Example, is_unrelated, report_problems, scan_pictures
-from .family import StableDiffusionFamily
-from .sampling import draw_pictures, save_png
+from .families import Family
+from .sampling import draw_for_run, save_png
 from .settings import TrainingConfig
 
 
-def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: Callable[[str], None]) -> list[Example]:
+def class_examples(family: Family, config: TrainingConfig, say: Callable[[str], None]) -> list[Example]:
     """The class pictures in ``class_data_dir``, filled up to ``num_class_images`` with pictures of the class prompts.
 
     Files are named ``<index>-<sha1>.png``; each has its own seed, so that an interrupted filling goes on where it was.
@@ -36,16 +36,7 @@ def class_examples(family: StableDiffusionFamily, config: TrainingConfig, say: C
     for start in range(0, len(missing), config.sample_batch_size):
         chunk = missing[start : start + config.sample_batch_size]
         seeds = [counter_seed(config.seed, "class picture", index) for index in chunk]
-        pictures = draw_pictures(
-            family.pipe,
-            [prompts[index % len(prompts)] for index in chunk],
-            seeds,
-            config.validation_inference_steps,
-            config.validation_guidance_scale,
-            batch_size=len(chunk),
-            width=config.resolution,
-            height=config.resolution,
-        )
+        pictures = draw_for_run(family, config, [prompts[index % len(prompts)] for index in chunk], seeds)
         for index, picture in zip(chunk, pictures, strict=True):
             name = hashlib.sha1(picture.tobytes()).hexdigest()
             if caption is None:  # before its picture, so that no picture is ever without

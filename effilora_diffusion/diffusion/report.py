@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import write_atomic
-from .family import EMBEDDED_BASE
 from .outputs import CARD_FILE, COMPARISON_FILE
+from .pipelines import EMBEDDED_BASE
 from .settings import TrainingConfig
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..core import EffiLoRAError
 from ..core.files import write_atomic
+from .families import Family, family_class
+from .settings import TrainingConfig
 
 
 def draw_pictures(
@@ -27,19 +30,42 @@ def draw_pictures(
 ) -> list[Image.Image]:
     """One picture per (prompt, seed), each from a generator of its own, so that batching changes nothing but speed.
 
-    ``None`` leaves the pipeline's own default. ``size`` may hold ``width`` and ``height`` in pixels.
+    ``None`` leaves the pipeline's own default. ``size`` may hold ``width`` and ``height`` in pixels, and any other
+    argument of the pipeline.
     """
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **size}
+    family = family_class(pipe) or Family
+    options: dict[str, Any] = {"num_inference_steps": steps, **size}
     options = {name: value for name, value in options.items() if value is not None}
+    options |= family.sampling_options(pipe, guidance_scale, negative_prompt)
+    if {"width", "height"} & options.keys() and "use_resolution_binning" in signature(pipe.__call__).parameters:
+        options["use_resolution_binning"] = False  # else the picture is drawn in another size and scaled
+    negative = options.pop("negative_prompt", None)
+    batch_size = 1 if family.one_by_one else batch_size
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        if negative_prompt:
-            options["negative_prompt"] = [negative_prompt] * len(chunk)
+        if negative:
+            options["negative_prompt"] = [negative] * len(chunk)
         with torch.no_grad():
-            pictures += pipe(chunk, generator=generators, **options).images
+            pictures += pipe(prompt=chunk, generator=generators, **options).images
     return pictures
+
+
+def draw_for_run(family: Family, config: TrainingConfig, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+    """Pictures as a training run shows and keeps them: in its resolution, with its sampling settings."""
+    with family.sampling():
+        return draw_pictures(
+            family.pipe,
+            prompts,
+            seeds,
+            config.validation_inference_steps,
+            config.validation_guidance_scale,
+            batch_size=config.sample_batch_size,
+            width=config.resolution,
+            height=config.resolution,
+            max_sequence_length=config.max_sequence_length,
+        )
 
 
 def save_png(picture: Image.Image, path: Path, parameters: dict[str, Any] | None = None) -> None:

@@ -30,7 +30,7 @@ NOT_NEEDED = {
 """Flags of diffusers' script that change nothing here: accepted with a note, so that old commands run."""
 
 NOT_SUPPORTED = {
-    "train_text_encoder": "only the UNet is trained",
+    "train_text_encoder": "only the UNet or transformer is trained",
     "report_to": "metrics go to metrics.jsonl in output_dir",
     "push_to_hub": "upload the output folder yourself; its README.md is a model card",
     "hub_token": "nothing is uploaded",
@@ -51,6 +51,13 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 """Schedules of the learning rate that are functions of the step."""
 
 
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+"""Densities and weightings of flow matching, by diffusers' names."""
+
+QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
+"""Forms the frozen base can be loaded in, by the library that does it."""
+
+
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field that is also a command-line option with this help text."""
     metadata = {"help": text, "choices": choices}
@@ -63,7 +70,12 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
 class TrainingConfig:
     """All settings of one training run."""
 
-    pretrained_model_name_or_path: str | None = option(None, "model folder or hub id (default: the embedded base)")
+    pretrained_model_name_or_path: str | None = option(
+        None, "model folder, hub id or .safetensors checkpoint (default: the embedded base)"
+    )
+    single_file_config: str | None = option(
+        None, "model folder or hub id with the configuration and tokenizers of a .safetensors checkpoint"
+    )
     revision: str | None = option(None, "revision of a hub model")
     variant: str | None = option(None, "weight variant of the model, e.g. fp16")
     instance_data_dir: str | None = option(None, "folder with the subject's pictures (default: the example subject)")
@@ -116,10 +128,24 @@ class TrainingConfig:
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradient clipping")
-    snr_gamma: float | None = option(None, "min-SNR gamma (5.0 is usual); none: unweighted loss")
+    snr_gamma: float | None = option(None, "min-SNR gamma (5.0 is usual) for DDPM models; none: unweighted loss")
+    weighting_scheme: str | None = option(
+        None,
+        "density or weighting of the noise levels of flow matching (default: the family's own)",
+        WEIGHTING_SCHEMES,
+    )
+    logit_mean: float = option(0.0, "mean of the logit_normal scheme")
+    logit_std: float = option(1.0, "deviation of the logit_normal scheme")
+    mode_scale: float = option(1.29, "scale of the mode scheme")
+    max_sequence_length: int | None = option(
+        None, "longest prompt in tokens (default: what the pipeline samples with)"
+    )
     # speed and memory
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
     mixed_precision: str = option("no", "type of the frozen base's weights", ("no", "fp16", "bf16"))
+    quantization: str | None = option(
+        None, "quantise the frozen base: needs bitsandbytes (bnb) or torchao and mostly a GPU", QUANTIZATIONS
+    )
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
     # checkpoints
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
@@ -130,8 +156,12 @@ class TrainingConfig:
     num_validation_images: int = option(4, "pictures per validation prompt; 0: none")
     validation_steps: int | None = option(None, "optimizer steps between grids (default: first and last only)")
     validation_epochs: int | None = option(None, "epochs between grids, if validation_steps is not given")
-    validation_inference_steps: int = option(25, "sampling steps of validation pictures")
-    validation_guidance_scale: float = option(5.0, "guidance of validation pictures")
+    validation_inference_steps: int | None = option(
+        None, "sampling steps of validation and class pictures (default: the pipeline's own)"
+    )
+    validation_guidance_scale: float | None = option(
+        None, "guidance of validation and class pictures (default: the pipeline's own)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("class_prompt", "validation_prompt", "target_modules"):
@@ -143,24 +173,24 @@ class TrainingConfig:
         """Raise :class:`EffiLoRAError` for values that can't work; one sentence each."""
         for entry in fields(self):
             choices = entry.metadata["choices"]
-            if choices and getattr(self, entry.name) not in choices:
+            if choices and getattr(self, entry.name) not in (*choices, entry.default):
                 raise EffiLoRAError(f"--{entry.name} must be one of {choices}, not {getattr(self, entry.name)!r}")
         for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                     "sample_batch_size", "checkpointing_steps", "num_class_images",
-                     "validation_inference_steps", "lr_num_cycles"):  # fmt: skip
+                     "sample_batch_size", "checkpointing_steps", "num_class_images", "lr_num_cycles"):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in ("num_validation_images", "lr_warmup_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.seed >= 2**63:
             raise EffiLoRAError(f"--seed must be less than 2^63, not {self.seed}")
-        for name in ("max_train_steps", "checkpoints_total_limit", "validation_steps", "validation_epochs"):
+        for name in ("max_train_steps", "checkpoints_total_limit", "validation_steps", "validation_epochs",
+                     "validation_inference_steps", "max_sequence_length"):  # fmt: skip
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "logit_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise EffiLoRAError(f"--{name} must be a positive number, not {getattr(self, name)}")
-        for name in ("adam_weight_decay", "prior_loss_weight", "lr_power", "validation_guidance_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
+        for name in ("adam_weight_decay", "prior_loss_weight", "lr_power", "mode_scale", "validation_guidance_scale"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise EffiLoRAError(f"--{name} must be a number from 0 up, not {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from tqdm import tqdm
 
 from ..core import AdapterFile, EffiLoRAError, Reducer, calibrate
 from . import attention
-from .batches import Batch, BatchDrawer, ExampleSource
+from .batches import Batch, BatchDrawer, ExampleSource, batch_loss
 from .checkpoints import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from .counters import counter_seed
 from .data import Example, report_problems, scan_pictures
-from .family import EMBEDDED_BASE, StableDiffusionFamily, load_pipeline, model_hash
-from .objective import denoising_losses, snr_weights, training_target
+from .families import make_family
 from .outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, write_adapters
+from .pipelines import EMBEDDED_BASE, load_base, model_hash
 from .prior import class_examples
 from .report import Summary, write_report
 from .settings import TrainingConfig
@@ -32,8 +33,10 @@ from .setup import (
     claim_output,
     fingerprint,
     learning_rates,
+    make_objective,
     make_optimizer,
     open_output,
+    place,
     use_all_cores,
 )
 from .validation import Validation
@@ -72,32 +75,30 @@ class Trainer:
         if self.is_main:
             claim_output(config)
         self.accelerator.wait_for_everyone()
-        examples = self._scan()
+        self.examples = self._scan()
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-        pipe = load_pipeline(
-            config.pretrained_model_name_or_path, dtype, revision=config.revision, variant=config.variant
-        )
-        self.family = StableDiffusionFamily(pipe, self.accelerator.device)
+        device = self.accelerator.device
+        self.family = make_family(load_base(config), device, config.max_sequence_length)
+        self.objective = make_objective(config, self.family)
         self.base_hash = model_hash(self.family.model)
+        self.steps = config.max_train_steps or config.num_train_epochs * self._steps_per_epoch(len(self.examples))
+        adapter_config = replace(config.adapter_config(), timestep_range=self.family.timestep_range)
+        self.adapter = attention.create_adapter(self.family.model, adapter_config, config.seed)
         prior = class_examples(self.family, config, self.say) if config.with_prior_preservation else []
-        self.batches = self._cache(examples, prior)
-        self.steps = config.max_train_steps or config.num_train_epochs * self._steps_per_epoch(len(examples))
-        self.adapter = attention.create_adapter(self.family.model, config.adapter_config(), config.seed)
-        self.adapter.to(self.accelerator.device)
+        self.batches = self._cache(self.examples, prior)
+        place(self.family.model, device)
         attention.attach(self.family.model, self.adapter)
         if config.gradient_checkpointing:
-            self.family.pipe.unet.enable_gradient_checkpointing()
+            self.family.model.enable_gradient_checkpointing()  # type: ignore[operator]
         factor = self._pictures_per_step() if config.scale_lr else 1
         self.optimizer = make_optimizer(config, self.adapter, factor)
         self.learning_rate_at = learning_rates(config, self.steps, config.learning_rate * factor)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if self.is_main else None)
         self.validation = Validation(config, self.family, self.output)
-        self.fingerprint = fingerprint(config, self.steps, self.base_hash, examples, prior)
+        self.fingerprint = fingerprint(config, self.steps, self.base_hash, self.examples, prior)
         self.fingerprint["processes"] = self.accelerator.num_processes
-        self.examples = examples
         self.step = 0
         self.seconds = 0.0
 
@@ -120,14 +121,13 @@ class Trainer:
         return examples
 
     def _cache(self, examples: list[Example], prior: list[Example]) -> BatchDrawer:
-        sources = []
-        for group, purpose in ((examples, "instance"), (prior, "class")):
-            source = ExampleSource(self.family, group, self.config, purpose) if group else None
-            if source is not None:
-                source.fill()
-            sources.append(source)
-        assert sources[0] is not None
-        return BatchDrawer(self.config, sources[0], sources[1], self.family.noise_scheduler.config.num_train_timesteps)
+        """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
+        instance = ExampleSource(self.family, examples, self.config, "instance")
+        classes = ExampleSource(self.family, prior, self.config, "class") if prior else None
+        with self.family.encoders():
+            for source in filter(None, (instance, classes)):
+                source.fill(everything=self.accelerator.device.type != "cpu")
+        return BatchDrawer(self.family, self.objective, instance, classes)
 
     def _pictures_per_step(self) -> int:
         c = self.config
@@ -235,17 +235,8 @@ class Trainer:
         return norm
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        """Mean loss of the instance pictures plus the weighted mean of the class pictures."""
-        device, scheduler = self.accelerator.device, self.family.noise_scheduler
-        latents, noise, timesteps = (t.to(device) for t in (batch.latents, batch.noise, batch.timesteps))
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        predicted = self.family.predict(noisy, timesteps, batch.states.to(device))
-        target = training_target(scheduler, latents, noise, timesteps)
-        losses = denoising_losses(predicted, target, snr_weights(scheduler, timesteps, self.config.snr_gamma))
-        loss = losses[: batch.instances].mean()
-        if len(losses) > batch.instances:
-            loss = loss + self.config.prior_loss_weight * losses[batch.instances :].mean()
-        return loss
+        device = self.accelerator.device
+        return batch_loss(self.family, self.objective, batch, device, self.config.prior_loss_weight)
 
     @torch.no_grad()
     def _validation_loss(self, step: int) -> float:
@@ -330,7 +321,7 @@ class Trainer:
             "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
             "base_hash": self.base_hash,
             "base_class": type(self.family.model).__name__,
-            "component": self.family.export_prefix,
+            "component": self.family.component,
             "trigger_prompt": self.config.instance_prompt or self.examples[0].caption,
             "steps": self.steps,
             "pictures": len(self.examples),

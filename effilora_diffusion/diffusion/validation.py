@@ -8,16 +8,16 @@ from PIL import Image
 
 from .counters import counter_seed
 from .data import load_picture
-from .family import StableDiffusionFamily
+from .families import Family
 from .outputs import COMPARISON_FILE, SAMPLES_FOLDER
-from .sampling import draw_pictures, labelled_grid, save_png
+from .sampling import draw_for_run, labelled_grid, save_png
 from .settings import TrainingConfig
 
 
 class Validation:
     """Draws the validation prompts of ``config`` with the adapter as it stands, and keeps what it drew."""
 
-    def __init__(self, config: TrainingConfig, family: StableDiffusionFamily, output: Path):
+    def __init__(self, config: TrainingConfig, family: Family, output: Path):
         self.config, self.family, self.output = config, family, output
         self.prompts = config.validation_prompt or ([config.instance_prompt] if config.instance_prompt else [])
         self.drawn: dict[int, list[list[Image.Image]]] = {}
@@ -31,16 +31,7 @@ class Validation:
         seeds = [counter_seed(self.config.seed, "validation", column) % 2**32 for column in range(count)] * len(
             self.prompts
         )
-        pictures = draw_pictures(
-            self.family.pipe,
-            prompts,
-            seeds,
-            self.config.validation_inference_steps,
-            self.config.validation_guidance_scale,
-            batch_size=max(self.config.sample_batch_size, 1),
-            width=self.config.resolution,
-            height=self.config.resolution,
-        )
+        pictures = draw_for_run(self.family, self.config, prompts, seeds)
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         self.drawn[step] = rows
         grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")

@@ -1,0 +1,28 @@
+"""Stable Diffusion 1.x and 2.x: a UNet, one CLIP text encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import EffiLoRAError
+from .base import Conditions, Family
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x, predicting noise or velocity."""
+
+    title = "Stable Diffusion 1.x / 2.x"
+    pipelines = ("StableDiffusionPipeline",)
+    component = "unet"
+
+    def __init__(self, pipe: Any, device: torch.device, max_sequence_length: int | None = None):
+        super().__init__(pipe, device, max_sequence_length)
+        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise EffiLoRAError("inpainting and depth models can't be trained: their UNet reads more than latents")
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """One call of the UNet with the text states."""
+        return self.model(noisy, timesteps, conditions["encoder_hidden_states"], return_dict=False)[0]

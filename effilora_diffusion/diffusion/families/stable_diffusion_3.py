@@ -1,0 +1,26 @@
+"""Stable Diffusion 3 and 3.5: a multimodal transformer, two CLIP encoders and T5 (which may be left out)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Conditions, Family
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5; noise levels are logit-normal, as in its paper and diffusers' script."""
+
+    title = "Stable Diffusion 3 / 3.5"
+    pipelines = ("StableDiffusion3Pipeline",)
+    prompt_outputs = ("encoder_hidden_states", None, "pooled_projections", None)
+    weighting_scheme = "logit_normal"
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """One call of the transformer."""
+        return self.model(
+            hidden_states=noisy,
+            timestep=timesteps,
+            encoder_hidden_states=conditions["encoder_hidden_states"],
+            pooled_projections=conditions["pooled_projections"],
+            return_dict=False,
+        )[0]

@@ -1,0 +1,168 @@
+"""Loading stock pipelines: the embedded base, a diffusers folder, a hub id or a single checkpoint file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    BitsAndBytesConfig,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    TorchAoConfig,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..core import EffiLoRAError
+from .settings import TrainingConfig
+
+EMBEDDED_BASE = "the embedded base"
+
+
+def embedded_base() -> Path:
+    """Folder of the shipped pipeline; raises :class:`EffiLoRAError` if it is not there."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "_assets" / "base", package.parent / "assets" / "base"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise EffiLoRAError("the embedded base is not installed here: name a model folder or hub id")
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Any:
+    """Progress bars of loading are noise for a command; warnings stay."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
+
+
+def load_pipeline(
+    model: str | None, dtype: torch.dtype = torch.float32, single_file_config: str | None = None, **kwargs: Any
+) -> DiffusionPipeline:
+    """The stock pipeline in ``model``, its progress bar off.
+
+    Args:
+        model: a diffusers folder, a hub id, a ``.safetensors`` checkpoint of Stable Diffusion 1.x, 2.x or XL, or
+            ``None`` for the embedded base.
+        dtype: of all weights.
+        single_file_config: folder or hub id with the configuration and tokenizers of a single checkpoint file; default:
+            the one that diffusers finds for it on the hub.
+        kwargs: go to ``from_pretrained``; those that are ``None`` are left out.
+    """
+    name = model or str(embedded_base())
+    path = Path(name)
+    options = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        with _quiet_loading():
+            if path.is_file():
+                pipe = _load_single_file(path, dtype, single_file_config, options)
+            else:
+                if path.exists() and not (path / "model_index.json").is_file():
+                    raise EffiLoRAError(f"{name} is not a diffusers model folder: it has no model_index.json")
+                parts = DiffusionPipeline.load_config(name, revision=options.get("revision"))
+                if "safety_checker" in parts:
+                    options["safety_checker"] = None
+                pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _load_single_file(
+    path: Path, dtype: torch.dtype, config: str | None, options: dict[str, Any]
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A checkpoint as model sites offer it; only its header is read to know what it is."""
+    if path.suffix != ".safetensors":
+        raise EffiLoRAError(
+            f"{path} is not a .safetensors file: other checkpoint files may run code, so none is opened"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+    except SafetensorError as error:
+        raise EffiLoRAError(f"{path} is damaged or no safetensors file: {error}") from error
+    kind: type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]
+    if any(key.startswith("conditioner.embedders.") for key in keys):
+        kind = StableDiffusionXLPipeline
+    elif any(key.startswith("cond_stage_model.") for key in keys):
+        kind = StableDiffusionPipeline
+        options["safety_checker"] = None
+    else:
+        raise EffiLoRAError(
+            f"{path} is no whole Stable Diffusion 1.x, 2.x or XL checkpoint (it lacks their text encoder): "
+            "for other models give the diffusers folder or hub id"
+        )
+    if config is not None:
+        options["config"] = config
+    try:
+        return kind.from_single_file(str(path), dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise EffiLoRAError(
+            f"{path} can't be loaded, as its configuration and tokenizer were not found: {str(error).splitlines()[0]}; "
+            "go online once, or give a folder of the same architecture with --single_file_config"
+        ) from error
+
+
+def load_base(config: TrainingConfig) -> DiffusionPipeline:
+    """The pipeline that a run trains, its denoiser quantised if the run asks for it."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    return load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype,
+        config.single_file_config,
+        revision=config.revision,
+        variant=config.variant,
+        quantization_config=quantization(config.quantization, dtype),
+    )
+
+
+def quantization(kind: str | None, dtype: torch.dtype) -> PipelineQuantizationConfig | None:
+    """How diffusers should quantise the denoiser; raises :class:`EffiLoRAError` if the library for it is missing."""
+    if kind is None:
+        return None
+    library = "bitsandbytes" if kind.startswith("bnb") else "torchao"
+    if importlib.util.find_spec(library) is None:
+        raise EffiLoRAError(f"--quantization {kind} needs {library}: pip install {library}")
+    chosen: Any
+    if library == "bitsandbytes":
+        eight = kind == "bnb-8bit"
+        chosen = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if eight
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    else:
+        import torchao.quantization as torchao
+
+        integer = kind == "torchao-int8"
+        chosen = TorchAoConfig(torchao.Int8WeightOnlyConfig() if integer else torchao.Float8WeightOnlyConfig())
+    return PipelineQuantizationConfig(quant_mapping={"transformer": chosen, "unet": chosen})
+
+
+def model_hash(model: nn.Module) -> str:
+    """Short fingerprint of a model's architecture and weights: names, shapes, and a sample of each tensor's values."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name.startswith("effilora"):
+            continue
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.to(torch.float16).numpy().tobytes())  # fp16: the same for fp32 and fp16 copies of a model
+    return digest.hexdigest()[:16]

@@ -1,0 +1,114 @@
+"""Training calls every denoiser as the family's own pipeline does when it samples, and on the latents it decodes."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from tiny_families import FAMILIES, build, sampling
+
+from effilora_diffusion.diffusion.families import PICTURE, make_family
+from effilora_diffusion.diffusion.families.packing import pack, unpack
+
+PROMPTS = ("a red cat on a table", "a dog")
+UNGUIDED = {"z-image": 0.0, "krea2": 0.0, "flux": 3.5, "flux2": 3.5}
+"""Guidance scales without a second call; those of FLUX dev are an input of the model, the value that training gives."""
+
+
+def family_of(name):
+    return make_family(build(name), torch.device("cpu"), sampling(name).get("max_sequence_length"))
+
+
+def unguided(name):
+    """Sampling in three steps with one call of the denoiser each, and no rewriting of the prompt."""
+    options = {**sampling(name), "num_inference_steps": 3}
+    for given in ("guidance_scale", "complex_human_instruction"):
+        options.pop(given, None)
+    if "true_cfg_scale" in options:
+        return {**options, "true_cfg_scale": 1.0}
+    return {**options, "guidance_scale": UNGUIDED.get(name, 1.0)}
+
+
+def as_picture(values, name, size=8):
+    """Latents as our families keep them, ``(n, c, h, w)``, from what the pipeline steps on."""
+    if values.ndim == 3 and name.startswith("flux2"):
+        edge = int(values.shape[1] ** 0.5)
+        return values.transpose(1, 2).reshape(len(values), -1, edge, edge)
+    if values.ndim == 3:
+        return unpack(values, torch.empty(len(values), values.shape[2] // 4, size, size))
+    return values
+
+
+class Spy:
+    """Sees what the pipeline gives its scheduler; ``last`` replaces the latents after the last step."""
+
+    def __init__(self, pipe, last=None):
+        self.step, self.seen, self.last = pipe.scheduler.step, [], last
+        self.scale = getattr(pipe.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        self.__signature__ = inspect.signature(pipe.scheduler.step)
+        pipe.scheduler.step = self
+
+    def __call__(self, model_output, timestep, sample, *args, **kwargs):
+        self.seen.append((model_output.clone(), float(timestep), self.scale(sample, timestep).clone()))
+        result = self.step(model_output, timestep, sample, *args, **kwargs)
+        if self.last is None:
+            return result
+        return (self.last,) if isinstance(result, tuple) else type(result)(prev_sample=self.last)
+
+
+def picture_condition(name):
+    """What the pipelines assume of a picture when they sample: HunyuanDiT a large original, the others the target."""
+    original = 1024 if name == "hunyuandit" else 64
+    return torch.tensor([original, original, 0, 0, 64, 64], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predictions_are_what_the_pipeline_gives_its_scheduler(name):
+    family = family_of(name)
+    spy = Spy(family.pipe)
+    family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **unguided(name))
+    assert len(spy.seen) == 3
+    conditions = {**family.encode_prompt(PROMPTS[0]), PICTURE: picture_condition(name)}
+    for output, timestep, sample in spy.seen:
+        noisy = as_picture(sample, name)
+        with torch.no_grad():
+            found = family.predict(noisy, torch.tensor([timestep]), family.collate([conditions]))
+        expected = as_picture(output, name)
+        assert found.shape == noisy.shape
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_are_those_that_the_pipeline_decodes(name):
+    family = family_of(name)
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    vae = family.pipe.vae
+    with torch.no_grad():
+        if isinstance(vae, AutoencoderDC):
+            expected = vae.encode(picture[None]).latent
+        else:
+            frames = picture[None, :, None] if type(vae).__name__ == "AutoencoderKLQwenImage" else picture[None]
+            expected = vae.encode(frames).latent_dist.mode()
+    mean = family.encode_picture(picture)[:1]
+    packed = {"flux", "flux-schnell", "chroma", "ovis-image", "qwen-image", "krea2"}
+    last = pack(mean) if name in packed else mean.flatten(2).transpose(1, 2) if name.startswith("flux2") else mean
+    Spy(family.pipe, last)
+    decoded = []
+    decode = vae.decode
+    vae.decode = lambda z, *args, **kwargs: decoded.append(z) or decode(z, *args, **kwargs)
+    family.pipe(prompt=PROMPTS[0], **unguided(name))
+    assert torch.allclose(decoded[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_does_not_depend_on_the_others_of_its_batch(name):
+    family = family_of(name)
+    noisy = torch.randn(3, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
+    timesteps = torch.tensor([900.0, 100.0, 500.0])
+    rows = [{**family.encode_prompt(prompt), PICTURE: picture_condition(name)} for prompt in (*PROMPTS, PROMPTS[0])]
+    with torch.no_grad():
+        together = family.predict(noisy, timesteps, family.collate(rows))
+        for index, row in enumerate(rows):
+            alone = family.predict(noisy[index : index + 1], timesteps[index : index + 1], family.collate([row]))
+            assert torch.allclose(together[index], alone[0], rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+    assert not torch.allclose(together[0], together[1], rtol=1e-2)
