@@ -16,13 +16,18 @@ from effilora_diffusion.diffusion.settings import TrainingConfig
 from effilora_diffusion.diffusion.setup import learning_rates, make_objective
 
 
-def inject(unet: torch.nn.Module, rank: int, alpha: float | None = None) -> list[torch.nn.Parameter]:
-    """Add a PEFT LoRA on the attention projections; returns what it trains."""
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets, init_lora_weights="gaussian")
-    )  # type: ignore[operator]
-    return [p for p in unet.parameters() if p.requires_grad]
+def inject(
+    model: torch.nn.Module, rank: int, alpha: float | None = None, targets: list[str] | None = None
+) -> list[torch.nn.Parameter]:
+    """Add a PEFT LoRA on ``targets`` (default: a UNet's attention projections); returns what it trains."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or rank,
+        target_modules=targets or ["to_q", "to_k", "to_v", "to_out.0"],
+        init_lora_weights="gaussian",
+    )
+    model.add_adapter(config)  # type: ignore[operator]
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def train(config: TrainingConfig) -> Family:

@@ -1,7 +1,8 @@
-"""Time of one training step, ours beside PEFT's LoRA: ``python -m benchmarks.step_time``.
+"""Time and memory of one training step, ours beside PEFT's LoRA: ``python -m benchmarks.step_time``.
 
-Both adapters sit on copies of the embedded base's UNet with the same targets and rank; the steps are taken in turn,
-so that whatever else the machine does meets both. Prints the median of the paired ratios and its quartiles.
+All adapters have the same targets and rank, on copies of one denoiser that share its weights; their steps are taken in
+turn, so that whatever else the machine does meets all of them. Prints the median of the paired ratios and its
+quartiles, and with ``--memory`` the peak memory of each alone, in a process of its own.
 """
 
 from __future__ import annotations
@@ -10,99 +11,147 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig
 from effilora_diffusion.core import Reducer, exit_code
 from effilora_diffusion.diffusion import attention
-from effilora_diffusion.diffusion.pipelines import load_pipeline
 
+from .architectures import ARCHITECTURES, build
 from .peft_baseline import inject
+
+Step = Callable[[int], float]
+"""Takes one whole training step (forward, backward, AdamW) and returns its seconds."""
+
+PEFT = "PEFT LoRA"
+
+CONFIGS = {
+    "3 heads, token": {"heads": 3},
+    "3 heads, static": {"heads": 3, "routing": "static"},
+    "3 heads, timestep": {"heads": 3, "routing": "timestep"},
+    "1 head": {"heads": 1},
+    "3 heads, token, 50% of layers active": {"reducer": ReducerConfig(mode="random", active=0.5, warmup=0)},
+    "3 heads, token, 25% of layers active": {"reducer": ReducerConfig(mode="random", active=0.25, warmup=0)},
+}
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with modules of its own and the same weights."""
+    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
 
 
 def make_step(
-    unet: torch.nn.Module,
-    parameters: list[torch.nn.Parameter],
-    batch: int,
-    tokens: int,
-    before: Callable[[int], None] | None = None,
-) -> Callable[[int], float]:
-    """A function that takes one whole training step (forward, backward, AdamW) and returns its seconds."""
+    model: nn.Module, parameters: list[nn.Parameter], inputs: dict[str, Any], before: Callable[[int], None] | None
+) -> Step:
+    """A training step on fixed inputs; ``before`` is called with the step's number in its time."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    config = unet.config
-    size = config.sample_size
-    noisy = torch.randn(batch, config.in_channels, size, size)
-    states = torch.randn(batch, tokens, config.cross_attention_dim)
-    timesteps = torch.randint(0, 1000, (batch,))
+    cuda = parameters[0].is_cuda
 
     def step(index: int) -> float:
         began = time.perf_counter()
         if before is not None:
             before(index)
-        unet(noisy, timesteps, states, return_dict=False)[0].square().mean().backward()
+        model(**inputs, return_dict=False)[0].float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     return step
 
 
-def adapted(unet: torch.nn.Module, config: EffiLoRAConfig, batch: int, tokens: int) -> Callable[[int], float]:
-    """Our step on a copy of ``unet``, its Reducer past the warm-up."""
-    unet = copy.deepcopy(unet)
-    adapter = attention.attach(unet, attention.create_adapter(unet, config))
-    reducer = Reducer(adapter)
-    before = None if config.reducer.mode == "off" else lambda index: reducer.begin_step(config.reducer.warmup + index)
-    return make_step(unet, list(adapter.parameters()), batch, tokens, before)
+def method(name: str, base: nn.Module, inputs: dict[str, Any], rank: int) -> Step:
+    """The step of one method on a copy of ``base``; a Reducer is past its warm-up."""
+    model = shared_copy(base)
+    chosen: dict[str, Any] = CONFIGS.get(name, {})
+    config = EffiLoRAConfig(rank=rank, **chosen)
+    if name == PEFT:
+        targets = [path for site in attention.find_sites(model, config) for path, _ in site.maps]
+        return make_step(model, inject(model, rank, targets=targets), inputs, None)
+    adapter = attention.attach(model, attention.create_adapter(model, config))
+    before = None
+    if config.reducer.mode != "off":
+        reducer = Reducer(adapter)
+        before = lambda index: reducer.begin_step(config.reducer.warmup + index)  # noqa: E731
+    return make_step(model, list(adapter.parameters()), inputs, before)
 
 
-def compare(
-    unet: torch.nn.Module, rank: int, batch: int, tokens: int, steps: int, warmup: int
-) -> dict[str, list[float]]:
+def compare(args: argparse.Namespace, names: list[str], device: torch.device) -> dict[str, list[float]]:
     """Seconds of ``steps`` paired steps by name, after ``warmup`` that do not count."""
-    unet.requires_grad_(False)
-    peft_unet = copy.deepcopy(unet)
-    runs = {"PEFT LoRA": make_step(peft_unet, inject(peft_unet, rank), batch, tokens)}
-    for heads, routing in ((3, "token"), (3, "static"), (3, "timestep"), (1, "token")):
-        config = EffiLoRAConfig(rank=rank, heads=heads, routing=routing)
-        runs[f"{heads} heads, {routing}" if heads > 1 else "1 head"] = adapted(unet, config, batch, tokens)
-    for share in (0.5, 0.25):
-        config = EffiLoRAConfig(rank=rank, reducer=ReducerConfig(mode="random", active=share, warmup=0))
-        runs[f"3 heads, token, {share:.0%} of layers active"] = adapted(unet, config, batch, tokens)
+    base, inputs = build(args.model, args.batch, args.resolution, device)
+    runs = {name: method(name, base, inputs, args.rank) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(warmup + steps):
+    for index in range(args.warmup + args.steps):
         for name, run in runs.items():
             taken = run(index)
-            if index >= warmup:
+            if index >= args.warmup:
                 seconds[name].append(taken)
     return seconds
+
+
+def peak_memory(args: argparse.Namespace, name: str, device: torch.device) -> float:
+    """Peak memory in megabytes of a process that takes three steps of one method."""
+    base, inputs = build(args.model, args.batch, args.resolution, device)
+    run = method(name, base, inputs, args.rank)
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
+    for index in range(3):
+        run(index)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status").read_text(encoding="ascii")  # Linux; getrusage would count the parent's memory
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+
+def measured_apart(args: argparse.Namespace, name: str) -> float:
+    """:func:`peak_memory` in a new process."""
+    words = ["--model", args.model, "--resolution", args.resolution, "--rank", args.rank, "--batch", args.batch]
+    command = [sys.executable, "-m", __spec__.name, *map(str, words), "--peak_of", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=tuple(ARCHITECTURES), default="embedded")
+    parser.add_argument("--resolution", type=int, default=64, help="pixels; 256 gives SD 1.5 latents of 32x32")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--batch", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
     parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--peak_of", choices=(PEFT, *CONFIGS), help="only print the peak memory of one method")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    pipe = load_pipeline(None)
-    seconds = compare(pipe.unet, args.rank, args.batch, pipe.tokenizer.model_max_length, args.steps, args.warmup)
-    reference = seconds["PEFT LoRA"]
-    print(f"{args.steps} paired steps, rank {args.rank}, batch {args.batch}, {torch.get_num_threads()} threads")
-    print(f"{'':42} ms a step   ratio to PEFT (quartiles)")
-    table = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.peak_of:
+        print(peak_memory(args, args.peak_of, device))
+        return
+    seconds = compare(args, [PEFT, *args.methods], device)
+    memory = {name: measured_apart(args, name) for name in seconds} if args.memory else {}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{args.model}, {args.resolution} pixels, batch {args.batch}, rank {args.rank}, {args.steps} steps, {where}")
+    print(f"{'':38} ms a step  ratio to PEFT (quartiles)" + ("    peak MB  ratio" if memory else ""))
+    table: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
-        ratios = [ours / theirs for ours, theirs in zip(values, reference, strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(values, seconds[PEFT], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         table[name] = {"ms": 1000 * statistics.median(values), "ratio": middle, "quartiles": [low, high]}
-        print(f"{name:42} {1000 * statistics.median(values):9.1f}   {middle:.3f} ({low:.3f} to {high:.3f})")
+        line = f"{name:38} {1000 * statistics.median(values):9.1f}  {middle:.3f} ({low:.3f} to {high:.3f})"
+        if memory:
+            table[name] |= {"peak_mb": memory[name], "peak_ratio": memory[name] / memory[PEFT]}
+            line += f"      {memory[name]:9.0f}  {memory[name] / memory[PEFT]:.3f}"
+        print(line)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(table, file, indent=1)
