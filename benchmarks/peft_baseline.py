@@ -11,9 +11,10 @@ from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource, bat
 from effilora_diffusion.diffusion.data import scan_pictures
 from effilora_diffusion.diffusion.families import Family, make_family
 from effilora_diffusion.diffusion.pipelines import load_base
+from effilora_diffusion.diffusion.plan import make_objective
 from effilora_diffusion.diffusion.prior import class_examples
 from effilora_diffusion.diffusion.settings import TrainingConfig
-from effilora_diffusion.diffusion.setup import learning_rates, make_objective
+from effilora_diffusion.diffusion.setup import learning_rates
 
 
 def inject(

@@ -68,8 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(arguments: list[str] | None) -> int:
     config = parse_arguments(arguments, example_settings)
-    from .training import Interrupted, Trainer  # late: --help and mistakes should not wait for torch to load
+    from .training import Interrupted, Trainer, report_plan  # late: --help and mistakes should not wait for torch
 
+    if config.dry_run:
+        report_plan(config)
+        return 0
     try:
         summary = Trainer(config).run()
     except Interrupted as stop:

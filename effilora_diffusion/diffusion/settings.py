@@ -96,6 +96,7 @@ class TrainingConfig:
     image_interpolation_mode: str = option("lanczos", "filter for resizing pictures")
     output_dir: str = option("lora-dreambooth-model", "folder for everything the run writes")
     overwrite_output_dir: bool = option(False, "delete an earlier run found in output_dir")
+    dry_run: bool = option(False, "only load, check and print the report; write and train nothing")
     seed: int = option(0, "seed of everything that is drawn")
     # length
     train_batch_size: int = option(4, "pictures per micro-batch and process")

@@ -1,4 +1,4 @@
-"""Preparing a run: hardware, output folder, optimizer, schedule, and what identifies the run."""
+"""Preparing a run: threads, output folder, optimizer, schedule, and what identifies the run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from diffusers.optimization import get_scheduler
 from ..core import EffiLoRA, EffiLoRAError
 from .checkpoints import list_checkpoints
 from .data import Example
-from .families import Family
-from .objective import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, remove_run
 from .settings import TrainingConfig
 
@@ -25,15 +23,6 @@ _SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpola
             "max_grad_norm", "snr_gamma", "mixed_precision", "prior_loss_weight", "weighting_scheme",
             "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "quantization")  # fmt: skip
 """Settings that decide what a training step computes."""
-
-
-def check_hardware(config: TrainingConfig, device: torch.device) -> str | None:
-    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; return a note for slow ones."""
-    if device.type == "cpu" and config.mixed_precision == "fp16":
-        raise EffiLoRAError("--mixed_precision fp16 needs a GPU: leave it out on a CPU")
-    if device.type == "cpu" and config.mixed_precision == "bf16":
-        return "note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster"
-    return None
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -73,36 +62,6 @@ def open_output(config: TrainingConfig) -> None:
         (output / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error
-
-
-def make_objective(config: TrainingConfig, family: Family) -> Objective:
-    """The objective of the family's scheduler; raises :class:`EffiLoRAError` for options that it does not have."""
-    scheduler = family.pipe.scheduler
-    if type(scheduler).__name__.startswith("EDM"):
-        raise EffiLoRAError(
-            "models with an EDM scheduler (Playground 2.5) can't be trained: DDPM and flow matching can"
-        )
-    if not is_flow(scheduler):
-        if config.weighting_scheme is not None:
-            raise EffiLoRAError(f"--weighting_scheme is for flow matching, {family.title} is not: leave it out")
-        return DDPMObjective(scheduler.config, config.snr_gamma)
-    if config.snr_gamma is not None:
-        raise EffiLoRAError(
-            f"--snr_gamma is for DDPM models, {family.title} is trained by flow matching: leave it out"
-        )
-    return FlowObjective(
-        flow_shift(scheduler.config, config.resolution),
-        config.weighting_scheme or family.weighting_scheme,
-        config.logit_mean,
-        config.logit_std,
-        config.mode_scale,
-    )
-
-
-def place(model: torch.nn.Module, device: torch.device) -> None:
-    """Move a model to ``device``; quantised ones are where they were loaded."""
-    if getattr(model, "hf_quantizer", None) is None:
-        model.to(device)
 
 
 def make_optimizer(config: TrainingConfig, adapter: EffiLoRA, lr_factor: float) -> torch.optim.Optimizer:

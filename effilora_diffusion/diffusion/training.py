@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,23 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..core import AdapterFile, EffiLoRAError, Reducer, calibrate
-from . import attention
 from .batches import Batch, BatchDrawer, ExampleSource, batch_loss
 from .checkpoints import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from .counters import counter_seed
-from .data import Example, report_problems, scan_pictures
-from .families import make_family
+from .data import Example
 from .outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, write_adapters
-from .pipelines import EMBEDDED_BASE, load_base, model_hash
+from .pipelines import EMBEDDED_BASE
+from .plan import make_plan, place
+from .preflight import preflight
 from .prior import class_examples
 from .report import Summary, write_report
 from .settings import TrainingConfig
 from .setup import (
-    check_hardware,
     claim_output,
     fingerprint,
     learning_rates,
-    make_objective,
     make_optimizer,
     open_output,
-    place,
     use_all_cores,
 )
 from .validation import Validation
@@ -69,35 +65,25 @@ class Trainer:
         self.output = Path(config.output_dir)
         self.stop_code = 0
         use_all_cores(self.accelerator)
-        note = check_hardware(config, self.accelerator.device)
-        if note:
-            self.say(note)
         if self.is_main:
             claim_output(config)
         self.accelerator.wait_for_everyone()
-        self.examples = self._scan()
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        device = self.accelerator.device
-        self.family = make_family(load_base(config), device, config.max_sequence_length)
-        self.objective = make_objective(config, self.family)
-        self.base_hash = model_hash(self.family.model)
-        self.steps = config.max_train_steps or config.num_train_epochs * self._steps_per_epoch(len(self.examples))
-        adapter_config = replace(config.adapter_config(), timestep_range=self.family.timestep_range)
-        self.adapter = attention.create_adapter(self.family.model, adapter_config, config.seed)
-        prior = class_examples(self.family, config, self.say) if config.with_prior_preservation else []
-        self.batches = self._cache(self.examples, prior)
-        place(self.family.model, device)
-        attention.attach(self.family.model, self.adapter)
-        if config.gradient_checkpointing:
-            self.family.model.enable_gradient_checkpointing()  # type: ignore[operator]
-        factor = self._pictures_per_step() if config.scale_lr else 1
+        self.plan = plan = make_plan(config, self.accelerator, self.say)
+        self.family, self.objective, self.adapter = plan.family, plan.objective, plan.adapter
+        self.steps = plan.steps
+        self.say("\n".join(preflight(plan, self.accelerator.num_processes).lines()))
+        prior = self._class_pictures()
+        self.batches = self._cache(prior)
+        place(self.family.model, self.accelerator.device)
+        factor = plan.pictures_per_step if config.scale_lr else 1
         self.optimizer = make_optimizer(config, self.adapter, factor)
         self.learning_rate_at = learning_rates(config, self.steps, config.learning_rate * factor)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if self.is_main else None)
         self.validation = Validation(config, self.family, self.output)
-        self.fingerprint = fingerprint(config, self.steps, self.base_hash, self.examples, prior)
+        self.fingerprint = fingerprint(config, self.steps, plan.base_hash, plan.examples, prior)
         self.fingerprint["processes"] = self.accelerator.num_processes
         self.step = 0
         self.seconds = 0.0
@@ -112,29 +98,22 @@ class Trainer:
         if self.is_main:
             tqdm.write(text)
 
-    def _scan(self) -> list[Example]:
-        if not self.config.instance_data_dir:
-            raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's pictures")
-        examples, problems = scan_pictures(Path(self.config.instance_data_dir), self.config.instance_prompt)
-        if problems:
-            self.say(report_problems(problems))
+    def _class_pictures(self) -> list[Example]:
+        if not self.config.with_prior_preservation:
+            return []
+        self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
+        examples = class_examples(self.family, self.config, self.say)
+        self.adapter.enabled = True
         return examples
 
-    def _cache(self, examples: list[Example], prior: list[Example]) -> BatchDrawer:
+    def _cache(self, prior: list[Example]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance = ExampleSource(self.family, examples, self.config, "instance")
+        instance = ExampleSource(self.family, self.plan.examples, self.config, "instance")
         classes = ExampleSource(self.family, prior, self.config, "class") if prior else None
         with self.family.encoders():
             for source in filter(None, (instance, classes)):
                 source.fill(everything=self.accelerator.device.type != "cpu")
         return BatchDrawer(self.family, self.objective, instance, classes)
-
-    def _pictures_per_step(self) -> int:
-        c = self.config
-        return c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def _steps_per_epoch(self, examples: int) -> int:
-        return max(1, math.ceil(examples / self._pictures_per_step()))
 
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
@@ -274,7 +253,7 @@ class Trainer:
         c = self.config
         every = c.validation_steps
         if every is None and c.validation_epochs is not None:
-            every = c.validation_epochs * self._steps_per_epoch(len(self.examples))
+            every = c.validation_epochs * self.plan.steps_per_epoch
         if self.is_main and self.step < self.steps and every and self.step % every == 0:
             self.adapter.eval()
             self.validation.draw(self.step)
@@ -310,7 +289,7 @@ class Trainer:
             calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
             write_adapters(self.output, AdapterFile(self.adapter, self._metadata(summary), calibration))
             self.validation.draw(self.steps)
-            self.validation.before_after([example.path for example in self.examples])
+            self.validation.before_after([example.path for example in self.plan.examples])
             write_report(self.output, summary)
         self.accelerator.wait_for_everyone()
         return summary
@@ -319,12 +298,12 @@ class Trainer:
         """What the native file says about its origin."""
         return {
             "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
-            "base_hash": self.base_hash,
+            "base_hash": self.plan.base_hash,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
-            "trigger_prompt": self.config.instance_prompt or self.examples[0].caption,
+            "trigger_prompt": self.config.instance_prompt or self.plan.examples[0].caption,
             "steps": self.steps,
-            "pictures": len(self.examples),
+            "pictures": len(self.plan.examples),
             "export_error": summary.export_error,
         }
 
@@ -333,3 +312,9 @@ class Trainer:
         """Show the adapter typical inputs: training pictures at all noise levels."""
         for index in range(CALIBRATION_BATCHES):
             self._loss(self.batches.validation(self.steps + index))
+
+
+def report_plan(config: TrainingConfig) -> None:
+    """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
+    accelerator = Accelerator()
+    print("\n".join(preflight(make_plan(config, accelerator, print), accelerator.num_processes).lines()))

@@ -37,6 +37,7 @@ class Family(ABC):
         weighting_scheme: density of the noise levels if the user names none (flow matching only).
         guidance_argument: the pipeline's name for the guidance scale.
         negative_prompts: whether the pipeline's guidance uses a negative prompt.
+        size_multiple: pixels that a picture's edge must be a multiple of.
         one_by_one: whether prompts of different length would disturb each other in one call of the pipeline.
     """
 
@@ -48,6 +49,7 @@ class Family(ABC):
     weighting_scheme: ClassVar[str] = "none"
     guidance_argument: ClassVar[str] = "guidance_scale"
     negative_prompts: ClassVar[bool] = True
+    size_multiple: ClassVar[int] = 16
     one_by_one: ClassVar[bool] = False
 
     def __init__(self, pipe: DiffusionPipeline, device: torch.device, max_sequence_length: int | None = None):
@@ -100,12 +102,13 @@ class Family(ABC):
         if self.device.type == "cpu":
             yield
             return
+        home = self.model.device
         self.pipe.enable_model_cpu_offload(device=self.device)
         try:
             yield
         finally:
             self.pipe.remove_all_hooks()
-            self.model.to(self.device)
+            self.model.to(home)
             torch.cuda.empty_cache()
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ class Sana(Family):
 
     title = "Sana"
     pipelines = ("SanaPipeline",)
+    size_multiple = 32
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask", None, None)
 
     def latent_moments(self, picture: Tensor) -> Tensor:

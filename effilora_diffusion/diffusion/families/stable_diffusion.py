@@ -17,6 +17,7 @@ class StableDiffusion(Family):
     title = "Stable Diffusion 1.x / 2.x"
     pipelines = ("StableDiffusionPipeline",)
     component = "unet"
+    size_multiple = 8
 
     def __init__(self, pipe: Any, device: torch.device, max_sequence_length: int | None = None):
         super().__init__(pipe, device, max_sequence_length)
