@@ -59,10 +59,12 @@ AXES = (4, 6, 6)
 """Rotary dimensions of each position axis; together the width of a head."""
 
 
-def _unet(**options):
+def _unet(cross_attention_dim: int = WIDTH, **options):
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "block_out_channels": (16, 32)}
     blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "norm_num_groups": 4}
-    return d.UNet2DConditionModel(sample_size=8, cross_attention_dim=WIDTH, attention_head_dim=2, **blocks, **options)
+    return d.UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=cross_attention_dim, attention_head_dim=2, **blocks, **options
+    )
 
 
 def _two_streams(cls: type, **options):
@@ -90,10 +92,10 @@ def _stable_diffusion(prediction_type: str):
 
 def _sdxl():
     micro = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    micro["projection_class_embeddings_input_dim"] = 6 * 8 + WIDTH // 2
-    unet = _unet(transformer_layers_per_block=(1, 2), use_linear_projection=True, **micro)
+    micro["projection_class_embeddings_input_dim"] = 6 * 8 + WIDTH
+    unet = _unet(3 * WIDTH // 2, transformer_layers_per_block=(1, 2), use_linear_projection=True, **micro)
     vae, scheduler = kl_vae(scaling_factor=0.13025), d.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
-    texts = ("clip", "clip-projected")
+    texts = ("clip", "clip-wide-projected")
     return assemble(d.StableDiffusionXLPipeline, unet, vae, scheduler, *texts, add_watermarker=False)
 
 

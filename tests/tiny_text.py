@@ -134,6 +134,7 @@ TEXTS: dict[str, tuple[Callable, Callable]] = {
     "clip": (clip_tokenizer, partial(clip_text, t.CLIPTextModel)),
     "clip-wide": (clip_tokenizer, partial(clip_text, t.CLIPTextModel, width=WIDTH)),
     "clip-projected": (clip_tokenizer, partial(clip_text, t.CLIPTextModelWithProjection)),
+    "clip-wide-projected": (clip_tokenizer, partial(clip_text, t.CLIPTextModelWithProjection, width=WIDTH)),
     "gemma2": (gemma_tokenizer, partial(decoder_text, t.Gemma2Config, t.Gemma2Model)),
     "glm": (partial(chat_tokenizer, "left", bos_token="<|im_start|>"), _GLM),
     "mistral3": (chat_tokenizer, partial(mistral3_text, t.Mistral3Model)),

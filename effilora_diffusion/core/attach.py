@@ -179,7 +179,7 @@ def merge(model: nn.Module, name: str = "default") -> None:
     paths = [path for site in adapter.sites for path, _ in site.maps]
     weights: dict[str, Tensor] = {path: modules[path].weight for path in paths}  # type: ignore[misc]
     for path, weight in weights.items():
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or type(weight.detach()) is not Tensor:
             raise EffiLoRAError(f"{path} is quantised: dequantise the model before merging, or keep it attached")
     for path, weight in weights.items():
         originals.setdefault(path, weight.detach().clone())

@@ -51,7 +51,8 @@ def load_adapter(pipe: Any, path: str | Path | AdapterFile, scale: float = 1.0, 
     if all(not heads.any() for heads in adapter.B):
         logger.warning("the adapter %s changes nothing: all its heads are zero", wanted)
     expected = content.metadata.get("base_hash")
-    if expected and not taken and expected != model_hash(model):
+    found = model_hash(model) if expected and not taken else expected
+    if found not in (None, expected):
         logger.warning(
             "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
             wanted,

@@ -50,6 +50,19 @@ def _quiet_loading() -> Any:
         transformers_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _quiet_diffusers() -> Any:
+    """Single files are loaded with warnings about the loader's own doings, of no use to anybody else."""
+    from diffusers.utils import logging as diffusers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
 def load_pipeline(
     model: str | None, dtype: torch.dtype = torch.float32, single_file_config: str | None = None, **kwargs: Any
 ) -> DiffusionPipeline:
@@ -77,6 +90,8 @@ def load_pipeline(
                 if "safety_checker" in parts:
                     options["safety_checker"] = None
                 pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
+    except EffiLoRAError:
+        raise
     except (OSError, ValueError, ImportError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
@@ -111,11 +126,16 @@ def _load_single_file(
     if config is not None:
         options["config"] = config
     try:
-        return kind.from_single_file(str(path), dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+        with _quiet_diffusers():
+            return kind.from_single_file(str(path), dtype=dtype, **options)
+    except OSError as error:
         raise EffiLoRAError(
-            f"{path} can't be loaded, as its configuration and tokenizer were not found: {str(error).splitlines()[0]}; "
-            "go online once, or give a folder of the same architecture with --single_file_config"
+            f"{path} can't be loaded without its configuration and tokenizers, which were not found: go online once, or "
+            "give a folder of the same architecture with --single_file_config"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise EffiLoRAError(
+            f"{path} can't be loaded with the configuration of {config or 'the hub'}: {error}"
         ) from error
 
 
@@ -155,8 +175,13 @@ def quantization(kind: str | None, dtype: torch.dtype) -> PipelineQuantizationCo
     return PipelineQuantizationConfig(quant_mapping={"transformer": chosen, "unet": chosen})
 
 
-def model_hash(model: nn.Module) -> str:
-    """Short fingerprint of a model's architecture and weights: names, shapes, and a sample of each tensor's values."""
+def model_hash(model: nn.Module) -> str | None:
+    """Short fingerprint of a model's architecture and weights: names, shapes, and a sample of each tensor's values.
+
+    ``None`` for quantised models, whose values are no longer those of the model they come from.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name.startswith("effilora"):

@@ -23,7 +23,7 @@ from .settings import TrainingConfig
 class Plan:
     """What will be trained on what: the attached ``adapter`` is fresh, so that the model is still the base.
 
-    ``base_hash`` identifies the base's weights, ``pictures_per_step`` counts over all processes.
+    ``base_hash`` identifies the base's weights (``None``: quantised), ``pictures_per_step`` counts over all processes.
     """
 
     config: TrainingConfig
@@ -31,7 +31,7 @@ class Plan:
     family: Family
     objective: Objective
     adapter: EffiLoRA
-    base_hash: str
+    base_hash: str | None
     pictures_per_step: int
 
     @property
@@ -73,6 +73,8 @@ def check_hardware(config: TrainingConfig, device: torch.device) -> str | None:
     """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; return a note for slow ones."""
     if device.type == "cpu" and config.mixed_precision == "fp16":
         raise EffiLoRAError("--mixed_precision fp16 needs a GPU: leave it out on a CPU")
+    if device.type == "cpu" and config.quantization is not None and config.quantization.startswith("bnb"):
+        raise EffiLoRAError(f"--quantization {config.quantization} needs a GPU: leave it out on a CPU, or use torchao's")
     if device.type == "cpu" and config.mixed_precision == "bf16":
         return "note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster"
     return None

@@ -89,6 +89,8 @@ def preflight(plan: Plan, processes: int) -> Preflight:
 
 
 def _bytes(value: Tensor) -> int:
+    if hasattr(value, "__tensor_flatten__"):  # a quantised weight of torchao is made of several tensors
+        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     return value.numel() * value.element_size()
 
 
@@ -121,6 +123,6 @@ def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> in
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
                 family.predict(torch.empty(rows, *latents.shape), torch.full((rows,), 500.0), batch)
             weights = [mode.from_tensor(value).untyped_storage()._cdata for value in family.model.parameters()]
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         return None
     return sum(size for storage, size in kept.items() if storage not in set(weights))

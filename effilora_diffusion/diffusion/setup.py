@@ -92,12 +92,12 @@ def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[
 
 
 def fingerprint(
-    config: TrainingConfig, steps: int, base_hash: str, examples: list[Example], prior: list[Example]
+    config: TrainingConfig, steps: int, base_hash: str | None, examples: list[Example], prior: list[Example]
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     found: dict[str, Any] = {name: getattr(config, name) for name in _SHAPING}
     found["adapter"] = config.adapter_config().to_dict()
-    found["base"] = base_hash
+    found["base"] = base_hash or config.pretrained_model_name_or_path
     found["pictures"] = [[example.sha256[:16], example.caption] for example in examples]
     found["class pictures"] = [[example.sha256[:16], example.caption] for example in prior]
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
