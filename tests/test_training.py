@@ -205,7 +205,7 @@ def test_bf16_trains_a_float_adapter_on_a_half_base_and_fp16_is_refused(tiny_pip
 def test_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_as_it_was(tiny_pipeline, subject, tmp_path):
     run = trainer(tiny_pipeline, subject, tmp_path / "out", max_train_steps=5, checkpointing_steps=1)
     name = run.batches.draw(2, 1).names[0]
-    (example,) = [example for example in run.examples if example.path.name == name]
+    (example,) = [example for example in run.plan.examples if example.path.name == name]
     for key, moments in run.batches.instance._moments.items():
         if key[0] == example.sha256:
             moments[0, 0, 0, 0] = float("nan")

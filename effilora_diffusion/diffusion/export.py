@@ -29,7 +29,7 @@ def export_lora(
         adapter: native file, training folder, or loaded :class:`AdapterFile`.
         output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``. A folder given for
             ``diffusers`` gets ``pytorch_lora_weights.safetensors``.
-        format: one of :data:`FORMATS`. UNet adapters go to ComfyUI and A1111 as ``kohya``.
+        format: one of :data:`FORMATS`. For ComfyUI and A1111: ``kohya`` for UNets, ``diffusers`` for transformers.
         model: for ``merged``: the base model (default: the one named in the adapter).
 
     Returns:
@@ -38,6 +38,10 @@ def export_lora(
     if format not in FORMATS:
         raise EffiLoRAError(f"--format must be one of {FORMATS}, not {format!r}")
     content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    if format == "kohya" and _component(content) != "unet":
+        raise EffiLoRAError(
+            "kohya naming is for UNets: programs that read LoRAs of transformers (ComfyUI) read the diffusers format"
+        )
     factors = to_lora(content.adapter, content.calibration)
     error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
     output = Path(output)
@@ -70,7 +74,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def diffusers_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[str, Tensor]:
-    """Keys as ``pipe.load_lora_weights`` reads them: ``unet.<module>.lora_A.weight`` and ``lora_B``."""
+    """Keys as ``pipe.load_lora_weights`` reads them: ``unet.`` or ``transformer.``, ``<module>.lora_A.weight``, ``lora_B``."""
     tensors = {}
     for path, pair in factors.items():
         tensors[f"{_component(content)}.{path}.lora_A.weight"] = pair.down

@@ -48,9 +48,6 @@ class Plan:
 def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Plan:
     """Read the pictures, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes."""
     device = accelerator.device
-    note = check_hardware(config, device)
-    if note:
-        say(note)
     if not config.instance_data_dir:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's pictures")
     examples, problems = scan_pictures(Path(config.instance_data_dir), config.instance_prompt)
@@ -69,15 +66,16 @@ def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[s
     return Plan(config, examples, family, objective, adapter, base_hash, per_step)
 
 
-def check_hardware(config: TrainingConfig, device: torch.device) -> str | None:
-    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; return a note for slow ones."""
+def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:
+    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; say so of slow ones."""
     if device.type == "cpu" and config.mixed_precision == "fp16":
         raise EffiLoRAError("--mixed_precision fp16 needs a GPU: leave it out on a CPU")
     if device.type == "cpu" and config.quantization is not None and config.quantization.startswith("bnb"):
-        raise EffiLoRAError(f"--quantization {config.quantization} needs a GPU: leave it out on a CPU, or use torchao's")
+        raise EffiLoRAError(
+            f"--quantization {config.quantization} needs a GPU: leave it out on a CPU, or use torchao's"
+        )
     if device.type == "cpu" and config.mixed_precision == "bf16":
-        return "note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster"
-    return None
+        say("note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster")
 
 
 def check_resolution(resolution: int, family: Family) -> None:

@@ -14,19 +14,26 @@ from .settings import TrainingConfig
 
 @dataclass
 class Summary:
-    """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative)."""
+    """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
+
+    ``component`` is the trained part; ``loader`` tells whether diffusers can load a LoRA into this pipeline.
+    """
 
     config: TrainingConfig
     steps: int
     seconds: float
     parameters: dict[str, int] = field(default_factory=dict)
     export_error: float = 0.0
+    component: str = "unet"
+    loader: bool = True
 
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
         counts = self.parameters
         missing = f"least squares, {self.export_error:.1%} of the update missing (none with --routing static)"
         exact = "exact" if self.export_error == 0 else missing
+        if not self.loader:
+            exact += "; diffusers has no loader for it in this pipeline: use load_adapter, or export --format merged"
         return [
             f"trained {self.steps} steps in {self.seconds:.0f} s ({self.seconds / max(1, self.steps):.3f} s a step)",
             f"parameters: {counts['trained_per_step']:,} trained per step, {counts['trained_ever']:,} ever, "
@@ -73,7 +80,17 @@ from effilora_diffusion import load_adapter
 load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline of {base}
 ```
 
-`pytorch_lora_weights.safetensors` is the same as plain LoRA, for `pipe.load_lora_weights("...")`;
-it reproduces the adapter {gap}. For ComfyUI and A1111: `effilora export effilora.safetensors lora.safetensors --format kohya`.
+`pytorch_lora_weights.safetensors` is the same as plain LoRA{_elsewhere(summary)}; it reproduces the adapter {gap}.
 """
     write_atomic(output / CARD_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _elsewhere(summary: Summary) -> str:
+    """Where the plain LoRA can be used."""
+    if not summary.loader:
+        return " (diffusers has no loader for it in this pipeline)"
+    if summary.component == "unet":
+        comfy = "for ComfyUI and A1111 `effilora export effilora.safetensors lora.safetensors --format kohya`"
+    else:
+        comfy = "and for ComfyUI"
+    return f', for `pipe.load_lora_weights("...")`, {comfy}'

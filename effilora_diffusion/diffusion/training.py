@@ -22,7 +22,7 @@ from .counters import counter_seed
 from .data import Example
 from .outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, write_adapters
 from .pipelines import EMBEDDED_BASE
-from .plan import make_plan, place
+from .plan import check_hardware, make_plan, place
 from .preflight import preflight
 from .prior import class_examples
 from .report import Summary, write_report
@@ -65,6 +65,7 @@ class Trainer:
         self.output = Path(config.output_dir)
         self.stop_code = 0
         use_all_cores(self.accelerator)
+        check_hardware(config, self.accelerator.device, self.say)
         if self.is_main:
             claim_output(config)
         self.accelerator.wait_for_everyone()
@@ -282,7 +283,8 @@ class Trainer:
         if not any(heads.detach().any() for heads in self.adapter.B):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
         self._checkpoint()
-        summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds)
+        summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
+        summary.loader = hasattr(self.family.pipe, "load_lora_weights")
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
         if self.is_main:
@@ -317,4 +319,5 @@ class Trainer:
 def report_plan(config: TrainingConfig) -> None:
     """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
     accelerator = Accelerator()
+    check_hardware(config, accelerator.device, print)
     print("\n".join(preflight(make_plan(config, accelerator, print), accelerator.num_processes).lines()))
