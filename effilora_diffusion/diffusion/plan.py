@@ -61,7 +61,7 @@ def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[s
     adapter = attention.create_adapter(family.model, adapter_config, config.seed)
     attention.attach(family.model, adapter)
     if config.gradient_checkpointing:
-        family.model.enable_gradient_checkpointing()
+        family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     return Plan(config, examples, family, objective, adapter, base_hash, per_step)
 

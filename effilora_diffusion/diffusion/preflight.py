@@ -115,7 +115,7 @@ def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> in
     edge = config.resolution
     try:
         with mode:
-            with torch.no_grad():
+            with torch.no_grad(), family.encoding_on(torch.device("cpu")):  # nothing is on the device yet
                 conditions = family.prompt_conditions(caption)
                 picture = torch.empty(1, 3, edge, edge, dtype=family.pipe.vae.dtype)
                 latents = family.latent_moments(picture)[0]

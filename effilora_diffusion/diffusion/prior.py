@@ -33,20 +33,27 @@ def class_examples(family: Family, config: TrainingConfig, say: Callable[[str], 
     if missing:
         what = repr(caption) if caption is not None else f"{len(prompts)} class prompts"
         say(f"drawing {len(missing)} class pictures of {what}")
-    for start in range(0, len(missing), config.sample_batch_size):
-        chunk = missing[start : start + config.sample_batch_size]
-        seeds = [counter_seed(config.seed, "class picture", index) for index in chunk]
-        pictures = draw_for_run(family, config, [prompts[index % len(prompts)] for index in chunk], seeds)
-        for index, picture in zip(chunk, pictures, strict=True):
-            name = hashlib.sha1(picture.tobytes()).hexdigest()
-            if caption is None:  # before its picture, so that no picture is ever without
-                _write_caption(folder / f"{index}-{name}.txt", prompts[index % len(prompts)])
-            save_png(picture, folder / f"{index}-{name}.png")
+        with family.sampling():
+            _draw(family, config, folder, missing)
     examples, problems = scan_pictures(folder, caption)
     bad = [problem for problem in problems if problem.fatal]
     if bad:
         say(report_problems(bad))
     return examples
+
+
+def _draw(family: Family, config: TrainingConfig, folder: Path, indices: list[int]) -> None:
+    """Draw the class pictures ``indices`` and write each at once, its caption before it if there are several."""
+    prompts = config.class_prompt
+    for start in range(0, len(indices), config.sample_batch_size):
+        chunk = indices[start : start + config.sample_batch_size]
+        seeds = [counter_seed(config.seed, "class picture", index) for index in chunk]
+        pictures = draw_for_run(family, config, [prompts[index % len(prompts)] for index in chunk], seeds)
+        for index, picture in zip(chunk, pictures, strict=True):
+            name = hashlib.sha1(picture.tobytes()).hexdigest()
+            if len(prompts) > 1:
+                _write_caption(folder / f"{index}-{name}.txt", prompts[index % len(prompts)])
+            save_png(picture, folder / f"{index}-{name}.png")
 
 
 def _write_caption(path: Path, caption: str) -> None:

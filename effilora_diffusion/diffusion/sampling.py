@@ -53,19 +53,18 @@ def draw_pictures(
 
 
 def draw_for_run(family: Family, config: TrainingConfig, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-    """Pictures as a training run shows and keeps them: in its resolution, with its sampling settings."""
-    with family.sampling():
-        return draw_pictures(
-            family.pipe,
-            prompts,
-            seeds,
-            config.validation_inference_steps,
-            config.validation_guidance_scale,
-            batch_size=config.sample_batch_size,
-            width=config.resolution,
-            height=config.resolution,
-            max_sequence_length=config.max_sequence_length,
-        )
+    """Pictures as a training run shows and keeps them, in its resolution; call it within ``family.sampling()``."""
+    return draw_pictures(
+        family.pipe,
+        prompts,
+        seeds,
+        config.validation_inference_steps,
+        config.validation_guidance_scale,
+        batch_size=config.sample_batch_size,
+        width=config.resolution,
+        height=config.resolution,
+        max_sequence_length=config.max_sequence_length,
+    )
 
 
 def save_png(picture: Image.Image, path: Path, parameters: dict[str, Any] | None = None) -> None:

@@ -31,7 +31,8 @@ class Validation:
         seeds = [counter_seed(self.config.seed, "validation", column) % 2**32 for column in range(count)] * len(
             self.prompts
         )
-        pictures = draw_for_run(self.family, self.config, prompts, seeds)
+        with self.family.sampling():
+            pictures = draw_for_run(self.family, self.config, prompts, seeds)
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         self.drawn[step] = rows
         grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")

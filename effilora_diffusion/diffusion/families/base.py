@@ -116,6 +116,16 @@ class Family(ABC):
         """The conditions of one prompt, on the CPU, without a batch axis."""
         return {name: value.cpu() for name, value in self.prompt_conditions(prompt).items()}
 
+    @contextlib.contextmanager
+    def encoding_on(self, device: torch.device) -> Iterator[None]:
+        """Prompts are encoded on ``device`` for the length of the block."""
+        original = self.text_options
+        self.text_options = {**original, "device": device} if "device" in original else original
+        try:
+            yield
+        finally:
+            self.text_options = original
+
     def prompt_conditions(self, prompt: str) -> Conditions:
         """What the pipeline's ``encode_prompt`` returns for one prompt, under the names of ``prompt_outputs``."""
         found = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
@@ -174,6 +184,13 @@ class Family(ABC):
     @abstractmethod
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """:meth:`predict` with everything in the denoiser's dtype."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass; raises :class:`EffiLoRAError` where the model can't."""
+        try:
+            self.model.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise EffiLoRAError(f"{self.title} models have no --gradient_checkpointing: leave it out") from error
 
     @property
     def dtype(self) -> torch.dtype:

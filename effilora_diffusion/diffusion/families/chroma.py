@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .base import Conditions
 from .flux import Flux
@@ -23,4 +25,14 @@ class Chroma(Flux):
         """The prompt's mask, then ones for the image tokens."""
         n, _, height, width = noisy.shape
         mask = conditions["attention_mask"]
-        return {"attention_mask": torch.cat([mask, mask.new_ones(n, height // 2 * (width // 2))], 1)}
+        self._mask = torch.cat([mask, mask.new_ones(n, height // 2 * (width // 2))], 1)
+        return {"attention_mask": self._mask}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """As usual, but single-stream blocks get the mask, which diffusers 0.42 forgets when it checkpoints them."""
+
+        def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+            single = isinstance(block, ChromaSingleTransformerBlock)
+            return checkpoint(block, *inputs, *((self._mask,) if single else ()), use_reentrant=False)
+
+        self.model.enable_gradient_checkpointing(checkpointed)

@@ -1,0 +1,142 @@
+"""Every family with the options that people use: class pictures, validation grids, half precision, checkpointing."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_subject, trainer
+from PIL import Image
+from tiny_families import FAMILIES, build, sampling
+
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
+from effilora_diffusion.diffusion.attention import attach, create_adapter
+from effilora_diffusion.diffusion.families import PICTURE, make_family
+from effilora_diffusion.diffusion.preflight import activation_bytes
+from effilora_diffusion.diffusion.sampling import draw_pictures
+from effilora_diffusion.diffusion.settings import TrainingConfig
+
+NOT_PREDICTED = ("lumina2", "qwen-image", "z-image", "cogview4")
+"""Families whose shapes depend on values."""
+
+SHORT = {"resolution": 64, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_run_with_class_pictures_and_grids_in_the_family_s_own_pipeline(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "model")
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "num_class_images": 2}
+    drawn = {"num_validation_images": 2, "validation_inference_steps": 2, "validation_guidance_scale": None}
+    subject = make_subject(tmp_path / "s", 2, captions=["a sks cat", "a sks cat on a big white table"], size=(80, 64))
+    options = {
+        **SHORT,
+        **prior,
+        **drawn,
+        "class_prompt": ["a cat", "a dog on a table"],
+        "center_crop": False,
+        "train_batch_size": 2,
+    }
+    run = trainer(tmp_path / "model", subject, tmp_path / "out", **options, random_flip=True)
+    run.run()
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    sizes = {Image.open(file).size for file in (tmp_path / "class").glob("*.png")}
+    assert sizes == {(64, 64)}
+    assert (tmp_path / "out" / "samples" / "step-000001.png").exists()
+    assert (tmp_path / "out" / "before_after.png").exists()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drawing_several_prompts_at_once_draws_what_each_draws_alone(name):
+    pipe = build(name)
+    prompts, size = ["a red cat", "a dog on a big white table"], {"width": 64, "height": 64}
+    size |= {key: value for key, value in sampling(name).items() if key == "max_sequence_length"}
+    together = draw_pictures(pipe, prompts, [1, 2], 2, 3.0, batch_size=2, **size)
+    alone = [draw_pictures(pipe, [p], [seed], 2, 3.0, **size)[0] for p, seed in zip(prompts, (1, 2), strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.size == (64, 64)
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_negative_prompts_are_used_or_refused(name):
+    pipe = build(name)
+    size = {"width": 64, "height": 64, **({"max_sequence_length": 64} if name == "qwen-image" else {})}
+    if name.startswith("flux"):
+        with pytest.raises(EffiLoRAError, match="no negative prompt"):
+            draw_pictures(pipe, ["a cat"], [0], 2, 3.0, "a dog", **size)
+        return
+    plain = draw_pictures(pipe, ["a cat"], [0], 2, 3.0, **size)[0]
+    other = draw_pictures(pipe, ["a cat"], [0], 2, 3.0, "a big white table with two people", **size)[0]
+    assert not np.array_equal(np.asarray(plain), np.asarray(other))
+
+
+def example(family, name):
+    """Conditions, noisy latents and timesteps of two rows."""
+    row = {**family.encode_prompt("a red cat"), PICTURE: torch.tensor([64.0, 64, 0, 0, 64, 64])}
+    latents = torch.randn(2, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
+    return latents, torch.tensor([900.0, 300.0]), family.collate([row, row])
+
+
+def adapted(name, dtype=torch.float32):
+    family = make_family(build(name).to(dtype), torch.device("cpu"), sampling(name).get("max_sequence_length"))
+    adapter = attach(family.model, create_adapter(family.model, EffiLoRAConfig()))
+    generator = torch.Generator().manual_seed(0)
+    for heads in adapter.B:
+        heads.data.normal_(std=0.1, generator=generator)
+    return family, adapter
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_half_precision_base_trains_a_float_adapter(name):
+    family, adapter = adapted(name, torch.bfloat16)
+    noisy, times, conditions = example(family, name)
+    assert family.encode_picture(torch.zeros(3, 64, 64)).dtype == torch.float32
+    assert family.pipe.vae.dtype == torch.bfloat16
+    found = family.predict(noisy, times, conditions)
+    assert found.dtype == torch.bfloat16
+    found.float().square().mean().backward()
+    assert all(part.dtype == torch.float32 and part.grad.isfinite().all() for part in adapter.A.values())
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "hunyuandit"])
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    gradients = []
+    for checkpointing in (False, True):
+        family, adapter = adapted(name)
+        torch.manual_seed(0)
+        noisy, times, conditions = example(family, name)
+        if checkpointing:
+            family.enable_gradient_checkpointing()
+            family.model.train()
+        family.predict(noisy, times, conditions).square().mean().backward()
+        gradients.append([part.grad for part in adapter.A.values()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()))
+
+
+def test_models_without_gradient_checkpointing_are_named():
+    family, _ = adapted("hunyuandit")
+    with pytest.raises(EffiLoRAError, match="HunyuanDiT models have no --gradient_checkpointing"):
+        family.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predicted_activations_are_those_that_a_forward_pass_keeps(name):
+    family, _ = adapted(name)
+    predicted = activation_bytes(TrainingConfig(train_batch_size=2, resolution=64), family, "a red cat")
+    if name in NOT_PREDICTED:
+        assert predicted is None
+        return
+    noisy, times, conditions = example(family, name)
+    weights = {value.untyped_storage()._cdata for value in family.model.parameters()}
+    kept, alive = {}, []
+
+    def keep(value):
+        storage = value.untyped_storage()
+        alive.append(value)
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        family.predict(noisy, times, conditions)
+    assert predicted == pytest.approx(sum(kept.values()), rel=0.06)
