@@ -82,6 +82,18 @@ def test_predictions_are_what_the_pipeline_gives_its_scheduler(name):
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["flux", "flux-schnell", "flux2", "flux2-klein"])
+def test_guidance_is_an_input_of_distilled_models_alone(name):
+    family = family_of(name)
+    noisy = torch.randn(1, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
+    conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), PICTURE: picture_condition(name)}])
+    found = []
+    for family.guidance_scale in (1.0, 3.5):
+        with torch.no_grad():
+            found.append(family.predict(noisy, torch.tensor([500.0]), conditions))
+    assert torch.equal(*found) == (name in ("flux-schnell", "flux2-klein"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_latents_are_those_that_the_pipeline_decodes(name):
     family = family_of(name)

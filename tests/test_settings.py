@@ -7,9 +7,8 @@ import pytest
 import yaml
 
 from effilora_diffusion.core import EffiLoRAError
+from effilora_diffusion.diffusion.foreign_flags import NOT_NEEDED, NOT_SUPPORTED
 from effilora_diffusion.diffusion.settings import (
-    NOT_NEEDED,
-    NOT_SUPPORTED,
     SCHEDULES,
     TrainingConfig,
     parse_arguments,
@@ -264,6 +263,35 @@ def test_flag_of_diffusers_that_changes_nothing_is_accepted_with_a_note(name, ca
 def test_flag_of_diffusers_that_would_change_the_result_is_refused_with_the_reason(name):
     with pytest.raises(EffiLoRAError, match=f"--{name} is not supported"):
         parse_arguments([f"--{name}"])
+
+
+def test_layers_named_as_in_diffusers_flux_script_become_targets():
+    assert parse_arguments(["--lora_layers", "attn.to_k, attn.to_q"]).target_modules == ["attn.to_k", "attn.to_q"]
+
+
+def test_only_adamw_is_an_optimizer():
+    assert parse_arguments(["--optimizer", "AdamW"]) == TrainingConfig()
+    with pytest.raises(EffiLoRAError, match="--optimizer prodigy is not supported"):
+        parse_arguments(["--optimizer", "prodigy"])
+
+
+COMMANDS = {
+    "sdxl": "--pretrained_vae_model_name_or_path vae --mixed_precision fp16 --resolution 1024 --snr_gamma 5.0 --random_flip",
+    "sd3": "--weighting_scheme logit_normal --logit_mean 0 --logit_std 1 --max_sequence_length 77 --cache_latents",
+    "flux": "--guidance_scale 1 --optimizer adamw --lora_alpha 16 --rank 16 --weighting_scheme none --mode_scale 1.29",
+    "flux2": "--max_sequence_length 512 --offload --cache_latents --skip_final_inference --upcast_before_saving",
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_commands_of_diffusers_scripts_for_other_families_run_as_they_are(words):
+    named = "--pretrained_model_name_or_path m --instance_data_dir d --instance_prompt p --output_dir o"
+    config = parse_arguments([*named.split(), *words.split()])
+    given = dict(pair.split(maxsplit=1) for pair in words.split("--")[1:] if " " in pair.strip())
+    for name, value in given.items():
+        if name in vars(config):
+            found = getattr(config, name)
+            assert found == type(found)(value.strip())
 
 
 @pytest.mark.parametrize(

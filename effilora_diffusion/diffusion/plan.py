@@ -54,6 +54,7 @@ def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[s
     if problems:
         say(report_problems(problems))
     family = make_family(load_base(config), device, config.max_sequence_length)
+    family.guidance_scale = config.guidance_scale
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
     base_hash = model_hash(family.model)

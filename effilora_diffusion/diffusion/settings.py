@@ -16,33 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..core import EffiLoRAConfig, EffiLoRAError, ReducerConfig
-
-NOT_NEEDED = {
-    "dataloader_num_workers": "latents are cached, nothing is loaded while training",
-    "pre_compute_text_embeddings": "text states are always computed once and cached",
-    "cache_latents": "latents are always cached",
-    "enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is used",
-    "use_8bit_adam": "the optimizer only holds the adapter, a few megabytes at most",
-    "logging_dir": "metrics go to metrics.jsonl in output_dir",
-    "local_rank": "accelerate sets it",
-    "prior_generation_precision": "class pictures are drawn in the precision of training",
-}
-"""Flags of diffusers' script that change nothing here: accepted with a note, so that old commands run."""
-
-NOT_SUPPORTED = {
-    "train_text_encoder": "only the UNet or transformer is trained",
-    "report_to": "metrics go to metrics.jsonl in output_dir",
-    "push_to_hub": "upload the output folder yourself; its README.md is a model card",
-    "hub_token": "nothing is uploaded",
-    "hub_model_id": "nothing is uploaded",
-    "tokenizer_name": "the model's own tokenizer is used",
-    "tokenizer_max_length": "the tokenizer's own length is used",
-    "text_encoder_use_attention_mask": "DeepFloyd IF can't be trained",
-    "class_labels_conditioning": "DeepFloyd IF can't be trained",
-    "validation_images": "upscalers can't be trained",
-}
-"""Flags of diffusers' script that would change the result: refused with the reason."""
-
+from .foreign_flags import add_foreign_flags, translate_foreign_flags
 
 EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
 """Sampling that suits the embedded base; other models have defaults of their own."""
@@ -138,6 +112,7 @@ class TrainingConfig:
     logit_mean: float = option(0.0, "mean of the logit_normal scheme")
     logit_std: float = option(1.0, "deviation of the logit_normal scheme")
     mode_scale: float = option(1.29, "scale of the mode scheme")
+    guidance_scale: float = option(3.5, "guidance that FLUX.1 dev and FLUX.2 dev are told while training")
     max_sequence_length: int | None = option(
         None, "longest prompt in tokens (default: what the pipeline samples with)"
     )
@@ -190,7 +165,8 @@ class TrainingConfig:
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "logit_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise EffiLoRAError(f"--{name} must be a positive number, not {getattr(self, name)}")
-        for name in ("adam_weight_decay", "prior_loss_weight", "lr_power", "mode_scale", "validation_guidance_scale"):
+        for name in ("adam_weight_decay", "prior_loss_weight", "lr_power", "mode_scale", "guidance_scale",
+                     "validation_guidance_scale"):  # fmt: skip
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise EffiLoRAError(f"--{name} must be a number from 0 up, not {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
@@ -309,14 +285,8 @@ def parse_arguments(
     )
     parser.add_argument("--config", type=Path, help="TOML or YAML file with any of these settings")
     add_arguments(parser)
-    for name in (*NOT_NEEDED, *NOT_SUPPORTED):
-        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(arguments))
-    for name in [name for name in given if name in NOT_SUPPORTED]:
-        raise EffiLoRAError(f"--{name} is not supported ({NOT_SUPPORTED[name]}): leave it out")
-    for name in [name for name in given if name in NOT_NEEDED]:
-        del given[name]
-        print(f"note: --{name} is not needed: {NOT_NEEDED[name]}")
+    add_foreign_flags(parser)
+    given = translate_foreign_flags(vars(parser.parse_args(arguments)))
     config = given.pop("config")
     chosen = {**(read_config_file(config) if config else {}), **given}
     named = chosen.get("pretrained_model_name_or_path") or chosen.get("instance_data_dir")

@@ -21,7 +21,7 @@ _SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpola
             "gradient_accumulation_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
             "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
             "max_grad_norm", "snr_gamma", "mixed_precision", "prior_loss_weight", "weighting_scheme",
-            "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "quantization")  # fmt: skip
+            "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "quantization", "guidance_scale")  # fmt: skip
 """Settings that decide what a training step computes."""
 
 

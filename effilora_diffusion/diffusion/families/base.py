@@ -38,6 +38,7 @@ class Family(ABC):
         guidance_argument: the pipeline's name for the guidance scale.
         negative_prompts: whether the pipeline's guidance uses a negative prompt.
         size_multiple: pixels that a picture's edge must be a multiple of.
+        guidance_scale: guidance that distilled models are told while training; diffusers' scripts train with 3.5.
         one_by_one: whether prompts of different length would disturb each other in one call of the pipeline.
     """
 
@@ -51,6 +52,7 @@ class Family(ABC):
     negative_prompts: ClassVar[bool] = True
     size_multiple: ClassVar[int] = 16
     one_by_one: ClassVar[bool] = False
+    guidance_scale: float = 3.5
 
     def __init__(self, pipe: DiffusionPipeline, device: torch.device, max_sequence_length: int | None = None):
         self.pipe: Any = pipe

@@ -10,9 +10,6 @@ from torch import Tensor
 from .base import Conditions, Family
 from .packing import grid_ids, pack, unpack
 
-GUIDANCE = 3.5
-"""The guidance that distilled models are told while training: the value diffusers' script trains with and they sample with."""
-
 
 class Flux(Family):
     """FLUX.1. Distilled guidance is an input of the model where its configuration says so (dev, Krea; not schnell)."""
@@ -46,5 +43,5 @@ class Flux(Family):
         """Inputs that FLUX.1's relatives do not have: the pooled text vector and the guidance scale."""
         guidance = None
         if self.model.config.guidance_embeds:
-            guidance = torch.full((len(noisy),), GUIDANCE, device=noisy.device)
+            guidance = torch.full((len(noisy),), self.guidance_scale, device=noisy.device)
         return {"pooled_projections": conditions["pooled_projections"], "guidance": guidance}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .base import Conditions, Family
-from .flux import GUIDANCE
 from .packing import grid_ids
 
 
@@ -31,7 +30,7 @@ class Flux2(Family):
         states = conditions["encoder_hidden_states"]
         guidance = None
         if self.model.config.guidance_embeds:
-            guidance = torch.full((n,), GUIDANCE, device=noisy.device)
+            guidance = torch.full((n,), self.guidance_scale, device=noisy.device)
         places = grid_ids(height, width, timesteps.long())
         tokens = self.model(
             hidden_states=noisy.flatten(2).transpose(1, 2),
