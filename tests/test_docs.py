@@ -1,0 +1,24 @@
+"""The table of families is the code's: names, pipelines and line counts."""
+
+from pathlib import Path
+
+import pytest
+
+from effilora_diffusion.diffusion.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_the_page_has_every_family_with_its_file(family):
+    file = ROOT / Path(*family.__module__.split(".")).with_suffix(".py")
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    (row,) = (line for line in PAGE.splitlines() if f"`{file.name}` ({lines})" in line)
+    assert all(f"`{pipeline}`" in row for pipeline in family.pipelines)
+    assert lines < 200
+
+
+def test_the_example_on_the_page_is_the_file_it_shows():
+    shown = PAGE.split("```python\n")[1].split("```")[0].strip()
+    assert shown in (ROOT / "effilora_diffusion/diffusion/families/auraflow.py").read_text(encoding="utf-8")
