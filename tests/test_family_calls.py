@@ -82,6 +82,26 @@ def test_predictions_are_what_the_pipeline_gives_its_scheduler(name):
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["sdxl", "hunyuandit", "cogview4"])
+def test_sizes_and_crop_of_a_picture_stand_where_the_pipeline_puts_them(name):
+    family = family_of(name)
+    spy = Spy(family.pipe)
+    sizes = {"original_size": (96, 80), "crops_coords_top_left": (3, 5), "target_size": (64, 64)}
+    if name == "cogview4":
+        sizes.pop("target_size")
+    family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **unguided(name), **sizes)
+    picture = torch.tensor([96, 80, 3, 5, 64, 64], dtype=torch.float32)
+    conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), PICTURE: picture}])
+    output, timestep, sample = spy.seen[0]
+    with torch.no_grad():
+        found = family.predict(sample, torch.tensor([timestep]), conditions)
+        plain = family.predict(
+            sample, torch.tensor([timestep]), {**conditions, PICTURE: picture_condition(name)[None]}
+        )
+    assert torch.allclose(found, output, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain, output, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["flux", "flux-schnell", "flux2", "flux2-klein"])
 def test_guidance_is_an_input_of_distilled_models_alone(name):
     family = family_of(name)

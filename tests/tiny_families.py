@@ -133,7 +133,8 @@ def _pixart(pipeline: type, micro_conditions: bool):
 
 def _sana():
     cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": WIDTH // 2, "cross_attention_dim": WIDTH}
-    model = d.SanaTransformer2DModel(**(LATENTS | HEADS | cross | {"caption_channels": WIDTH, "sample_size": 32}))
+    cross |= {"caption_channels": WIDTH, "sample_size": 32, "timestep_scale": 0.5}
+    model = d.SanaTransformer2DModel(**(LATENTS | HEADS | cross))
     solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return assemble(d.SanaPipeline, model, sana_vae(), d.DPMSolverMultistepScheduler(**solver), "gemma2")
 

@@ -46,7 +46,7 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     component: ClassVar[str] = "transformer"
     prompt_outputs: ClassVar[tuple[str | None, ...]] = ("encoder_hidden_states",)
-    timestep_range: ClassVar[float] = 1000.0
+    timestep_range: float = 1000.0
     weighting_scheme: ClassVar[str] = "none"
     guidance_argument: ClassVar[str] = "guidance_scale"
     negative_prompts: ClassVar[bool] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ class Sana(Family):
     pipelines = ("SanaPipeline",)
     size_multiple = 32
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask", None, None)
+
+    def __init__(self, pipe: Any, device: torch.device, max_sequence_length: int | None = None):
+        super().__init__(pipe, device, max_sequence_length)
+        self.timestep_range = 1000.0 * self.model.config.timestep_scale
 
     def latent_moments(self, picture: Tensor) -> Tensor:
         """The autoencoder has no distribution: the deviation is zero."""
