@@ -2,13 +2,15 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import files_in, make_subject, settings, sharp_pipeline, trainer
+from PIL import Image
 
 from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource
 from effilora_diffusion.diffusion.data import scan_pictures
-from effilora_diffusion.diffusion.families import make_family
+from effilora_diffusion.diffusion.families import PICTURE, make_family
 from effilora_diffusion.diffusion.objective import DDPMObjective
 from effilora_diffusion.diffusion.pictures import load_picture
 from effilora_diffusion.diffusion.pipelines import load_pipeline
@@ -138,6 +140,45 @@ def test_timesteps_cover_the_whole_schedule(family, tmp_path):
     drawer = drawer_of(source, 10)
     drawn = torch.cat([drawer.draw(position, 8).timesteps for position in range(0, 160, 8)])
     assert sorted(set(drawn.tolist())) == list(range(10))
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_picture_condition_says_where_the_crop_was_cut(family, tmp_path, monkeypatch, center_crop, flip):
+    """In a picture whose red rises to the right and green downwards, a crop's first pixel tells where it lies."""
+    width, height = 256, 32
+    across, down = np.meshgrid(np.arange(width), np.arange(height))
+    (tmp_path / "s").mkdir()
+    array = np.stack([across, down * 8, np.zeros_like(down)], -1).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "s" / "0.png")
+    source, _ = source_of(family, tmp_path / "s", center_crop=center_crop, random_flip=flip)
+    seen = []
+    monkeypatch.setattr(family, "encode_picture", lambda picture: seen.append(picture) or torch.zeros(2, 4, 8, 8))
+    source._moments.clear()
+    places = set()
+    for position in range(24):
+        _, conditions, _ = source.draw(position)
+        source._moments.clear()
+        found = conditions[PICTURE].tolist()
+        assert [found[0], found[1], found[4], found[5]] == [height, width, 32, 32]
+        first = float((seen[-1][0, 0, 0] + 1) * 127.5)
+        mirrored = first > float((seen[-1][0, 0, -1] + 1) * 127.5)
+        assert mirrored <= flip
+        assert round(width - 1 - first if mirrored else first) == found[3]
+        assert found[2] == 0
+        places.add(found[3])
+    assert len(places) == 1 if center_crop else len(places) > 2
+
+
+def test_everything_is_encoded_at_once_for_a_gpu(family, tmp_path, monkeypatch):
+    examples, _ = scan_pictures(make_subject(tmp_path / "s", 2, size=(48, 32)), "a cat")
+    source = ExampleSource(family, examples, settings("none", "none", "none", random_flip=True), "instance")
+    source.config.center_crop = False
+    source.fill(everything=True)
+    monkeypatch.setattr(family, "encode_picture", None)
+    monkeypatch.setattr(family, "encode_prompt", None)
+    for position in range(64):
+        source.draw(position)
 
 
 # -------------------------------------------------------------------------------------------------- class pictures

@@ -14,7 +14,10 @@ from effilora_diffusion.diffusion.families import PICTURE, make_family
 from effilora_diffusion.diffusion.families.packing import pack, unpack
 from effilora_diffusion.diffusion.objective import is_flow
 
-PROMPTS = ("a red cat on a table", "a dog")
+PROMPTS = (
+    "a red cat on a table",
+    "a photo of two people and a tree, the sun and a small yellow car on a big white table",
+)
 UNGUIDED = {"z-image": 0.0, "krea2": 0.0, "flux": 3.5, "flux2": 3.5}
 """Guidance scales without a second call; those of FLUX dev are an input of the model, the value that training gives."""
 

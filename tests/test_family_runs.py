@@ -9,9 +9,9 @@ from tiny_families import FAMILIES, build, sampling
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.diffusion.attention import attach, create_adapter
-from effilora_diffusion.diffusion.families import PICTURE, make_family
+from effilora_diffusion.diffusion.families import PICTURE, family_class, make_family
 from effilora_diffusion.diffusion.preflight import activation_bytes
-from effilora_diffusion.diffusion.sampling import draw_pictures
+from effilora_diffusion.diffusion.sampling import draw_for_run, draw_pictures
 from effilora_diffusion.diffusion.settings import TrainingConfig
 
 NOT_PREDICTED = ("lumina2", "qwen-image", "z-image", "cogview4")
@@ -46,13 +46,30 @@ def test_a_whole_run_with_class_pictures_and_grids_in_the_family_s_own_pipeline(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_drawing_several_prompts_at_once_draws_what_each_draws_alone(name):
     pipe = build(name)
-    prompts, size = ["a red cat", "a dog on a big white table"], {"width": 64, "height": 64}
+    long = "a photo of two people and a tree, the sun and a small yellow car on a big white table"
+    prompts, size = ["a red cat", long], {"width": 64, "height": 64}
     size |= {key: value for key, value in sampling(name).items() if key == "max_sequence_length"}
     together = draw_pictures(pipe, prompts, [1, 2], 2, 3.0, batch_size=2, **size)
     alone = [draw_pictures(pipe, [p], [seed], 2, 3.0, **size)[0] for p, seed in zip(prompts, (1, 2), strict=True)]
     for one, other in zip(together, alone, strict=True):
         assert one.size == (64, 64)
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 2
+
+
+def test_a_run_draws_with_the_prompt_length_that_it_trains_with():
+    family = make_family(build("flux"), torch.device("cpu"), 16)
+    config = TrainingConfig(resolution=64, validation_inference_steps=2, max_sequence_length=16)
+    assert family.encode_prompt("a cat")["encoder_hidden_states"].shape[0] == 16
+    drawn = draw_for_run(family, config, ["a cat"], [0])[0]
+    size = {"width": 64, "height": 64}
+    same, default = (draw_pictures(family.pipe, ["a cat"], [0], 2, max_sequence_length=n, **size)[0] for n in (16, 32))
+    assert np.array_equal(np.asarray(drawn), np.asarray(same))
+    assert not np.array_equal(np.asarray(drawn), np.asarray(default))
+
+
+def test_no_language_model_rewrites_the_prompt_of_ernie():
+    pipe = build("ernie-image")
+    assert family_class(pipe).sampling_options(pipe, None, None) == {"use_pe": False}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
