@@ -91,7 +91,7 @@ def build(name: str, batch: int, resolution: int, device: torch.device) -> Built
             return {key: move(item) for key, item in value.items()}
         return value.to(device, dtype if value.is_floating_point() else None)
 
-    return model.to(device).requires_grad_(False), move(inputs)
+    return model.to(device, dtype).requires_grad_(False), move(inputs)
 
 
 def _unet_inputs(unet: nn.Module, batch: int, size: int, tokens: int) -> dict[str, Any]:

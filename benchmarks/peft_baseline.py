@@ -28,7 +28,10 @@ def inject(
         init_lora_weights="gaussian",
     )
     model.add_adapter(config)  # type: ignore[operator]
-    return [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()  # as ours, also on a half-precision base
+    return trained
 
 
 def train(config: TrainingConfig) -> Family:

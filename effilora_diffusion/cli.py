@@ -11,6 +11,9 @@ from pathlib import Path
 
 from .core import EffiLoRAError, exit_code
 
+DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""torch's names of the precisions."""
+
 
 def parse_adapter(text: str) -> tuple[str, float]:
     """``FILE`` or ``FILE:STRENGTH`` as a pair; a colon in the path itself (a drive letter) is left alone."""
@@ -33,7 +36,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     generate = commands.add_parser("generate", help="draw pictures with adapters")
-    generate.add_argument("--model", help="model folder or hub id (default: the embedded base)")
+    generate.add_argument(
+        "--model", help="model folder, hub id or .safetensors checkpoint (default: the embedded base)"
+    )
+    generate.add_argument(
+        "--single_file_config", help="folder or hub id with a checkpoint's configuration and tokenizers"
+    )
+    generate.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="type of the weights")
     generate.add_argument(
         "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
     )
@@ -52,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("output", help="file (diffusers, kohya) or folder (peft, merged)")
     export.add_argument("--format", choices=("diffusers", "kohya", "peft", "merged"), default="diffusers")
     export.add_argument("--model", help="base model for --format merged (default: the adapter's own)")
+    export.add_argument("--single_file_config", help="configuration and tokenizers, if the base model is one file")
 
     inspect = commands.add_parser("inspect", help="show what an adapter is and does")
     inspect.add_argument("adapter", help="native file or training folder")
@@ -61,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Draw ``num_images`` pictures; each PNG carries its parameters."""
+    import torch
+
     from .diffusion.loading import adapter_path, load_adapter
     from .diffusion.pipelines import EMBEDDED_BASE, load_pipeline
     from .diffusion.sampling import draw_pictures, save_png
@@ -82,8 +94,10 @@ def run_generate(args: argparse.Namespace) -> None:
     for path, _ in adapters:
         if not adapter_path(path).is_file():
             raise EffiLoRAError(f"--adapter {path}: no such file")
-    pipe = load_pipeline(args.model)
+    pipe = load_pipeline(args.model, getattr(torch, DTYPES[args.mixed_precision]), args.single_file_config)
     loaded = [load_adapter(pipe, path, strength) for path, strength in adapters]
+    if torch.cuda.is_available():
+        pipe.enable_model_cpu_offload()
     defaults = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
     steps = args.num_inference_steps or defaults["steps"]
     guidance = args.guidance_scale if args.guidance_scale is not None else defaults["guidance_scale"]
@@ -115,7 +129,7 @@ def run_export(args: argparse.Namespace) -> None:
     """Write the adapter in another format and say how close it is."""
     from .diffusion.export import export_lora
 
-    error = export_lora(args.adapter, args.output, args.format, args.model)
+    error = export_lora(args.adapter, args.output, args.format, args.model, args.single_file_config)
     exact = "exact" if error == 0 else f"least squares: {error:.2%} of the adapter's update is missing"
     print(f"{args.output} ({args.format}, {exact})")
 

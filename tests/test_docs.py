@@ -17,6 +17,7 @@ def test_the_page_has_every_family_with_its_file(family):
     (row,) = (line for line in PAGE.splitlines() if f"`{file.name}` ({lines})" in line)
     assert all(f"`{pipeline}`" in row for pipeline in family.pipelines)
     assert lines < 200
+    assert ("ComfyUI" in row) == family.comfyui
 
 
 def test_the_example_on_the_page_is_the_file_it_shows():

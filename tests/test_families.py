@@ -238,6 +238,7 @@ def test_the_model_card_says_where_the_plain_lora_loads(runs, name):
     card = (trained.output / "README.md").read_text()
     assert ("has no loader" in card) == (name in WITHOUT_LOADER)
     assert ("--format kohya" in card) == (trained.family.component == "unet")
+    assert ("ComfyUI" in card) == trained.family.comfyui
     keys = load_file(trained.output / "pytorch_lora_weights.safetensors")
     assert all(key.startswith(f"{trained.family.component}.") for key in keys)
 

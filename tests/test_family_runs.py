@@ -69,7 +69,7 @@ def test_a_run_draws_with_the_prompt_length_that_it_trains_with():
 
 def test_no_language_model_rewrites_the_prompt_of_ernie():
     pipe = build("ernie-image")
-    assert family_class(pipe).sampling_options(pipe, None, None) == {"use_pe": False}
+    assert family_class(pipe).sampling_options(None, None) == {"use_pe": False}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -77,7 +77,7 @@ def test_negative_prompts_are_used_or_refused(name):
     pipe = build(name)
     size = {"width": 64, "height": 64, **({"max_sequence_length": 64} if name == "qwen-image" else {})}
     if name.startswith("flux"):
-        with pytest.raises(EffiLoRAError, match="no negative prompt"):
+        with pytest.raises(EffiLoRAError, match="without a negative prompt"):
             draw_pictures(pipe, ["a cat"], [0], 2, 3.0, "a dog", **size)
         return
     plain = draw_pictures(pipe, ["a cat"], [0], 2, 3.0, **size)[0]
@@ -134,6 +134,32 @@ def test_models_without_gradient_checkpointing_are_named():
     family, _ = adapted("hunyuandit")
     with pytest.raises(EffiLoRAError, match="HunyuanDiT models have no --gradient_checkpointing"):
         family.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drawing_part_by_part_changes_neither_pictures_nor_training(name):
+    """On a GPU every part visits it while it works; here with the CPU in its place."""
+    family, adapter = adapted(name)
+    options = {"width": 64, "height": 64, "max_sequence_length": sampling(name).get("max_sequence_length")}
+    before = draw_pictures(family.pipe, ["a cat"], [0], 2, **options)[0]
+    with family.offloaded(torch.device("cpu")):
+        during = draw_pictures(family.pipe, ["a cat"], [0], 2, **options)[0]
+    assert np.array_equal(np.asarray(before), np.asarray(during))
+    assert not any(hasattr(part, "_hf_hook") for part in family.parts())
+    noisy, times, conditions = example(family, name)
+    family.predict(noisy, times, conditions).square().mean().backward()
+    assert all(part.grad.abs().max() > 0 for part in adapter.A.values())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*NOT_PREDICTED, "ernie-image")])
+def test_a_step_makes_no_tensor_on_another_device_than_the_model_s(name):
+    family, _ = adapted(name)
+    noisy, times, conditions = example(family, name)
+    family.model.to("meta")  # a device without values stands for the GPU: mixing it with the CPU is an error
+    moved = {key: value.to("meta") for key, value in conditions.items()}
+    found = family.predict(noisy.to("meta"), times.to("meta"), moved)
+    assert found.is_meta
+    found.square().mean().backward()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,7 +13,7 @@ from effilora_diffusion.diffusion.preflight import preflight
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     found = {}
-    for name in ("sd15", "flux", "hunyuandit"):
+    for name in ("sd15", "flux", "hunyuandit", "cogview4"):
         found[name] = tmp_path_factory.mktemp(name)
         build(name).save_pretrained(found[name])
     return found
@@ -26,6 +26,8 @@ def folders(tmp_path_factory):
         ("flux", {"snr_gamma": 5.0}, "--snr_gamma is for DDPM models, FLUX.1"),
         ("flux", {"resolution": 72}, "--resolution must be a multiple of 16 for FLUX.1, not 72"),
         ("sd15", {"max_sequence_length": 32}, "--max_sequence_length can't be chosen"),
+        ("hunyuandit", {"max_sequence_length": 77}, "--max_sequence_length can't be chosen"),
+        ("cogview4", {"gradient_checkpointing": True, "routing": "timestep"}, "can't have both"),
         ("hunyuandit", {"gradient_checkpointing": True}, "have no --gradient_checkpointing"),
     ],
 )
@@ -51,6 +53,17 @@ def test_a_dry_run_prints_the_report_and_writes_nothing(folders, tmp_path, capsy
     assert "3 with 2 different captions, at 64 px, 3 smaller than that and enlarged" in report
     assert "6 of 1 pictures, 2.0 epochs" in report
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_names_what_would_stop_the_run(folders, tmp_path, capsys):
+    options = {"resolution": 64, "max_train_steps": 1, "num_validation_images": 0}
+    subject = make_subject(tmp_path / "s")
+    trainer(folders["flux"], subject, tmp_path / "out", **options).run()
+    config = settings(folders["flux"], subject, tmp_path / "out", **options, dry_run=True)
+    assert main(arguments(config)) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert main([*arguments(config), "--resume_from_checkpoint", "checkpoint-9"]) == 2
+    assert "checkpoint-9" in capsys.readouterr().err
 
 
 def test_the_parameters_in_the_report_are_those_that_are_stored(folders, tmp_path, capsys):

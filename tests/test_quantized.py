@@ -13,8 +13,11 @@ from torch import nn
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, load_adapter
 from effilora_diffusion.core.attach import merge
 from effilora_diffusion.diffusion.attention import attach, create_adapter, detach
+from effilora_diffusion.diffusion.families import make_family
 from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.pipelines import load_pipeline, quantization
+from effilora_diffusion.diffusion.pipelines import load_pipeline, model_hash, quantization
+from effilora_diffusion.diffusion.preflight import activation_bytes
+from effilora_diffusion.diffusion.settings import TrainingConfig
 
 PROMPT = "a red cat"
 KINDS = ("torchao-int8", "torchao-float8")
@@ -48,6 +51,7 @@ def test_a_quantised_base_is_trained_on_and_left_as_it_was(folder, kind, tmp_pat
     assert all(part.dtype == torch.float32 for part in run.adapter.parameters())
     run.run()
     assert run._validation_loss(0) < 0.9 * loss
+    run.family.pipe.to("cpu")  # what was looked at before the run can still be moved
     after = weights(model)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert "weights 0.1 MB" in capsys.readouterr().out  # a quarter of what float32 takes
@@ -108,6 +112,21 @@ def test_layers_of_bitsandbytes_are_adapted_exactly_and_give_gradients(bits):
         merge(pipe.unet)
     detach(pipe.unet)
     assert torch.equal(draw(pipe, "sd15", PROMPT), before)
+
+
+def test_layers_of_bitsandbytes_are_not_touched_by_the_report():
+    family = make_family(build("flux"), torch.device("cpu"), 32)
+    quantise_blocks(family.model, 4)
+    family.model.hf_quantizer = object()  # as diffusers marks what it has quantised
+    assert activation_bytes(TrainingConfig(resolution=64), family, PROMPT) is None
+    assert model_hash(family.model) is None
+
+
+def test_a_single_file_can_t_be_quantised(tmp_path):
+    file, chosen = tmp_path / "model.safetensors", quantization("torchao-int8", torch.float32)
+    file.write_bytes(b"")
+    with pytest.raises(EffiLoRAError, match="not a single file"):
+        load_pipeline(str(file), quantization_config=chosen)
 
 
 @pytest.mark.parametrize("kind", ["bnb-8bit", "bnb-4bit"])

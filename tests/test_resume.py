@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_pipeline, make_adapter
-from helpers import arguments, files_in, make_subject, metrics, same_content, settings, trainer
+from helpers import arguments, edit_json, files_in, make_subject, metrics, same_content, settings, trainer
 
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.diffusion import launch
@@ -241,6 +241,20 @@ def test_checkpoint_of_another_model_is_refused(short, tmp_path, capsys):
     words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
     assert launch.main([*words, f"--pretrained_model_name_or_path={tmp_path / 'model'}"]) == 2
     assert "base was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "scheduler"])
+def test_checkpoint_of_a_model_with_another_part_is_refused(tiny_pipeline, short, tmp_path, capsys, part):
+    shutil.copytree(tiny_pipeline, tmp_path / "model")
+    if part == "scheduler":
+        edit_json(tmp_path / "model" / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    else:
+        getattr(build_tiny_pipeline(seed=5), part).save_pretrained(tmp_path / "model" / part)
+    output = tmp_path / "out"
+    shutil.copytree(short.output_dir, output)
+    words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
+    assert launch.main([*words, f"--pretrained_model_name_or_path={tmp_path / 'model'}"]) == 2
+    assert ("objective was" if part == "scheduler" else "encoders was") in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint folders

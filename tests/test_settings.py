@@ -269,6 +269,11 @@ def test_layers_named_as_in_diffusers_flux_script_become_targets():
     assert parse_arguments(["--lora_layers", "attn.to_k, attn.to_q"]).target_modules == ["attn.to_k", "attn.to_q"]
 
 
+def test_layers_are_named_once():
+    with pytest.raises(EffiLoRAError, match="mean the same"):
+        parse_arguments(["--lora_layers", "to_q", "--target_modules", "to_k"])
+
+
 def test_only_adamw_is_an_optimizer():
     assert parse_arguments(["--optimizer", "AdamW"]) == TrainingConfig()
     with pytest.raises(EffiLoRAError, match="--optimizer prodigy is not supported"):

@@ -21,7 +21,11 @@ FORMATS = ("diffusers", "kohya", "peft", "merged")
 
 
 def export_lora(
-    adapter: str | Path | AdapterFile, output: str | Path, format: str = "diffusers", model: str | None = None
+    adapter: str | Path | AdapterFile,
+    output: str | Path,
+    format: str = "diffusers",
+    model: str | None = None,
+    single_file_config: str | None = None,
 ) -> float:
     """Write ``adapter`` as plain LoRA, the scale baked in (alpha = rank).
 
@@ -29,8 +33,9 @@ def export_lora(
         adapter: native file, training folder, or loaded :class:`AdapterFile`.
         output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``. A folder given for
             ``diffusers`` gets ``pytorch_lora_weights.safetensors``.
-        format: one of :data:`FORMATS`. For ComfyUI and A1111: ``kohya`` for UNets, ``diffusers`` for transformers.
+        format: one of :data:`FORMATS`. ComfyUI and A1111 read ``kohya`` of UNets, ComfyUI ``diffusers`` of some transformers.
         model: for ``merged``: the base model (default: the one named in the adapter).
+        single_file_config: its configuration and tokenizers if it is one file (default: the one named in the adapter).
 
     Returns:
         The relative output error of the least-squares fit; 0 where the form is exact (one head, static gates).
@@ -54,7 +59,7 @@ def export_lora(
         elif format == "peft":
             _write_peft(output, factors, content, error)
         else:
-            _write_merged(output, factors, content, model)
+            _write_merged(output, factors, content, model, single_file_config)
     except OSError as problem:
         raise EffiLoRAError(f"{output} could not be written: {problem}") from problem
     return error
@@ -127,11 +132,15 @@ def _write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFil
 
 
 @torch.no_grad()
-def _write_merged(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, model: str | None) -> None:
+def _write_merged(
+    output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, model: str | None, config: str | None
+) -> None:
     if output.exists() and any(output.iterdir()):
         raise EffiLoRAError(f"{output} is not empty: give a new folder for the merged model")
     named = content.metadata.get("base_model")
-    pipe = load_pipeline(model or (None if named in (None, EMBEDDED_BASE) else str(named)))
+    config = config or content.metadata.get("single_file_config")
+    base = model or (None if named in (None, EMBEDDED_BASE) else str(named))
+    pipe = load_pipeline(base, single_file_config=config)
     part = component_of(pipe)
     check_sites(part, content.adapter.sites)
     for path, pair in factors.items():

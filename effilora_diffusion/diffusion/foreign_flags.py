@@ -11,7 +11,6 @@ NOT_NEEDED = {
     "dataloader_num_workers": "latents are cached, nothing is loaded while training",
     "pre_compute_text_embeddings": "text states are always computed once and cached",
     "cache_latents": "latents are always cached",
-    "cache_dir": "the hub's own cache is used",
     "enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is used",
     "enable_npu_flash_attention": "torch's own memory-efficient attention is used",
     "use_8bit_adam": "the optimizer only holds the adapter, a few megabytes at most",
@@ -23,7 +22,6 @@ NOT_NEEDED = {
     "upcast_before_saving": "adapters are always trained and saved in float32",
     "output_kohya_format": "`effilora export --format kohya` writes it",
     "skip_final_inference": "--num_validation_images 0 draws nothing",
-    "repeats": "--max_train_steps says how long",
 }
 """Flags that change nothing here: accepted with a note."""
 
@@ -51,6 +49,18 @@ NOT_SUPPORTED = {
     "do_edm_style_training": "models with an EDM scheduler can't be trained",
     "precondition_outputs": "the loss is that of the velocity, as in the paper of Stable Diffusion 3",
     "final_validation_prompt": "use --validation_prompt",
+    "repeats": "--num_train_epochs or --max_train_steps say how long",
+    "cache_dir": "set HF_HOME instead",
+    "adam_weight_decay_text_encoder": "only the UNet or transformer is trained",
+    "lora_blocks": "name the layers with --target_modules",
+    "text_encoder_out_layers": "the pipeline's own layers are used, in training as in sampling",
+    "remote_text_encoder": "prompts are encoded here",
+    "fsdp_text_encoder": "prompts are encoded on each process",
+    "validation_num_inference_steps": "use --validation_inference_steps",
+    "prodigy_beta3": "the optimizer is AdamW",
+    "prodigy_decouple": "the optimizer is AdamW",
+    "prodigy_safeguard_warmup": "the optimizer is AdamW",
+    "prodigy_use_bias_correction": "the optimizer is AdamW",
     "caption_dropout": "captions are never dropped",
     "complex_human_instruction": "the pipeline's own is used, in training as in sampling",
     "system_prompt": "the pipeline's own is used, in training as in sampling",
@@ -77,6 +87,8 @@ def translate_foreign_flags(given: dict[str, Any]) -> dict[str, Any]:
             f"--optimizer {' '.join(optimizer)} is not supported: the optimizer is AdamW, leave it out"
         )
     layers = kept.pop("lora_layers", None)
+    if layers is not None and "target_modules" in kept:
+        raise EffiLoRAError("--lora_layers and --target_modules mean the same: give one of them")
     if layers is not None:
         kept["target_modules"] = [name.strip() for word in layers for name in word.split(",") if name.strip()]
     return kept

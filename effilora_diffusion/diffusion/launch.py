@@ -73,11 +73,14 @@ def _train(arguments: list[str] | None) -> int:
     if config.dry_run:
         report_plan(config)
         return 0
+    trainer = Trainer(config)
     try:
-        summary = Trainer(config).run()
+        summary = trainer.run()
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.code
+    if not trainer.is_main:
+        return 0
     output = Path(config.output_dir)
     print("\n".join(summary.lines(output)))
     if (output / "before_after.png").exists():

@@ -150,7 +150,8 @@ def flow_shift(config: dict[str, Any], resolution: int) -> float:
     """The shift of a flow-matching scheduler for pictures of ``resolution`` pixels.
 
     A fixed ``shift`` (or ``flow_shift``) is taken as it is; with ``use_dynamic_shifting`` it follows from the number of
-    image tokens and ``base_shift`` and ``max_shift``, as the pipelines compute it when they sample.
+    image tokens and ``base_shift`` and ``max_shift``, as FLUX.1's pipeline computes it when it samples, and most others.
+    (FLUX.2's and distilled Krea 2's pipelines shift further, by formulas of their own that are not in the configuration.)
     """
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0)

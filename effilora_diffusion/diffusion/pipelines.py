@@ -25,6 +25,9 @@ from .settings import TrainingConfig
 
 EMBEDDED_BASE = "the embedded base"
 
+UNUSED_PARTS = ("safety_checker", "pe", "pe_tokenizer")
+"""Parts of pipelines that are not loaded: a picture filter, and the language model that rewrites ERNIE-Image's prompts."""
+
 
 def embedded_base() -> Path:
     """Folder of the shipped pipeline; raises :class:`EffiLoRAError` if it is not there."""
@@ -87,13 +90,12 @@ def load_pipeline(
                 if path.exists() and not (path / "model_index.json").is_file():
                     raise EffiLoRAError(f"{name} is not a diffusers model folder: it has no model_index.json")
                 parts = DiffusionPipeline.load_config(name, revision=options.get("revision"))
-                if "safety_checker" in parts:
-                    options["safety_checker"] = None
+                options |= {name: None for name in UNUSED_PARTS if name in parts}
                 pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
     except EffiLoRAError:
         raise
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError, KeyError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -103,6 +105,8 @@ def _load_single_file(
     path: Path, dtype: torch.dtype, config: str | None, options: dict[str, Any]
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """A checkpoint as model sites offer it; only its header is read to know what it is."""
+    if options.get("quantization_config") is not None:
+        raise EffiLoRAError("--quantization needs a diffusers folder or hub id, not a single file")
     if path.suffix != ".safetensors":
         raise EffiLoRAError(
             f"{path} is not a .safetensors file: other checkpoint files may run code, so none is opened"

@@ -62,6 +62,8 @@ def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[s
     adapter = attention.create_adapter(family.model, adapter_config, config.seed)
     attention.attach(family.model, adapter)
     if config.gradient_checkpointing:
+        if family.one_by_one and config.routing == "timestep":  # recomputation would see another call's timestep
+            raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     return Plan(config, examples, family, objective, adapter, base_hash, per_step)
@@ -112,6 +114,6 @@ def make_objective(config: TrainingConfig, family: Family) -> Objective:
 
 
 def place(model: torch.nn.Module, device: torch.device) -> None:
-    """Move a model to ``device``; quantised ones are where they were loaded."""
-    if getattr(model, "hf_quantizer", None) is None:
+    """Move a model to ``device``; those of bitsandbytes are there already, and could not be moved."""
+    if next(model.parameters()).device.type != device.type:
         model.to(device)

@@ -97,18 +97,20 @@ def _bytes(value: Tensor) -> int:
 def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> int | None:
     """Memory of what a forward pass keeps for the backward pass, found by running it on shapes without values.
 
-    ``None`` for models whose shapes depend on values (prompts of free length, some masks).
+    ``None`` for models whose shapes depend on values (prompts of free length, some masks), and for quantised ones:
+    their layers keep tensors from one call to the next, which must not be without values.
     """
+    if getattr(family.model, "hf_quantizer", None) is not None:
+        return None
     kept: dict[Any, int] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def keep(value: Tensor) -> Tensor:
+    def keep(value: Tensor) -> None:
         if isinstance(value, nn.Parameter):
-            return value
+            return
         storage = value.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
         alive.append(value)  # so that no other storage gets the same address
-        return value
 
     alive: list[Tensor] = []
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
@@ -125,4 +127,6 @@ def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> in
             weights = [mode.from_tensor(value).untyped_storage()._cdata for value in family.model.parameters()]
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         return None
+    finally:
+        alive.clear()
     return sum(size for storage, size in kept.items() if storage not in set(weights))

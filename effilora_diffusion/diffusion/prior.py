@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from ..core.files import write_atomic
 from .counters import counter_seed
 from .data import Example, is_unrelated, report_problems, scan_pictures
@@ -14,10 +16,13 @@ from .sampling import draw_for_run, save_png
 from .settings import TrainingConfig
 
 
-def class_examples(family: Family, config: TrainingConfig, say: Callable[[str], None]) -> list[Example]:
+def class_examples(
+    family: Family, config: TrainingConfig, say: Callable[[str], None], accelerator: Accelerator | None = None
+) -> list[Example]:
     """The class pictures in ``class_data_dir``, filled up to ``num_class_images`` with pictures of the class prompts.
 
-    Files are named ``<index>-<sha1>.png``; each has its own seed, so that an interrupted filling goes on where it was.
+    Several processes share the drawing. Files are named ``<index>-<sha1>.png``; each has its own seed, so that an
+    interrupted filling goes on where it was.
     With several prompts each picture has its own beside it, in a ``.txt`` file; with one, that is every picture's caption.
     """
     assert config.class_data_dir
@@ -33,8 +38,13 @@ def class_examples(family: Family, config: TrainingConfig, say: Callable[[str], 
     if missing:
         what = repr(caption) if caption is not None else f"{len(prompts)} class prompts"
         say(f"drawing {len(missing)} class pictures of {what}")
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # all have looked into the folder before the first one writes
+            missing = missing[accelerator.process_index :: accelerator.num_processes]
         with family.sampling():
             _draw(family, config, folder, missing)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
     examples, problems = scan_pictures(folder, caption)
     bad = [problem for problem in problems if problem.fatal]
     if bad:

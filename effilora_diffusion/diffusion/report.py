@@ -16,7 +16,7 @@ from .settings import TrainingConfig
 class Summary:
     """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
 
-    ``component`` is the trained part; ``loader`` tells whether diffusers can load a LoRA into this pipeline.
+    ``component`` is the trained part; ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
     """
 
     config: TrainingConfig
@@ -26,6 +26,7 @@ class Summary:
     export_error: float = 0.0
     component: str = "unet"
     loader: bool = True
+    comfyui: bool = True
 
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
@@ -87,10 +88,11 @@ load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline 
 
 def _elsewhere(summary: Summary) -> str:
     """Where the plain LoRA can be used."""
+    places = [' for `pipe.load_lora_weights("...")`'] if summary.loader else []
+    if summary.comfyui and summary.component == "unet":
+        places.append(" for ComfyUI and A1111 `effilora export effilora.safetensors lora.safetensors --format kohya`")
+    elif summary.comfyui:
+        places.append(" for ComfyUI")
     if not summary.loader:
-        return " (diffusers has no loader for it in this pipeline)"
-    if summary.component == "unet":
-        comfy = "for ComfyUI and A1111 `effilora export effilora.safetensors lora.safetensors --format kohya`"
-    else:
-        comfy = "and for ComfyUI"
-    return f', for `pipe.load_lora_weights("...")`, {comfy}'
+        places.append(" diffusers has no loader for it in this pipeline")
+    return "," + ",".join(places)

@@ -36,7 +36,7 @@ def draw_pictures(
     family = family_class(pipe) or Family
     options: dict[str, Any] = {"num_inference_steps": steps, **size}
     options = {name: value for name, value in options.items() if value is not None}
-    options |= family.sampling_options(pipe, guidance_scale, negative_prompt)
+    options |= family.sampling_options(guidance_scale, negative_prompt)
     if {"width", "height"} & options.keys() and "use_resolution_binning" in signature(pipe.__call__).parameters:
         options["use_resolution_binning"] = False  # else the picture is drawn in another size and scaled
     negative = options.pop("negative_prompt", None)

@@ -15,6 +15,8 @@ from ..core import EffiLoRA, EffiLoRAError
 from .checkpoints import list_checkpoints
 from .data import Example
 from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, remove_run
+from .pipelines import model_hash
+from .plan import Plan
 from .settings import TrainingConfig
 
 _SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpolation_mode", "train_batch_size",
@@ -39,15 +41,21 @@ def _used(output: Path) -> bool:
     return (output / ADAPTER_FILE).exists() or (output / METRICS_FILE).exists() or bool(list_checkpoints(output))
 
 
+def check_output(config: TrainingConfig) -> None:
+    """Raise :class:`EffiLoRAError` if the output folder holds an earlier run that the settings do not name."""
+    output = Path(config.output_dir)
+    if _used(output) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+        raise EffiLoRAError(
+            f"{output} holds an earlier run: give another --output_dir, continue it with "
+            "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        )
+
+
 def claim_output(config: TrainingConfig) -> None:
     """Make the output folder; an earlier run in it is never overwritten unasked, and not changed yet."""
     output = Path(config.output_dir)
     try:
-        if _used(output) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
-            raise EffiLoRAError(
-                f"{output} holds an earlier run: give another --output_dir, continue it with "
-                "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
-            )
+        check_output(config)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error
@@ -91,15 +99,18 @@ def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[
     return lambda step: float(peak * factor(step))
 
 
-def fingerprint(
-    config: TrainingConfig, steps: int, base_hash: str | None, examples: list[Example], prior: list[Example]
-) -> dict[str, Any]:
+def fingerprint(plan: Plan, prior: list[Example], processes: int) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
+    config, family = plan.config, plan.family
     found: dict[str, Any] = {name: getattr(config, name) for name in _SHAPING}
     found["adapter"] = config.adapter_config().to_dict()
-    found["base"] = base_hash or config.pretrained_model_name_or_path
-    found["pictures"] = [[example.sha256[:16], example.caption] for example in examples]
+    named = [config.pretrained_model_name_or_path, config.revision, config.variant]
+    found["base"] = plan.base_hash or named  # a quantised model has no hash
+    found["objective"] = plan.objective.name
+    found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
+    found["processes"] = processes
+    found["pictures"] = [[example.sha256[:16], example.caption] for example in plan.examples]
     found["class pictures"] = [[example.sha256[:16], example.caption] for example in prior]
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
-        found["max_train_steps"] = steps  # the schedule depends on it; a constant rate may be trained longer
+        found["max_train_steps"] = plan.steps  # the schedule depends on it; a constant rate may be trained longer
     return found

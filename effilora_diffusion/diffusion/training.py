@@ -28,6 +28,7 @@ from .prior import class_examples
 from .report import Summary, write_report
 from .settings import TrainingConfig
 from .setup import (
+    check_output,
     claim_output,
     fingerprint,
     learning_rates,
@@ -84,8 +85,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if self.is_main else None)
         self.validation = Validation(config, self.family, self.output)
-        self.fingerprint = fingerprint(config, self.steps, plan.base_hash, plan.examples, prior)
-        self.fingerprint["processes"] = self.accelerator.num_processes
+        self.fingerprint = fingerprint(plan, prior, self.accelerator.num_processes)
         self.step = 0
         self.seconds = 0.0
 
@@ -103,7 +103,7 @@ class Trainer:
         if not self.config.with_prior_preservation:
             return []
         self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
-        examples = class_examples(self.family, self.config, self.say)
+        examples = class_examples(self.family, self.config, self.say, self.accelerator)
         self.adapter.enabled = True
         return examples
 
@@ -202,10 +202,10 @@ class Trainer:
         trained = [p for p in self.adapter.parameters() if p.grad is not None]
         if not trained:
             raise EffiLoRAError("no gradient reached the adapter: nothing would be learned")
-        self.scaler.unscale_(self.optimizer)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:  # before unscaling: all see an overflow, and all skip the step
             for parameter in trained:  # a few small tensors: cheaper and plainer than wrapping the frozen base in DDP
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")  # type: ignore[assignment]
+        self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise EffiLoRAError(f"the gradient became {norm} at step {self.step + 1}: lower --learning_rate")
@@ -285,6 +285,7 @@ class Trainer:
         self._checkpoint()
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
         summary.loader = hasattr(self.family.pipe, "load_lora_weights")
+        summary.comfyui = self.family.comfyui
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
         if self.is_main:
@@ -300,6 +301,7 @@ class Trainer:
         """What the native file says about its origin."""
         return {
             "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
+            "single_file_config": self.config.single_file_config,
             "base_hash": self.plan.base_hash,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
@@ -319,5 +321,13 @@ class Trainer:
 def report_plan(config: TrainingConfig) -> None:
     """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
     accelerator = Accelerator()
-    check_hardware(config, accelerator.device, print)
-    print("\n".join(preflight(make_plan(config, accelerator, print), accelerator.num_processes).lines()))
+
+    def say(text: str) -> None:
+        if accelerator.is_main_process:
+            print(text)
+
+    check_hardware(config, accelerator.device, say)
+    check_output(config)
+    if config.resume_from_checkpoint is not None:
+        find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+    say("\n".join(preflight(make_plan(config, accelerator, say), accelerator.num_processes).lines()))

@@ -12,6 +12,7 @@ class AuraFlow(Family):
 
     title = "AuraFlow"
     pipelines = ("AuraFlowPipeline",)
+    comfyui = True
     prompt_outputs = ("encoder_hidden_states", None, None, None)
     timestep_range = 1.0
 

@@ -39,6 +39,7 @@ class Family(ABC):
         negative_prompts: whether the pipeline's guidance uses a negative prompt.
         size_multiple: pixels that a picture's edge must be a multiple of.
         guidance_scale: guidance that distilled models are told while training; diffusers' scripts train with 3.5.
+        comfyui: whether ComfyUI reads LoRAs with the names that are written for this family.
         one_by_one: whether prompts of different length would disturb each other in one call of the pipeline.
     """
 
@@ -51,6 +52,7 @@ class Family(ABC):
     guidance_argument: ClassVar[str] = "guidance_scale"
     negative_prompts: ClassVar[bool] = True
     size_multiple: ClassVar[int] = 16
+    comfyui: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
     guidance_scale: float = 3.5
 
@@ -74,12 +76,15 @@ class Family(ABC):
         options = {
             name: called[name].default
             for name in wanted
-            if name in called and name != "prompt" and not name.endswith(("embeds", "mask")) and "negative" not in name
+            if name in called
+            and name not in ("prompt", "kwargs")
+            and not name.endswith(("embeds", "mask"))
+            and "negative" not in name
         }
         fixed = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         options |= {name: value for name, value in fixed.items() if name in wanted}
         if max_sequence_length is not None:
-            if "max_sequence_length" not in wanted:
+            if "max_sequence_length" not in wanted or "max_sequence_length" not in called:
                 raise EffiLoRAError(f"--max_sequence_length can't be chosen for {self.title} models: leave it out")
             options["max_sequence_length"] = max_sequence_length
         return options
@@ -103,20 +108,32 @@ class Family(ABC):
         """The whole pipeline ready to draw: on a GPU each part is there only while it is at work."""
         if self.device.type == "cpu":
             yield
-            return
+        else:
+            with self.offloaded(self.device):
+                yield
+
+    @contextlib.contextmanager
+    def offloaded(self, device: torch.device) -> Iterator[None]:
+        """Every part on the CPU but for the time that it works on ``device``; afterwards the denoiser is where it was."""
         home = self.model.device
-        self.pipe.enable_model_cpu_offload(device=self.device)
+        self.pipe.enable_model_cpu_offload(device=device)
         try:
             yield
         finally:
             self.pipe.remove_all_hooks()
-            self.model.to(home)
+            for part in self.parts():
+                part.to(home if part is self.model else "cpu")
             torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Conditions:
         """The conditions of one prompt, on the CPU, without a batch axis."""
-        return {name: value.cpu() for name, value in self.prompt_conditions(prompt).items()}
+        found = {name: value.cpu() for name, value in self.prompt_conditions(prompt).items()}
+        if not all(value.isfinite().all() for value in found.values()):
+            raise EffiLoRAError(
+                f"a text encoder turned {prompt!r} into NaN or infinity: try --mixed_precision bf16 instead of fp16"
+            )
+        return found
 
     @contextlib.contextmanager
     def encoding_on(self, device: torch.device) -> Iterator[None]:
@@ -200,13 +217,13 @@ class Family(ABC):
         return self.model.dtype
 
     @classmethod
-    def sampling_options(cls, pipe: Any, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
+    def sampling_options(cls, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
         """Arguments of the pipeline's call for a guidance scale and a negative prompt; ``None`` leaves its default."""
         options: dict[str, Any] = {}
         if guidance_scale is not None:
             options[cls.guidance_argument] = guidance_scale
         if negative_prompt:
             if not cls.negative_prompts:
-                raise EffiLoRAError(f"{cls.title} models take no negative prompt: leave it out")
+                raise EffiLoRAError(f"{cls.title} models are drawn without a negative prompt here: leave it out")
             options["negative_prompt"] = negative_prompt
         return options

@@ -20,6 +20,7 @@ class Chroma(Flux):
     pipelines = ("ChromaPipeline",)
     prompt_outputs = ("encoder_hidden_states", None, "attention_mask", None, None, None)
     negative_prompts = True
+    comfyui = False
 
     def extra_inputs(self, noisy: Tensor, conditions: Conditions) -> dict[str, Any]:
         """The prompt's mask, then ones for the image tokens."""

@@ -35,6 +35,6 @@ class ErnieImage(Family):
         return self.model(hidden_states=noisy, timestep=timesteps.to(noisy.dtype), return_dict=False, **text)[0]
 
     @classmethod
-    def sampling_options(cls, pipe: Any, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
+    def sampling_options(cls, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
         """As usual, without the language model that would rewrite the prompt and with it the subject's name."""
-        return {**super().sampling_options(pipe, guidance_scale, negative_prompt), "use_pe": False}
+        return {**super().sampling_options(guidance_scale, negative_prompt), "use_pe": False}

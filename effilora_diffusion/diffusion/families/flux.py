@@ -19,6 +19,7 @@ class Flux(Family):
     prompt_outputs: ClassVar[tuple[str | None, ...]] = ("encoder_hidden_states", "pooled_projections", None)
     timestep_range = 1.0
     negative_prompts = False
+    comfyui = True
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """One call of the transformer on packed latents."""

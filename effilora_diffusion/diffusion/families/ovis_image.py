@@ -18,6 +18,7 @@ class OvisImage(Flux):
     pipelines = ("OvisImagePipeline",)
     prompt_outputs = ("encoder_hidden_states", None, None, None)
     negative_prompts = True
+    comfyui = False
 
     def text_ids(self, states: Tensor) -> Tensor:
         """Places (0, i, i) of the text tokens."""

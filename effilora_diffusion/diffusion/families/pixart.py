@@ -14,6 +14,7 @@ class PixArt(Family):
 
     title = "PixArt alpha / sigma"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    comfyui = True
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask", None, None)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

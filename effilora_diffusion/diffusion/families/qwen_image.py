@@ -16,6 +16,7 @@ class QwenImage(Family):
 
     title = "Qwen-Image"
     pipelines = ("QwenImagePipeline",)
+    comfyui = True
     timestep_range = 1.0
     guidance_argument = "true_cfg_scale"
 
@@ -42,9 +43,9 @@ class QwenImage(Family):
         return unpack(tokens, noisy)
 
     @classmethod
-    def sampling_options(cls, pipe: Any, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
+    def sampling_options(cls, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
         """As usual, with a space for a missing negative prompt."""
-        return super().sampling_options(pipe, guidance_scale, negative_prompt or " ")
+        return super().sampling_options(guidance_scale, negative_prompt or " ")
 
 
 def frame_moments(vae: Any, picture: Tensor) -> Tensor:

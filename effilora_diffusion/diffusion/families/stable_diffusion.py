@@ -16,6 +16,7 @@ class StableDiffusion(Family):
 
     title = "Stable Diffusion 1.x / 2.x"
     pipelines = ("StableDiffusionPipeline",)
+    comfyui = True
     component = "unet"
     size_multiple = 8
 

@@ -12,6 +12,7 @@ class StableDiffusion3(Family):
 
     title = "Stable Diffusion 3 / 3.5"
     pipelines = ("StableDiffusion3Pipeline",)
+    comfyui = True
     prompt_outputs = ("encoder_hidden_states", None, "pooled_projections", None)
     weighting_scheme = "logit_normal"
 
