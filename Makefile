@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test check format benchmark clean
+.PHONY: demo test app check format benchmark clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) train_scripts/train_dreambooth_effilora.py --overwrite_output_dir
+
+app: $(VENV)/installed-app
+	$(BIN)/effilora app
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -27,6 +30,10 @@ benchmark: $(VENV)/installed-dev
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-app: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

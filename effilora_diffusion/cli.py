@@ -1,8 +1,10 @@
-"""The ``effilora`` command: ``generate``, ``export`` and ``inspect``."""
+"""The ``effilora`` command: ``generate``, ``export``, ``inspect`` and ``app``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -62,6 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("diffusers", "kohya", "peft", "merged"), default="diffusers")
     export.add_argument("--model", help="base model for --format merged (default: the adapter's own)")
     export.add_argument("--single_file_config", help="configuration and tokenizers, if the base model is one file")
+
+    app = commands.add_parser("app", help="the web UI")
+    app.add_argument("--model", help="model folder, hub id or .safetensors checkpoint (default: the embedded base)")
+    app.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of runs, adapters and pictures")
+    app.add_argument("--port", type=int, default=7860)
+    app.add_argument("--listen", action="store_true", help="serve other machines too; needs credentials")
 
     inspect = commands.add_parser("inspect", help="show what an adapter is and does")
     inspect.add_argument("adapter", help="native file or training folder")
@@ -142,11 +150,25 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(json.dumps(facts, indent=2) if args.json else describe(facts))
 
 
+def run_app(args: argparse.Namespace) -> None:
+    """Serve the web UI until it is stopped."""
+    if importlib.util.find_spec("gradio") is None:
+        raise EffiLoRAError("the web UI needs gradio: pip install 'effilora-diffusion[app]'")
+    checkout = Path(__file__).parents[1]
+    if (checkout / "app" / "server.py").is_file():  # a checkout; an installed package carries the app in itself
+        sys.path.insert(0, str(checkout))
+        server = importlib.import_module("app.server")
+    else:
+        server = importlib.import_module("effilora_diffusion._app.server")
+    print(f"http://127.0.0.1:{args.port}", flush=True)
+    server.serve(args)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0, or 2 for a mistake that the message explains."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
     args = make_parser().parse_args(arguments)
-    run = {"generate": run_generate, "export": run_export, "inspect": run_inspect}[args.command]
+    run = {"generate": run_generate, "export": run_export, "inspect": run_inspect, "app": run_app}[args.command]
     return exit_code(lambda: run(args))
 
 

@@ -26,15 +26,15 @@ def draw_pictures(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 4,
-    **size: int | None,
+    **arguments: Any,
 ) -> list[Image.Image]:
     """One picture per (prompt, seed), each from a generator of its own, so that batching changes nothing but speed.
 
-    ``None`` leaves the pipeline's own default. ``size`` may hold ``width`` and ``height`` in pixels, and any other
-    argument of the pipeline.
+    ``None`` leaves the pipeline's own default. ``arguments`` are any others of the pipeline, as ``width`` and ``height`` in
+    pixels.
     """
     family = family_class(pipe) or Family
-    options: dict[str, Any] = {"num_inference_steps": steps, **size}
+    options: dict[str, Any] = {"num_inference_steps": steps, **arguments}
     options = {name: value for name, value in options.items() if value is not None}
     options |= family.sampling_options(guidance_scale, negative_prompt)
     if {"width", "height"} & options.keys() and "use_resolution_binning" in signature(pipe.__call__).parameters:
@@ -76,6 +76,19 @@ def save_png(picture: Image.Image, path: Path, parameters: dict[str, Any] | None
         write_atomic(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
     except OSError as error:
         raise EffiLoRAError(f"{path} could not be written: {error}") from error
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters in a picture that :func:`save_png` wrote; raises :class:`EffiLoRAError` if there are none."""
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get("parameters")
+        found = json.loads(text) if isinstance(text, str) else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise EffiLoRAError("this file is no picture, or its parameters are damaged") from error
+    if not isinstance(found, dict):
+        raise EffiLoRAError("this picture carries no parameters: only pictures drawn here do, saved as they are")
+    return found
 
 
 def labelled_grid(rows: list[tuple[str, list[Image.Image]]], title: str = "", cell: int | None = None) -> Image.Image:

@@ -1,0 +1,257 @@
+"""The web UI without a browser: what its handlers, its endpoints and its settings do."""
+
+import argparse
+import shutil
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import build_tiny_pipeline
+from gradio_client import Client
+from helpers import make_subject, trainer
+from PIL import Image
+
+from app.compare import CompareTab, changed, split
+from app.generate import NONE, GenerateTab
+from app.server import credentials, serve
+from app.studio import Request, Studio
+from effilora_diffusion import EffiLoRAError, cli
+from effilora_diffusion.diffusion.sampling import read_parameters
+
+SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder, and an outputs folder with one training run named ``cat``."""
+    folder = tmp_path_factory.mktemp("app")
+    build_tiny_pipeline().save_pretrained(folder / "model")
+    options = {"learning_rate": 0.2, "max_train_steps": 4, "num_validation_images": 0}
+    trainer(folder / "model", make_subject(folder / "s", 2), folder / "outputs" / "cat", **options).run()
+    return folder
+
+
+@pytest.fixture
+def studio(place, tmp_path):
+    shutil.copytree(place / "outputs", tmp_path / "outputs")
+    return Studio(str(place / "model"), tmp_path / "outputs")
+
+
+def draw(studio, **options):
+    request = Request("a sks cat", **{**SMALL, **options})
+    return [event for event in studio.draw(request) if not hasattr(event, "step")]
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).copy()
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_picture_is_byte_for_byte_the_command_line_s(studio, place, tmp_path):
+    (ours,) = draw(studio, seed=5, adapters=[("cat", 0.5)])
+    words = ["generate", "--model", str(place / "model"), "--adapter", f"{studio.outputs / 'cat'}:0.5", "--prompt",
+             "a sks cat", "--seed", "5", "--num_inference_steps", "2", "--guidance_scale", "3", "--width", "32",
+             "--height", "32", "--output", str(tmp_path / "cli.png")]  # fmt: skip
+    assert cli.main(words) == 0
+    assert ours.read_bytes() == (tmp_path / "cli.png").read_bytes()
+
+
+def test_adapters_come_and_go_and_the_base_is_always_the_same(studio):
+    (base,) = draw(studio)
+    (adapted,) = draw(studio, adapters=[("cat", 1.0)])
+    (zero,) = draw(studio, adapters=[("cat", 0.0)])
+    (again,) = draw(studio)
+    assert not np.array_equal(pixels(base), pixels(adapted))
+    assert np.array_equal(pixels(base), pixels(zero))
+    assert np.array_equal(pixels(base), pixels(again))
+
+
+def test_an_adapter_that_is_trained_anew_is_loaded_anew(studio, place, tmp_path):
+    (before,) = draw(studio, adapters=[("cat", 1.0)])
+    options = {"learning_rate": 0.2, "max_train_steps": 5, "num_validation_images": 0, "overwrite_output_dir": True}
+    trainer(place / "model", make_subject(tmp_path / "s", 2, first=7), studio.outputs / "cat", **options).run()
+    (after,) = draw(studio, adapters=[("cat", 1.0)])
+    assert not np.array_equal(pixels(before), pixels(after))
+
+
+def test_several_pictures_have_the_seeds_that_follow(studio):
+    files = draw(studio, count=3, seed=7)
+    assert [read_parameters(file)["seed"] for file in files] == [7, 8, 9]
+    assert np.array_equal(pixels(files[1]), pixels(draw(studio, seed=8)[0]))
+    assert studio.drawn()[0].name.endswith("-8.png")
+
+
+# --------------------------------------------------------------------------------------------------- bad requests
+
+BAD = {
+    "no prompt": {"prompt": "  "},
+    "a novel": {"prompt": "x" * 5000},
+    "no steps": {"steps": 0},
+    "too many steps": {"steps": 100000},
+    "no pictures": {"count": 0},
+    "too many pictures": {"count": 1000},
+    "odd width": {"width": 33},
+    "huge": {"height": 100000},
+    "negative seed": {"seed": -1},
+    "seed too large": {"seed": 2**63},
+    "guidance": {"guidance_scale": -1.0},
+    "guidance that is no number": {"guidance_scale": float("nan")},
+    "strength": {"adapters": [("cat", 1e9)]},
+    "strength that is no number": {"adapters": [("cat", float("nan"))]},
+    "unknown adapter": {"adapters": [("dog", 1.0)]},
+    "path": {"adapters": [("../../etc/passwd", 1.0)]},
+    "absolute path": {"adapters": [("/etc/passwd", 1.0)]},
+}
+
+
+@pytest.mark.parametrize("options", BAD.values(), ids=BAD)
+def test_bad_requests_are_refused_and_the_studio_keeps_working(studio, options):
+    with pytest.raises(EffiLoRAError):
+        list(studio.draw(Request(**{"prompt": "a cat", **SMALL, **options})))
+    assert len(draw(studio)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ the forms
+
+
+@pytest.fixture
+def tab(studio):
+    import gradio as gr
+
+    with gr.Blocks():
+        found = GenerateTab(studio)
+        found.build()
+    return found
+
+
+def form(prompt="a cat", steps=2, guidance=3.0, width=32, height=32, count=1, seed=4, use_random=False, *slots):
+    slots = slots or ("cat", 0.5, True, NONE, 1.0, True, NONE, 1.0, True)
+    return (prompt, "", steps, guidance, width, height, count, seed, use_random, *slots)
+
+
+def test_the_form_becomes_a_request(tab):
+    found = tab.request(*form())
+    assert (found.prompt, found.seed, found.adapters) == ("a cat", 4, [("cat", 0.5)])
+    off = tab.request(*form("a cat", 2, 3.0, 32, 32, 1, 4, False, "cat", 0.5, False, NONE, 1, True, NONE, 1, True))
+    assert off.adapters == []
+    seeds = {tab.request(*form(use_random=True)).seed for _ in range(4)}
+    assert len(seeds) == 4
+    with pytest.raises(EffiLoRAError, match="twice"):
+        tab.request(*form("a cat", 2, 3.0, 32, 32, 1, 4, False, "cat", 1, True, "cat", 1, True, NONE, 1, True))
+    with pytest.raises(EffiLoRAError, match="no number"):
+        tab.request(*form(steps=None))
+
+
+def test_a_picture_fills_the_form_with_what_drew_it(tab, studio, tmp_path):
+    (file,) = draw(studio, seed=11, adapters=[("cat", 0.25)])
+    *values, status = tab.read_upload(str(file))
+    assert "holds that picture's settings" in status
+    again = tab.request(*values)
+    assert again == Request("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
+    assert np.array_equal(pixels(file), pixels(next(e for e in studio.draw(again) if not hasattr(e, "step"))))
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("bare.png", "text.png"):
+        assert "Not read" in tab.read_upload(str(tmp_path / name))[-1]
+
+
+def test_the_trigger_is_put_into_the_prompt_once(tab):
+    assert tab.insert_trigger("", "cat") == "a sks cat"
+    assert tab.insert_trigger("in the rain", "cat") == "a sks cat, in the rain"
+    assert tab.insert_trigger("a sks cat sleeps", "cat") == "a sks cat sleeps"
+    assert tab.insert_trigger("a dog", NONE) == "a dog"
+
+
+def test_axes_of_a_grid_change_one_setting():
+    base = Request("a", adapters=[("cat", 1.0)], **SMALL)
+    assert changed(base, "strength", "0.5").adapters == [("cat", 0.5)]
+    assert changed(base, "steps", "7").steps == 7
+    assert changed(base, "prompt", "b").prompt == "b"
+    assert changed(base, "adapter", NONE).adapters == []
+    assert split(" 0; 0.5 ;;1") == ["0", "0.5", "1"]
+    for axis, value in (("steps", "many"), ("strength", "strong"), ("size", "1")):
+        with pytest.raises(EffiLoRAError):
+            changed(base, axis, value)
+    with pytest.raises(EffiLoRAError, match="no values"):
+        split(" ; ")
+
+
+def test_a_grid_is_one_picture_with_every_pair(studio):
+    import gradio as gr
+
+    with gr.Blocks():
+        compare = CompareTab(studio)
+        compare.build()
+    values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
+    *_, (update, status) = compare.draw_grid("strength", "0; 1", "seed", "0; 1; 2", *values)
+    assert status == "strength across, seed down."
+    width, height = Image.open(update["value"]).size
+    assert width > 2 * 128
+    assert height > 3 * 128
+    *_, (_, status) = compare.draw_grid("strength", "0; 1", "strength", "0", *values)
+    assert "two different settings" in status
+    *_, (sides, status) = compare.compare(*values)
+    assert "Right: cat at 1" in status
+    assert not np.array_equal(pixels(sides[0]), pixels(sides[1]))
+
+
+# ----------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def server(place, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("served") / "outputs"
+    shutil.copytree(place / "outputs", outputs)
+    args = argparse.Namespace(model=str(place / "model"), outputs=outputs, port=None, listen=False)
+    page = serve(args, block=False)
+    yield page, outputs
+    page.close()
+
+
+def test_programs_draw_by_name_what_the_page_draws(server, studio):
+    page, _ = server
+    client = Client(page.local_url, verbose=False)
+    assert [entry["name"] for entry in client.predict(api_name="/list_adapters")] == ["cat"]
+    values = {"prompt": "a sks cat", "adapter": "cat", "strength": 0.5, "seed": 5, "steps": 2, "guidance_scale": 3.0}
+    file = client.predict(**values, width=32, height=32, api_name="/generate")
+    (expected,) = draw(studio, seed=5, adapters=[("cat", 0.5)])
+    assert np.array_equal(pixels(file), pixels(expected))
+    for bad in ({"steps": 0}, {"adapter": "../cat"}, {"width": 7}, {"prompt": ""}, {"seed": "abc"}):
+        with pytest.raises(Exception, match=r"."):
+            client.predict(**{**values, **bad}, api_name="/generate")
+    assert client.predict(**values, width=32, height=32, api_name="/generate")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../etc/passwd", "{outputs}/cat/effilora.safetensors"])
+def test_only_pictures_are_served(server, path):
+    page, outputs = server
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{page.local_url}gradio_api/file={path.format(outputs=outputs)}")
+    assert caught.value.code in (403, 404)
+
+
+def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
+    page, _ = server
+    assert page.local_url.startswith("http://127.0.0.1:")
+    assert page.share_url is None
+    monkeypatch.delenv("EFFILORA_AUTH", raising=False)
+    args = argparse.Namespace(model=str(place / "model"), outputs=place / "outputs", port=None, listen=True)
+    with pytest.raises(EffiLoRAError, match="--listen needs credentials"):
+        serve(args, block=False)
+
+
+def test_credentials_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFILORA_AUTH", "ann:correct horse")
+    assert credentials() == ("ann", "correct horse")
+    (tmp_path / "auth").write_text("bob:battery staple\n")
+    monkeypatch.setenv("EFFILORA_AUTH_FILE", str(tmp_path / "auth"))
+    assert credentials() == ("bob", "battery staple")
+    monkeypatch.delenv("EFFILORA_AUTH_FILE")
+    for weak in ("ann", "ann:", ":password1", "ann:short"):
+        monkeypatch.setenv("EFFILORA_AUTH", weak)
+        with pytest.raises(EffiLoRAError, match="user:password"):
+            credentials()
