@@ -56,7 +56,8 @@ class CompareTab:
                 self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=420, elem_id="slider",
                                              interactive=False)  # fmt: skip
                 self.grid = gr.Image(label="Grid", format="png", type="filepath", elem_id="grid", interactive=False,
-                                     visible=False, buttons=["download", "fullscreen"])  # fmt: skip
+                                     visible=False, show_label=False,
+                                     buttons=["download", "fullscreen"])  # fmt: skip
         self._wire(defaults["edge"])
 
     def request(self, prompt: str, adapter: str, strength: float, seed: float, steps: float, guidance: float,
@@ -111,7 +112,7 @@ class CompareTab:
             yield gr.update(), f"**Not drawn:** {one_line(error)}"
             return
         path = self.studio.new_file("grid")
-        save_png(labelled_grid(rows, f"{x}: {',  '.join(across)}"), path)
+        save_png(labelled_grid(rows, heads=[f"{x}: {value}" for value in across]), path)
         yield gr.update(value=str(path), visible=True), f"{x} across, {y} down."
 
     def _wire(self, edge: int) -> None:

@@ -86,3 +86,7 @@ def _train(arguments: list[str] | None) -> int:
     if (output / "before_after.png").exists():
         print(f"\nbefore and after: {output / 'before_after.png'}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -91,17 +91,20 @@ def read_parameters(path: Path) -> dict[str, Any]:
     return found
 
 
-def labelled_grid(rows: list[tuple[str, list[Image.Image]]], title: str = "", cell: int | None = None) -> Image.Image:
-    """Rows of pictures with their labels on the left; small pictures are enlarged to at least 128 pixels."""
-    edge = cell or max(128, max(picture.height for _, pictures in rows for picture in pictures))
-    edge = min(edge, 512)
+def labelled_grid(
+    rows: list[tuple[str, list[Image.Image]]], title: str = "", heads: list[str] | None = None
+) -> Image.Image:
+    """Rows of pictures with labels on the left, and ``heads`` over the columns; small ones are enlarged to 128 pixels."""
+    edge = min(max(128, max(picture.height for _, pictures in rows for picture in pictures)), 512)
     font = ImageFont.load_default(size=15)
     columns = max(len(pictures) for _, pictures in rows)
-    gap, left, top = 6, 190, 30 if title else 6
+    gap, left, top = 6, 190, 30 if title or heads else 6
     canvas = Image.new("RGB", (left + columns * (edge + gap), top + len(rows) * (edge + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     if title:
         pen.text((gap, 7), title, fill="black", font=font)
+    for column, label in enumerate(heads or []):
+        pen.text((left + column * (edge + gap), 7), label[: edge // 8], fill="black", font=font)
     for row, (label, pictures) in enumerate(rows):
         y = top + row * (edge + gap)
         pen.multiline_text((gap, y + gap), _wrapped(label, 22), fill="black", font=font, spacing=4)
