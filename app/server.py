@@ -16,6 +16,7 @@ from .api import add_endpoints
 from .compare import CompareTab
 from .generate import GenerateTab
 from .studio import Studio
+from .train import TrainTab
 
 LOOPBACK = "127.0.0.1"
 
@@ -31,16 +32,20 @@ def make_page(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# EffiLoRA", elem_id="title")
         with gr.Tabs():
-            generate, compare = GenerateTab(studio), CompareTab(studio)
+            generate, compare, train = GenerateTab(studio), CompareTab(studio), TrainTab(studio)
             with gr.Tab("Generate", id="generate") as first:
                 generate.build()
             with gr.Tab("Compare", id="compare") as second:
                 compare.build()
+            with gr.Tab("Train", id="train") as third:
+                train.build()
         add_endpoints(studio)
         outputs = [*[slot[0] for slot in generate.slots], generate.past]
         for trigger in (page.load, first.select):
             trigger(generate.refresh, None, outputs, queue=False, api_visibility="private")
         second.select(compare.refresh, None, compare.adapter, queue=False, api_visibility="private")
+        for trigger in (page.load, third.select):
+            trigger(train.refresh, None, train.which, queue=False, api_visibility="private")
     return page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -172,6 +173,11 @@ class Studio:
         path = self.new_file(str(seed))
         save_png(picture, path, parameters)
         return path
+
+    def fresh_folder(self, label: str) -> Path:
+        """A new empty folder below the outputs, for work in progress."""
+        self.outputs.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{label}-", dir=self.outputs))
 
     def new_file(self, label: str) -> Path:
         """A name in the history that sorts by time."""

@@ -226,7 +226,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return {name: _convert(name, hints[name], value) for name, value in data.items()}
 
 
-def _base_type(hint: Any) -> Any:
+def base_type(hint: Any) -> Any:
     """The type itself, without ``| None``; ``str`` for ``list[str]``."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
@@ -235,7 +235,7 @@ def _base_type(hint: Any) -> Any:
 
 def _convert(name: str, hint: Any, value: Any) -> Any:
     """``value`` from a file as the field's type; YAML reads 1e-4 as text and 1 as int, both meant as float."""
-    kind = _base_type(hint)
+    kind = base_type(hint)
     optional = type(None) in get_args(hint)
     if value is None and optional:
         return None
@@ -260,7 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per field; absent options stay absent, so that config files and presets can fill them."""
     hints = get_type_hints(TrainingConfig)
     for entry in fields(TrainingConfig):
-        hint, kind = hints[entry.name], _base_type(hints[entry.name])
+        hint, kind = hints[entry.name], base_type(hints[entry.name])
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         text = entry.metadata["help"] + ("" if default in (None, False, []) else f" (default: {default})")
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}

@@ -1,0 +1,253 @@
+"""The tab that trains: pictures checked as they come, presets, every setting of the trainer, and the run as it goes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import gradio as gr
+import pandas as pd
+from PIL import Image
+
+from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.diffusion.data import scan_pictures
+from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.settings import TrainingConfig, base_type
+
+from .generate import one_line
+from .runs import Run
+from .studio import Studio
+
+PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
+"""Length of training by name, as a share of the usual number of steps."""
+
+USUAL_STEPS = 800
+MAX_PICTURES = 200
+OWN_FIELDS = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir", "dry_run",
+              "overwrite_output_dir", "resume_from_checkpoint", "class_data_dir", "seed")  # fmt: skip
+"""Settings that the tab gives itself."""
+
+
+class TrainTab:
+    """Components and handlers of the tab."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    def build(self) -> None:
+        """Lay the tab out and wire its events."""
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                self.files = gr.File(label="5 to 30 pictures of one subject", file_count="multiple", height=150,
+                                     file_types=["image"], elem_id="train-files")  # fmt: skip
+                self.example = gr.Button("Take the example's pictures", size="sm", elem_id="train-example")
+                self.table = gr.Dataframe(headers=["picture", "verdict", "caption (may stay empty)"], column_count=3,
+                                          interactive=True, label="Pictures", wrap=True, elem_id="train-table",
+                                          static_columns=[0, 1])  # fmt: skip
+                self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
+                                         elem_id="train-prompt")  # fmt: skip
+                with gr.Row():
+                    self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
+                    self.preset = gr.Radio(list(PRESETS), value="better", label="Preset", elem_id="train-preset")
+                with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
+                    gr.Markdown("Only what is changed here overrides the preset.")
+                    self.advanced = [component_of(entry) for entry in shown_fields()]
+                with gr.Row():
+                    self.start = gr.Button("Start training", variant="primary", elem_id="train-start")
+                    self.stop = gr.Button("Stop", elem_id="train-stop")
+                    self.resume = gr.Button("Resume", elem_id="train-resume")
+            with gr.Column(scale=6, min_width=320):
+                self.which = gr.Dropdown(self.runs(), label="Run", allow_custom_value=True, elem_id="train-run")
+                self.status = gr.Markdown("No run yet.", elem_id="train-status")
+                self.plot = gr.LinePlot(None, x="step", y="loss", height=240, label="Loss", elem_id="train-plot")
+                self.sample = gr.Image(label="Latest pictures", format="png", type="pil", interactive=False,
+                                       height=330, buttons=["fullscreen"], elem_id="train-sample")  # fmt: skip
+        self.timer = gr.Timer(2.0)
+        self._wire()
+
+    def runs(self) -> list[str]:
+        """Names of the runs on the disk, the newest first."""
+        found = [file.parent for file in self.studio.outputs.glob("*/run.json")]
+        return [folder.name for folder in sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)]
+
+    def check(self, files: list[str] | None, prompt: str) -> list[list[str]]:
+        """A row per picture that was brought: its name, what is wrong with it if anything, its caption."""
+        rows = []
+        for path in [Path(file) for file in files or []][:MAX_PICTURES]:
+            try:
+                rows.append([path.name, self._verdict(path), ""])
+            except OSError as error:
+                rows.append([path.name, f"can't be read: {error.strerror}", ""])
+        return rows
+
+    def _verdict(self, path: Path) -> str:
+        """What the trainer will say of one picture: looked at alone in a folder of its own."""
+        folder = self.studio.fresh_folder("checking")
+        try:
+            shutil.copyfile(path, folder / path.name)
+            _, problems = scan_pictures(folder, "a picture")
+            return "; ".join(problem.reason for problem in problems) or "good"
+        except EffiLoRAError as error:
+            return one_line(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def take_example(self) -> tuple[list[str], str, str]:
+        """The example's pictures, its prompt, and a name for the run."""
+        settings = example_settings()
+        files = sorted(str(path) for path in Path(settings["instance_data_dir"]).glob("*.png"))
+        return files, settings["instance_prompt"], "my-cat"
+
+    def settings(self, prompt: str, preset: str, folder: Path, advanced: list[Any]) -> dict[str, Any]:
+        """The settings of a run: what suits the model, then the preset, then what was changed by hand."""
+        chosen: dict[str, Any] = {"resolution": self.studio.defaults()["edge"], "max_train_steps": USUAL_STEPS,
+                                  "learning_rate": 1e-4, "validation_prompt": [prompt]}  # fmt: skip
+        if self.studio.model is None:
+            kept = ("output_dir", "instance_data_dir", "instance_prompt", "validation_prompt", "class_data_dir")
+            chosen |= {name: value for name, value in example_settings().items() if name not in kept}
+            chosen["class_data_dir"] = str(self.studio.outputs / "datasets" / "class pictures")
+        chosen["max_train_steps"] = round(chosen["max_train_steps"] * PRESETS[preset])
+        chosen |= {"pretrained_model_name_or_path": self.studio.model, "instance_prompt": prompt}
+        chosen |= {"instance_data_dir": str(folder), "validation_steps": max(1, chosen["max_train_steps"] // 4)}
+        for entry, value in zip(shown_fields(), advanced, strict=True):
+            given = from_component(entry, value)
+            if given != default_of(entry):
+                chosen[entry.name] = given
+        return chosen
+
+    def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+              *advanced: Any) -> tuple[Any, str]:  # fmt: skip
+        """Copy the pictures and their captions into a data set of the run's name, and start the trainer."""
+        try:
+            run = Run(self.studio.outputs, str(name or "").strip())
+            if not files:
+                raise EffiLoRAError("there are no pictures: drop some, or take the example's")
+            if not str(prompt or "").strip():
+                raise EffiLoRAError(
+                    "the prompt is missing: a few words that name the subject, as 'a photo of sks dog'"
+                )
+            if preset not in PRESETS:
+                raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
+            folder = self.studio.outputs / "datasets" / run.name
+            captions = [str(row[2] or "").strip() for row in rows_of(table)]
+            self._keep(files, captions, folder)
+            scan_pictures(folder, prompt)
+            run.start(self.settings(str(prompt).strip(), preset, folder, list(advanced)))
+        except (EffiLoRAError, TypeError, OSError) as error:
+            return gr.update(), f"**Not started:** {one_line(error)}"
+        return gr.update(choices=self.runs(), value=run.name), "Starting ..."
+
+    def _keep(self, files: list[str], captions: list[str], folder: Path) -> None:
+        fresh = self.studio.fresh_folder("pictures")
+        for index, file in enumerate(files[:MAX_PICTURES]):
+            name = f"{index:03d}-{Path(file).name[-60:]}"
+            shutil.copyfile(file, fresh / name)
+            if index < len(captions) and captions[index]:
+                (fresh / name).with_suffix(".txt").write_text(captions[index], encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.rename(folder)
+
+    def end(self, name: str) -> str:
+        """Stop a run after its step."""
+        try:
+            run = Run(self.studio.outputs, name)
+        except EffiLoRAError as error:
+            return f"**Not stopped:** {one_line(error)}"
+        if not run.running:
+            return "It is not running."
+        run.stop()
+        return "Stopping after this step; the checkpoint follows."
+
+    def go_on(self, name: str) -> str:
+        """Resume a run that was stopped or killed."""
+        try:
+            Run(self.studio.outputs, name).resume()
+        except EffiLoRAError as error:
+            return f"**Not resumed:** {one_line(error)}"
+        return "Resuming ..."
+
+    def look(self, name: str | None) -> tuple[str, Any, Any]:
+        """The run as it stands: words, curve of the loss, latest pictures."""
+        if not name:
+            return "No run yet.", gr.update(), gr.update()
+        try:
+            status = Run(self.studio.outputs, name).status()
+        except EffiLoRAError as error:
+            return f"**{one_line(error)}**", gr.update(), gr.update()
+        text = {"failed": f"**{status.message}**"}.get(status.state, status.message)
+        if status.step:
+            last = status.metrics[-1]
+            done = f"step {status.step} of {status.steps}" if status.steps else f"step {status.step}"
+            left = ""
+            if status.state == "running" and status.steps:
+                pace = sum(line["seconds"] for line in status.metrics[-20:]) / len(status.metrics[-20:])
+                left = f", about {pace * (status.steps - status.step):.0f} s left"
+            text += f"  \n{done}, loss {last['loss']:.4f}, {last['active_layers']} layers active{left}"
+        if not status.metrics:
+            return text, gr.update(), gr.update()
+        every = max(1, len(status.metrics) // 200)
+        curve = pd.DataFrame([{"step": line["step"], "loss": line["loss"]} for line in status.metrics[::every]])
+        if status.sample is None:
+            return text, curve, gr.update()
+        with Image.open(status.sample) as picture:
+            return text, curve, picture.copy()
+
+    def _wire(self) -> None:
+        hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        look = (self.look, self.which, [self.status, self.plot, self.sample])
+        self.files.change(self.check, [self.files, self.prompt], self.table, **hidden)
+        self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
+        form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
+        self.start.click(self.begin, form, [self.which, self.status], **hidden)
+        self.stop.click(self.end, self.which, self.status, **hidden)
+        self.resume.click(self.go_on, self.which, self.status, **hidden)
+        self.which.change(*look, show_progress="hidden", **hidden)
+        self.timer.tick(*look, show_progress="hidden", **hidden)
+
+    def refresh(self) -> Any:
+        """The runs as they are on the disk now; the newest is shown."""
+        names = self.runs()
+        return gr.update(choices=names, value=names[0] if names else None)
+
+
+def shown_fields() -> list[Field[Any]]:
+    """The settings of the advanced section."""
+    return [entry for entry in fields(TrainingConfig) if entry.name not in OWN_FIELDS]
+
+
+def default_of(entry: Field[Any]) -> Any:
+    """A setting's default."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def component_of(entry: Field[Any]) -> Any:
+    """The component that shows a setting, made from its type, choices, default and help text."""
+    kind, default = base_type(get_type_hints(TrainingConfig)[entry.name]), default_of(entry)
+    common: dict[str, Any] = {"label": entry.name, "info": entry.metadata["help"]}
+    if kind is bool:
+        return gr.Checkbox(default, **common)
+    if entry.metadata["choices"]:
+        return gr.Dropdown(["", *entry.metadata["choices"]], value=default or "", **common)
+    if kind in (int, float):
+        return gr.Number(default, precision=0 if kind is int else None, **common)
+    text = "\n".join(default) if isinstance(default, list) else default or ""
+    return gr.Textbox(text, lines=1, max_lines=6, **common)
+
+
+def from_component(entry: Field[Any], value: Any) -> Any:
+    """A component's value as the setting's; empty means the default."""
+    default = default_of(entry)
+    if value is None or value == "":
+        return default
+    if isinstance(default, list):
+        return [line.strip() for line in str(value).splitlines() if line.strip()]
+    kind = base_type(get_type_hints(TrainingConfig)[entry.name])
+    return kind(value)
+
+
+def rows_of(table: Any) -> list[list[Any]]:
+    """The rows of a Dataframe's value, whatever form Gradio gives it."""
+    return table.values.tolist() if isinstance(table, pd.DataFrame) else list(table or [])
