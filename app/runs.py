@@ -24,6 +24,7 @@ from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, METRICS_FILE, SAM
 from effilora_diffusion.diffusion.settings import TrainingConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
+RESERVED = ("history", "adapters", "datasets", "exports")
 STATE_FILE = "run.json"
 EXIT_FILE = "exit_code"
 LOG_FILE = "training.log"
@@ -57,7 +58,7 @@ class Run:
     """One training run in a folder ``<outputs>/<name>``; raises :class:`EffiLoRAError` for names that are no folder's."""
 
     def __init__(self, outputs: Path, name: str):
-        if not NAME.fullmatch(name or "") or name in ("history", "adapters", "datasets"):
+        if not NAME.fullmatch(name or "") or name in RESERVED:
             raise EffiLoRAError(
                 "a run's name may have letters, digits, spaces, _ and -, and must not be a reserved one"
             )

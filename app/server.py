@@ -12,6 +12,7 @@ import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
 
+from .adapters import AdaptersTab
 from .api import add_endpoints
 from .compare import CompareTab
 from .generate import GenerateTab
@@ -39,6 +40,9 @@ def make_page(studio: Studio) -> gr.Blocks:
                 compare.build()
             with gr.Tab("Train", id="train") as third:
                 train.build()
+            adapters = AdaptersTab(studio)
+            with gr.Tab("Adapters", id="adapters") as fourth:
+                adapters.build()
         add_endpoints(studio)
         outputs = [*[slot[0] for slot in generate.slots], generate.past]
         for trigger in (page.load, first.select):
@@ -46,6 +50,8 @@ def make_page(studio: Studio) -> gr.Blocks:
         second.select(compare.refresh, None, compare.adapter, queue=False, api_visibility="private")
         for trigger in (page.load, third.select):
             trigger(train.refresh, None, train.which, queue=False, api_visibility="private")
+        for trigger in (page.load, fourth.select):
+            trigger(adapters.refresh, None, adapters.which, queue=False, api_visibility="private")
     return page
 
 
@@ -79,7 +85,7 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         server_port=args.port,
         share=False,
         auth=auth,
-        allowed_paths=[str(studio.history)],
+        allowed_paths=[str(studio.history), str(studio.exports)],
         max_file_size="64mb",
         show_error=False,
         run_history=False,

@@ -88,6 +88,11 @@ class Studio:
         """Folder of the adapters brought here."""
         return self.outputs / "adapters"
 
+    @property
+    def exports(self) -> Path:
+        """Folder of the adapters written for other programs."""
+        return self.outputs / "exports"
+
     def defaults(self) -> dict[str, Any]:
         """Steps, guidance and edge that suit the model."""
         call = signature(self.pipe.__call__).parameters
@@ -110,9 +115,10 @@ class Studio:
 
     def trigger(self, name: str) -> str:
         """The prompt that an adapter was trained with; empty if it is not known."""
-        return str(load_adapter_file(self._path(name)).metadata.get("trigger_prompt", ""))
+        return str(load_adapter_file(self.adapter_path(name)).metadata.get("trigger_prompt", ""))
 
-    def _path(self, name: str) -> Path:
+    def adapter_path(self, name: str) -> Path:
+        """The file of an adapter of the list; raises :class:`EffiLoRAError` for other names."""
         found = self.adapters()
         if name not in found:
             raise EffiLoRAError(f"there is no adapter named {name[:80]!r}: choose one of the list")
@@ -120,7 +126,7 @@ class Studio:
 
     def _use(self, wanted: list[tuple[str, float]]) -> None:
         """Exactly the adapters of ``wanted`` on the pipeline; those that were there and have not changed stay."""
-        files = {name: self._path(name) for name, _ in wanted}
+        files = {name: self.adapter_path(name) for name, _ in wanted}
         marks = {name: f"{file} {file.stat().st_mtime_ns}" for name, file in files.items()}
         for name in [name for name, (mark, _) in self._attached.items() if marks.get(name) != mark]:
             remove_adapter(self.pipe, self._attached.pop(name)[1])
