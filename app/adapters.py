@@ -36,7 +36,7 @@ class AdaptersTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="which")
-                self.upload = gr.File(label="Bring an adapter (.safetensors)", file_types=[".safetensors"], height=120,
+                self.upload = gr.File(label="Bring an adapter (.safetensors)", file_types=[".safetensors"], height=160,
                                       elem_id="adapter-upload")  # fmt: skip
                 with gr.Row():
                     self.format = gr.Dropdown(list(FORMATS), value="diffusers", label="Take it as", min_width=120)
@@ -136,10 +136,11 @@ class AdaptersTab:
         names = list(self.studio.adapters())
         return gr.update(choices=names, value=names[0] if names else None), False, f"{name} is deleted."
 
-    def refresh(self) -> Any:
-        """The adapters as they are on the disk now."""
+    def refresh(self, name: str | None) -> tuple[Any, str, Any]:
+        """The adapters as they are on the disk now, and the card of the chosen one (or the newest)."""
         names = list(self.studio.adapters())
-        return gr.update(choices=names, value=names[0] if names else None)
+        name = name if name in names else next(iter(names), None)
+        return gr.update(choices=names, value=name), *self.show(name)
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"api_visibility": "private"}

@@ -124,9 +124,11 @@ class CompareTab:
             self.draw_grid, [*axes, *form], [self.grid, self.status], api_visibility="private", **MODEL_QUEUE
         )
 
-    def refresh(self) -> Any:
-        """The adapters as they are on the disk now."""
-        return gr.update(choices=[NONE, *self.studio.adapters()])
+    def refresh(self, name: str | None) -> Any:
+        """The adapters as they are on the disk now; the newest is chosen if none is."""
+        names = list(self.studio.adapters())
+        kept = name if name in names else next(iter(names), NONE)
+        return gr.update(choices=[NONE, *names], value=kept)
 
 
 def split(text: str) -> list[str]:

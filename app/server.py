@@ -47,11 +47,17 @@ def make_page(studio: Studio) -> gr.Blocks:
         outputs = [*[slot[0] for slot in generate.slots], generate.past]
         for trigger in (page.load, first.select):
             trigger(generate.refresh, None, outputs, queue=False, api_visibility="private")
-        second.select(compare.refresh, None, compare.adapter, queue=False, api_visibility="private")
+        second.select(compare.refresh, compare.adapter, compare.adapter, queue=False, api_visibility="private")
         for trigger in (page.load, third.select):
-            trigger(train.refresh, None, train.which, queue=False, api_visibility="private")
+            trigger(train.refresh, train.which, train.which, queue=False, api_visibility="private")
         for trigger in (page.load, fourth.select):
-            trigger(adapters.refresh, None, adapters.which, queue=False, api_visibility="private")
+            trigger(
+                adapters.refresh,
+                adapters.which,
+                [adapters.which, adapters.card, adapters.picture],
+                queue=False,
+                api_visibility="private",
+            )
     return page
 
 

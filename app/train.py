@@ -40,7 +40,7 @@ class TrainTab:
         """Lay the tab out and wire its events."""
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                self.files = gr.File(label="5 to 30 pictures of one subject", file_count="multiple", height=150,
+                self.files = gr.File(label="5 to 30 pictures of one subject", file_count="multiple", height=180,
                                      file_types=["image"], elem_id="train-files")  # fmt: skip
                 self.example = gr.Button("Take the example's pictures", size="sm", elem_id="train-example")
                 self.table = gr.Dataframe(headers=["picture", "verdict", "caption (may stay empty)"], column_count=3,
@@ -207,10 +207,10 @@ class TrainTab:
         self.which.change(*look, show_progress="hidden", **hidden)
         self.timer.tick(*look, show_progress="hidden", **hidden)
 
-    def refresh(self) -> Any:
-        """The runs as they are on the disk now; the newest is shown."""
+    def refresh(self, name: str | None) -> Any:
+        """The runs as they are on the disk now; the newest is shown if none is chosen."""
         names = self.runs()
-        return gr.update(choices=names, value=names[0] if names else None)
+        return gr.update(choices=names, value=name or next(iter(names), None))
 
 
 def shown_fields() -> list[Field[Any]]:
