@@ -76,9 +76,9 @@ class AdaptersTab:
         table = "\n".join(f"| {label} | {str(value).replace('|', '/')} |" for label, value in rows.items())
         picture = path.parent / COMPARISON_FILE
         if path.parent == self.studio.uploads or not picture.is_file():
-            return f"### {name}\n\n| | |\n|---|---|\n{table}", gr.update(visible=False)
+            return f"| {name} | |\n|---|---|\n{table}", gr.update(visible=False)
         with Image.open(picture) as opened:
-            return f"### {name}\n\n| | |\n|---|---|\n{table}", gr.update(value=opened.copy(), visible=True)
+            return f"| {name} | |\n|---|---|\n{table}", gr.update(value=opened.copy(), visible=True)
 
     def bring(self, file: str | None) -> tuple[Any, str]:
         """Take an adapter in, judged by its content: it must fit the model that is open here."""

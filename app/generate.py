@@ -80,10 +80,13 @@ class GenerateTab:
 
     def _slot(self, index: int) -> tuple[Any, Any, Any]:
         """One adapter: its name, whether it acts, and how much."""
-        with gr.Row(elem_classes="slot"):
-            choice = gr.Dropdown([NONE, *self.studio.adapters()], value=NONE, label=f"Adapter {index + 1}", scale=3)
-            strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength", scale=3, min_width=140)
-            active = gr.Checkbox(True, label="On", scale=1, min_width=60)
+        with gr.Group():
+            with gr.Row():
+                choice = gr.Dropdown(
+                    [NONE, *self.studio.adapters()], value=NONE, label=f"Adapter {index + 1}", scale=3, min_width=140
+                )
+                active = gr.Checkbox(True, label="On", scale=1, min_width=70)
+            strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
         return choice, strength, active
 
     @property
