@@ -1,6 +1,7 @@
 """Small models for every test: a toy of blocks for the core, real diffusers parts with random weights for the rest."""
 
 import os
+import shutil
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -222,3 +223,24 @@ def toy():
 @pytest.fixture
 def x():
     return toy_input()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """For the web UI: a tiny model, and an outputs folder with one training run named ``cat``. Read it only."""
+    from helpers import make_subject, trainer
+
+    folder = tmp_path_factory.mktemp("app")
+    build_tiny_pipeline().save_pretrained(folder / "model")
+    options = {"learning_rate": 0.2, "max_train_steps": 4, "num_validation_images": 1}
+    trainer(folder / "model", make_subject(folder / "s", 2), folder / "outputs" / "cat", **options).run()
+    return folder
+
+
+@pytest.fixture
+def studio(place, tmp_path):
+    """A studio over a copy of the outputs in ``place``."""
+    from app.studio import Studio
+
+    shutil.copytree(place / "outputs", tmp_path / "outputs")
+    return Studio(str(place / "model"), tmp_path / "outputs")

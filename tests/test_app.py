@@ -7,7 +7,6 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import build_tiny_pipeline
 from gradio_client import Client
 from helpers import make_subject, trainer
 from PIL import Image
@@ -15,27 +14,11 @@ from PIL import Image
 from app.compare import CompareTab, changed, split
 from app.generate import NONE, GenerateTab
 from app.server import credentials, serve
-from app.studio import Request, Studio
+from app.studio import Request
 from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.diffusion.sampling import read_parameters
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A model folder, and an outputs folder with one training run named ``cat``."""
-    folder = tmp_path_factory.mktemp("app")
-    build_tiny_pipeline().save_pretrained(folder / "model")
-    options = {"learning_rate": 0.2, "max_train_steps": 4, "num_validation_images": 0}
-    trainer(folder / "model", make_subject(folder / "s", 2), folder / "outputs" / "cat", **options).run()
-    return folder
-
-
-@pytest.fixture
-def studio(place, tmp_path):
-    shutil.copytree(place / "outputs", tmp_path / "outputs")
-    return Studio(str(place / "model"), tmp_path / "outputs")
 
 
 def draw(studio, **options):

@@ -6,8 +6,7 @@ import time
 import gradio as gr
 import pytest
 import torch
-from conftest import build_tiny_pipeline
-from helpers import make_subject, trainer
+from helpers import make_subject
 from safetensors.torch import save_file
 from tiny_families import build
 
@@ -15,21 +14,6 @@ from app.adapters import AdaptersTab
 from app.studio import Studio
 from app.train import TrainTab, component_of, from_component, shown_fields
 from effilora_diffusion.diffusion.settings import TrainingConfig
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tabs")
-    build_tiny_pipeline().save_pretrained(folder / "model")
-    options = {"learning_rate": 0.2, "max_train_steps": 4, "num_validation_images": 1}
-    trainer(folder / "model", make_subject(folder / "s", 2), folder / "outputs" / "cat", **options).run()
-    return folder
-
-
-@pytest.fixture
-def studio(place, tmp_path):
-    shutil.copytree(place / "outputs", tmp_path / "outputs")
-    return Studio(str(place / "model"), tmp_path / "outputs")
 
 
 def built(kind, studio):
