@@ -84,8 +84,9 @@ class Run:
             "--config",
             str(self.folder / SETTINGS_FILE),
         ]
-        root = str(Path(__file__).parents[1])
-        paths = [path for path in (root, os.environ.get("PYTHONPATH")) if path]
+        root = Path(__file__).parents[1]  # of a checkout that may not be installed
+        paths = [str(root)] if (root / "effilora_diffusion").is_dir() else []
+        paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         with (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
             process = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,

@@ -154,12 +154,13 @@ def run_app(args: argparse.Namespace) -> None:
     """Serve the web UI until it is stopped."""
     if importlib.util.find_spec("gradio") is None:
         raise EffiLoRAError("the web UI needs gradio: pip install 'effilora-diffusion[app]'")
-    checkout = Path(__file__).parents[1]
-    if (checkout / "app" / "server.py").is_file():  # a checkout; an installed package carries the app in itself
-        sys.path.insert(0, str(checkout))
-        server = importlib.import_module("app.server")
-    else:
+    if (
+        importlib.util.find_spec("effilora_diffusion._app") is not None
+    ):  # an installed package carries the app in itself
         server = importlib.import_module("effilora_diffusion._app.server")
+    else:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        server = importlib.import_module("app.server")
     print(f"http://127.0.0.1:{args.port}", flush=True)
     server.serve(args)
 

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def test_an_adapter_that_is_trained_anew_is_loaded_anew(studio, place, tmp_path)
     trainer(place / "model", make_subject(tmp_path / "s", 2, first=7), studio.outputs / "cat", **options).run()
     (after,) = draw(studio, adapters=[("cat", 1.0)])
     assert not np.array_equal(pixels(before), pixels(after))
+
+
+def test_visitors_at_once_get_their_own_pictures(studio):
+    wanted = [{"seed": seed, "adapters": [("cat", strength)] if strength else []} for seed, strength in
+              ((1, 0), (2, 1.0), (3, -1.0), (1, 1.0), (2, 0), (3, 0.5))]  # fmt: skip
+    expected = [pixels(draw(studio, **options)[0]) for options in wanted]
+    with ThreadPoolExecutor(len(wanted)) as visitors:
+        found = list(visitors.map(lambda options: pixels(draw(studio, **options)[0]), wanted * 3))
+    for index, picture in enumerate(found):
+        assert np.array_equal(picture, expected[index % len(wanted)])
 
 
 def test_several_pictures_have_the_seeds_that_follow(studio):

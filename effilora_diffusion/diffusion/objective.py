@@ -93,8 +93,6 @@ class FlowObjective(Objective):
         mode_scale: of ``mode``.
     """
 
-    name = "flow matching"
-
     def __init__(
         self,
         shift: float = 1.0,
