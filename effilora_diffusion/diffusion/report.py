@@ -54,7 +54,7 @@ def write_report(output: Path, summary: Summary) -> None:
     c = summary.config
     base = c.pretrained_model_name_or_path or EMBEDDED_BASE
     counts = summary.parameters
-    gap = "exactly" if summary.export_error == 0 else f"up to {summary.export_error:.1%} of the update"
+    gap = "exactly" if summary.export_error == 0 else f"but for {summary.export_error:.1%} of its update"
     pictures = "![before and after](before_after.png)\n" if (output / COMPARISON_FILE).exists() else ""
     front = [f"base_model: {c.pretrained_model_name_or_path}"] if c.pretrained_model_name_or_path else []
     head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
