@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from effilora_diffusion import EffiLoRAError, export_lora
-from effilora_diffusion.core import load_adapter_file
+from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.core.attach import check_sites
+from effilora_diffusion.diffusion import export
 from effilora_diffusion.diffusion.inspection import inspect_adapter
 from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.outputs import COMPARISON_FILE
+from effilora_diffusion.diffusion.outputs import COMPARISON_FILE, LORA_FILE
+from effilora_diffusion.diffusion.plain import describe_plain, is_plain_lora
+from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
+from effilora_diffusion.diffusion.stack import Wanted
 
-from .generate import one_line
+from .generate import MODEL_QUEUE, one_line
 from .runs import NAME, Run
 from .studio import Studio
 
-FORMATS = ("diffusers", "kohya", "native")
+AS_IT_IS = "as it is"
+FORMATS = (*export.FORMATS, AS_IT_IS)
+SAMPLE_FILE = "sample.png"
+SAMPLE_SEEDS = (0, 1, 2)
 
 
 class AdaptersTab:
@@ -35,50 +42,98 @@ class AdaptersTab:
         names = list(self.studio.adapters())
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="which")
-                self.upload = gr.File(label="Bring an adapter (.safetensors)", file_types=[".safetensors"], height=160,
-                                      elem_id="adapter-upload")  # fmt: skip
+                self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="which",
+                                         allow_custom_value=True)  # fmt: skip
+                self.upload = gr.File(label="Bring an adapter: EffiLoRA or plain LoRA (.safetensors)", height=160,
+                                      file_types=[".safetensors"], elem_id="adapter-upload")  # fmt: skip
                 with gr.Row():
-                    self.format = gr.Dropdown(list(FORMATS), value="diffusers", label="Take it as", min_width=120)
+                    self.format = gr.Dropdown(list(FORMATS), value="diffusers", label="Take it as", min_width=120,
+                                              elem_id="format")  # fmt: skip
                     self.export = gr.Button("Export", elem_id="export")
-                self.file = gr.File(label="To download", visible=False, interactive=False)
+                self.file = gr.File(label="To download", visible=False, interactive=False, elem_id="exported")
+                self.sample = gr.Button("Draw a sample picture", elem_id="draw-sample")
                 with gr.Row():
                     self.sure = gr.Checkbox(False, label="Yes, delete it", elem_id="sure", min_width=120)
                     self.delete = gr.Button("Delete", variant="stop", elem_id="delete")
                 self.status = gr.Markdown("", elem_id="adapter-status")
             with gr.Column(scale=6, min_width=300):
                 self.card = gr.Markdown("", elem_id="card")
-                self.picture = gr.Image(label="Before and after", format="png", type="pil", interactive=False,
-                                        visible=False, buttons=["fullscreen"])  # fmt: skip
+                self.picture = gr.Image(label="Without and with it", format="png", type="pil", interactive=False,
+                                        visible=False, buttons=["fullscreen"], elem_id="card-picture",
+                                        alt_text="Sample pictures without and with the adapter")  # fmt: skip
         self._wire()
+
+    # ------------------------------------------------------------------------------------------------------- the card
 
     def show(self, name: str | None) -> tuple[str, Any]:
         """An adapter's card, and the picture of its training if there is one."""
+        hidden = gr.update(value=None, visible=False)
         if not name:
-            return "No adapter yet: train one, or bring one.", gr.update(visible=False)
+            return "No adapter yet: train one, or bring one.", hidden
         try:
             path = self.studio.adapter_path(name)
-            facts = inspect_adapter(path)
+            rows = self._native_rows(path) if is_native(path) else self._plain_rows(path)
         except EffiLoRAError as error:
-            return f"**{one_line(error)}**", gr.update(visible=False)
-        config = facts["config"]
+            return f"**{one_line(error)}**", hidden
+        rows["file"] = f"{path.stat().st_size / 1000:.0f} kB"
+        table = "\n".join(f"| {label} | {_cell(value)} |" for label, value in rows.items())
+        card = f"| {_cell(name)} | |\n|---|---|\n{table}"
+        sample = next((file for file in self._samples(path) if file.is_file()), None)
+        if sample is None:
+            return card, hidden
+        with Image.open(sample) as opened:
+            return card, gr.update(value=opened.copy(), visible=True)
+
+    def _native_rows(self, path: Path) -> dict[str, Any]:
+        facts = inspect_adapter(path)
+        config, base = facts["config"], facts.get("base_model", "unknown")
+        if facts.get("base_hash") not in (None, self.studio.base_hash):
+            base = f"{base}: another model than the one that is open, of the same shape; results may differ"
         gap = "exact" if facts["exact_export"] else f"{facts.get('export_error', 0):.1%} of the update missing"
-        rows = {
+        used = f"{facts['heads_used']} of {facts['heads_total']}"
+        return {
             "trigger prompt": facts.get("trigger_prompt", "unknown"),
-            "base": facts.get("base_model", "unknown"),
-            "adapter": f"rank {config['rank']}, {config['heads']} heads, {config['routing']} routing",
+            "base": base,
+            "adapter": f"EffiLoRA, rank {config['rank']}, {config['heads']} heads, {config['routing']} routing",
             "parameters": f"{facts['parameters']:,} in {facts['maps']} linear maps",
-            "heads in use": f"{facts['heads_used']} of {facts['heads_total']}",
+            "heads in use": used if facts["heads_used"] else f"{used}: it changes nothing",
             "trained": f"{facts.get('steps', '?')} steps on {facts.get('pictures', '?')} pictures",
-            "file": f"{path.stat().st_size / 1000:.0f} kB",
             "as plain LoRA": gap,
         }
-        table = "\n".join(f"| {label} | {str(value).replace('|', '/')} |" for label, value in rows.items())
-        picture = path.parent / COMPARISON_FILE
-        if path.parent == self.studio.uploads or not picture.is_file():
-            return f"| {name} | |\n|---|---|\n{table}", gr.update(visible=False)
-        with Image.open(picture) as opened:
-            return f"| {name} | |\n|---|---|\n{table}", gr.update(value=opened.copy(), visible=True)
+
+    def _plain_rows(self, path: Path) -> dict[str, Any]:
+        facts = describe_plain(path)
+        return {
+            "trigger prompt": facts.get("trigger_prompt", "unknown"),
+            "base": facts.get("base_model", "unknown"),
+            "adapter": f"plain LoRA, rank {', '.join(map(str, facts['ranks'][:6])) or 'unknown'}",
+            "parameters": f"{facts['parameters']:,} in {facts['layers']} layers",
+        }
+
+    def _samples(self, path: Path) -> list[Path]:
+        """Where an adapter's sample picture may lie, the best first."""
+        if path.parent == self.studio.uploads:
+            return [path.with_suffix(".png")]
+        return [path.parent / COMPARISON_FILE, path.parent / SAMPLE_FILE]
+
+    def draw_sample(self, name: str | None) -> Iterator[tuple[Any, Any, str]]:
+        """Draw the adapter's prompt without and with it, and keep that beside the adapter."""
+        try:
+            path, trigger = self.studio.adapter_path(name or ""), self.studio.trigger(name or "")
+            if not trigger:
+                raise EffiLoRAError("its prompt is not known: draw with it in the first tab")
+            yield gr.update(), gr.update(), "Drawing ..."
+            rows: list[tuple[str, list[Image.Image]]] = []
+            for label, adapters in (("without", []), (f"with {name}", [(str(name), 1.0)])):
+                wanted = [self.studio.usual(trigger, adapters, seed) for seed in SAMPLE_SEEDS]
+                rows.append((label, [self.studio.picture(one) for one in wanted]))
+            save_png(labelled_grid(rows, trigger), self._samples(path)[-1])
+        except (EffiLoRAError, RuntimeError, ValueError) as error:
+            yield gr.update(), gr.update(), f"**Not drawn:** {one_line(error)}"
+            return
+        yield *self.show(name), "The sample is kept beside the adapter."
+
+    # ------------------------------------------------------------------------------------------------ in, out, deleted
 
     def bring(self, file: str | None) -> tuple[Any, str]:
         """Take an adapter in, judged by its content: it must fit the model that is open here."""
@@ -87,15 +142,17 @@ class AdaptersTab:
         try:
             name = self.take_in(Path(file))
         except EffiLoRAError as error:
-            return gr.update(), f"**Not taken:** {one_line(error)}"
+            return gr.update(), f"**Not taken:** {one_line(error).replace(f'{Path(file).parent}/', '')}"
         return gr.update(choices=list(self.studio.adapters()), value=name), f"{name} is here."
 
     def take_in(self, file: Path) -> str:
-        """Copy a native file into the adapters, and return its name; raises :class:`EffiLoRAError` for others."""
+        """Copy a file into the adapters, and return its name; raises :class:`EffiLoRAError` for one that can't be used."""
         if is_plain_lora(file):
-            raise EffiLoRAError("this is a plain LoRA; only EffiLoRA's own files can be used here so far")
-        content = load_adapter_file(file)
-        check_sites(component_of(self.studio.pipe), content.adapter.sites)
+            with self.studio.lock:
+                self.studio.stack.use([Wanted(file)])  # whether it fits is known once it is loaded
+                self.studio.stack.use([])
+        else:
+            check_sites(component_of(self.studio.pipe), load_adapter_file(file).adapter.sites)
         stem = "".join(letter if letter.isalnum() or letter in " _-" else "-" for letter in file.stem)[:60].strip(" -")
         stem = stem if NAME.fullmatch(stem) else "adapter"
         name, number = stem, 2
@@ -106,20 +163,31 @@ class AdaptersTab:
 
     def write(self, name: str | None, format: str) -> tuple[Any, str]:
         """Export the adapter; the file can then be downloaded."""
+        nothing = gr.update(visible=False)
         try:
             path = self.studio.adapter_path(name or "")
-            folder = self.studio.exports
-            folder.mkdir(parents=True, exist_ok=True)
-            target = folder / f"{name}-{format}.safetensors"
-            if format == "native":
-                shutil.copyfile(path, target)
-                return gr.update(value=str(target), visible=True), "The adapter as it is."
             if format not in FORMATS:
                 raise EffiLoRAError(f"choose one of {', '.join(FORMATS)}")
-            error = export_lora(path, target, format)
-        except EffiLoRAError as problem:
-            return gr.update(visible=False), f"**Not exported:** {one_line(problem)}"
+            self.studio.exports.mkdir(parents=True, exist_ok=True)
+            target = self.studio.exports / f"{name}-{format.replace(' ', '-')}"
+            file = Path(f"{target}.safetensors")
+            if format == AS_IT_IS:
+                shutil.copyfile(path, file)
+                return gr.update(value=str(file), visible=True), "The file as it is."
+            if not is_native(path):
+                raise EffiLoRAError("it is a plain LoRA already: take it as it is")
+            folder = format in ("peft", "merged")
+            if folder:
+                shutil.rmtree(target, ignore_errors=True)
+            target = target if folder else file
+            error = export_lora(path, target, format, self.studio.model)
+        except (EffiLoRAError, OSError) as problem:
+            return nothing, f"**Not exported:** {one_line(problem)}"
         missing = "exact" if error == 0 else f"least squares, {error:.1%} of the update is missing"
+        if format == "merged":  # a whole model: too large to be sent through a browser
+            return nothing, f"The whole model with the adapter in it is in `{target}`: {missing}."
+        if folder:
+            target = Path(shutil.make_archive(str(target), "zip", target))
         return gr.update(value=str(target), visible=True), f"Plain LoRA for {format}: {missing}."
 
     def remove(self, name: str | None, sure: bool) -> tuple[Any, bool, str]:
@@ -128,9 +196,11 @@ class AdaptersTab:
             path = self.studio.adapter_path(name or "")
             if not sure:
                 raise EffiLoRAError("tick the box first: a deleted adapter is gone")
-            if path.parent != self.studio.uploads and Run(self.studio.outputs, path.parent.name).running:
+            brought = path.parent == self.studio.uploads
+            if not brought and Run(self.studio.outputs, path.parent.name).running:
                 raise EffiLoRAError("it is being trained: stop that first")
             path.unlink()
+            (path.with_suffix(".png") if brought else path.parent / LORA_FILE).unlink(missing_ok=True)
         except (EffiLoRAError, OSError) as error:
             return gr.update(), False, f"**Not deleted:** {one_line(error)}"
         names = list(self.studio.adapters())
@@ -144,16 +214,20 @@ class AdaptersTab:
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"api_visibility": "private"}
-        self.which.change(self.show, self.which, [self.card, self.picture], queue=False, **hidden)
-        self.upload.upload(self.bring, self.upload, [self.which, self.status], **hidden)
+        shown = [self.card, self.picture]
+        self.which.change(self.show, self.which, shown, queue=False, show_progress="hidden", **hidden)
+        self.upload.upload(self.bring, self.upload, [self.which, self.status], api_name="add_adapter")
         self.export.click(self.write, [self.which, self.format], [self.file, self.status], **hidden)
+        self.sample.click(
+            self.draw_sample, self.which, [*shown, self.status], show_progress="minimal", show_progress_on=self.status,
+            **hidden, **MODEL_QUEUE,
+        )  # fmt: skip
         self.delete.click(self.remove, [self.which, self.sure], [self.which, self.sure, self.status], **hidden)
 
 
-def is_plain_lora(file: Path) -> bool:
-    """Whether a safetensors file holds LoRA factors by any of the usual names."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return any(part in key for key in opened.keys() for part in ("lora_A", "lora_down", "lora.down"))  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return False
+def _cell(value: Any) -> str:
+    """A value of a file, for a table: one line, no markup of its own."""
+    text = " ".join(str(value).split())[:300]
+    for letter in "\\`|*_<>[]":
+        text = text.replace(letter, {"|": "/", "<": "‹", ">": "›"}.get(letter, f"\\{letter}"))
+    return text

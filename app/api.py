@@ -8,14 +8,16 @@ from typing import Any
 import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
-from effilora_diffusion.core import load_adapter_file
+from effilora_diffusion.core import is_native, load_adapter_file
+from effilora_diffusion.diffusion.plain import describe_plain
 
 from .generate import MODEL_QUEUE, one_line
+from .runs import Run
 from .studio import Request, Studio
 
 
 def add_endpoints(studio: Studio) -> None:
-    """Add ``/generate`` and ``/list_adapters`` to the page that is being built."""
+    """Add ``/generate``, ``/list_adapters`` and ``/train_status`` to the page that is being built."""
     defaults = studio.defaults()
 
     def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = defaults["steps"],
@@ -32,17 +34,41 @@ def add_endpoints(studio: Studio) -> None:
         return gr.FileData(path=str(path), orig_name=path.name)
 
     def list_adapters() -> list[dict[str, Any]]:
-        """The adapters that ``generate`` knows: name, trigger prompt, base model, rank, heads."""
+        """The adapters that ``generate`` knows: name, kind, trigger prompt, base model, rank, heads, checkpoints."""
         found = []
         for name, path in studio.adapters().items():
             try:
-                content = load_adapter_file(path)
+                found.append({"name": name, **_facts(path), "checkpoints": sorted(studio.checkpoints(name))})
             except EffiLoRAError:
                 continue
-            config = content.adapter.config
-            facts = {"name": name, "trigger_prompt": content.metadata.get("trigger_prompt"), "rank": config.rank}
-            found.append({**facts, "heads": config.heads, "base_model": content.metadata.get("base_model")})
         return found
+
+    def train_status(name: str) -> dict[str, Any]:
+        """A training run: state (new, running, done, stopped, failed), message, step, steps, loss, active_layers."""
+        try:
+            status = Run(studio.outputs, name).status()
+        except EffiLoRAError as error:
+            raise gr.Error(one_line(error), print_exception=False) from error
+        last = status.metrics[-1] if status.metrics else {}
+        facts = {"state": status.state, "message": status.message, "step": status.step, "steps": status.steps}
+        return {**facts, "loss": last.get("loss"), "active_layers": last.get("active_layers")}
 
     gr.api(generate, api_name="generate", **MODEL_QUEUE)
     gr.api(list_adapters, api_name="list_adapters")
+    gr.api(train_status, api_name="train_status")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a list says of one file."""
+    if is_native(path):
+        content = load_adapter_file(path)
+        own: dict[str, Any] = {
+            "kind": "effilora",
+            "rank": content.adapter.config.rank,
+            "heads": content.adapter.config.heads,
+        }
+        named = content.metadata
+    else:
+        named = describe_plain(path)
+        own = {"kind": "lora", "rank": max(named["ranks"], default=None), "heads": 1}
+    return {**own, "trigger_prompt": named.get("trigger_prompt"), "base_model": named.get("base_model")}

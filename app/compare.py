@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,17 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 
-from .generate import MODEL_QUEUE, NONE, one_line
+from .generate import MODEL_QUEUE, one_line
+from .slots import NONE
 from .studio import MAX_STRENGTH, Request, Studio
 
-AXES = ("strength", "steps", "guidance", "seed", "prompt", "adapter")
+AXES = ("strength", "checkpoint", "steps", "guidance", "seed", "prompt", "adapter")
 MAX_CELLS = 36
+FINAL = "final"
+"""The checkpoint axis' word for the finished adapter."""
+
+RANGE = re.compile(r"(-?[\d.]+) ?- ?(-?[\d.]+) ?(?:\(\+?([\d.]+)\)|\[(\d+)\])")
+"""Ranges as in A1111's grids: ``1-5 (2)`` counts in steps of 2, ``0-1 [5]`` has 5 values."""
 
 
 class CompareTab:
@@ -32,21 +39,27 @@ class CompareTab:
         names = list(self.studio.adapters())
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt")
-                self.adapter = gr.Dropdown([NONE, *names], value=names[0] if names else NONE, label="Adapter")
+                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt",
+                                         placeholder="empty: the prompt that the adapter was trained with")  # fmt: skip
+                self.adapter = gr.Dropdown([NONE, *names], value=names[0] if names else NONE, label="Adapter",
+                                           allow_custom_value=True, elem_id="compare-adapter")  # fmt: skip
                 self.strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
                     self.steps = gr.Number(defaults["steps"], label="Steps", precision=0, minimum=1, min_width=90)
                     self.guidance = gr.Number(defaults["guidance_scale"], label="Guidance", minimum=0, min_width=90)
-                self.go = gr.Button("Compare", variant="primary", elem_id="compare")
+                with gr.Row():
+                    self.go = gr.Button("Compare", variant="primary", elem_id="compare")
+                    self.halt = gr.Button("Stop", elem_id="compare-stop")
                 with gr.Accordion("Grid over two settings", open=False, elem_id="grid-settings"):
-                    gr.Markdown("Values are separated by `;`, for example `0; 0.5; 1`. Prompts too.")
+                    gr.Markdown(
+                        "Values, prompts too, are separated by `;`. Numbers may be ranges: `0-1 [5]`, `1-9 (2)`."
+                    )
                     with gr.Row():
-                        self.x = gr.Dropdown(list(AXES), value="strength", label="Across")
+                        self.x = gr.Dropdown(list(AXES), value="strength", label="Across", elem_id="grid-x")
                         self.x_values = gr.Textbox("0; 0.5; 1", label="Values across")
                     with gr.Row():
-                        self.y = gr.Dropdown(list(AXES), value="seed", label="Down")
+                        self.y = gr.Dropdown(list(AXES), value="seed", label="Down", elem_id="grid-y")
                         self.y_values = gr.Textbox("0; 1", label="Values down")
                     self.grid_go = gr.Button("Draw the grid", elem_id="draw-grid")
             with gr.Column(scale=6, min_width=300):
@@ -65,12 +78,13 @@ class CompareTab:
         """The form as a :class:`Request`."""
         try:
             chosen = [(str(adapter), float(strength))] if adapter and adapter != NONE else []
+            prompt = str(prompt or "") or (self.studio.trigger(chosen[0][0]) if chosen else "")
             size: dict[str, Any] = {"width": edge, "height": edge, "seed": int(seed), "steps": int(steps)}
-            return Request(str(prompt or ""), adapters=chosen, guidance_scale=float(guidance), **size)
+            return Request(prompt, adapters=chosen, guidance_scale=float(guidance), **size)
         except (TypeError, ValueError, OverflowError) as error:
             raise EffiLoRAError("a setting is no number: fill every field") from error
 
-    def compare(self, *values: Any) -> Iterator[tuple[Any, str]]:
+    def compare(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, str]]:
         """Base and adapter on the same seed, as the two sides of a slider."""
         try:
             wanted = self.request(*values)
@@ -78,18 +92,24 @@ class CompareTab:
                 raise EffiLoRAError("choose an adapter to compare with the base")
             wanted.check()
             yield gr.update(), "Drawing ..."
-            base, adapted = (self._picture(one) for one in (replace(wanted, adapters=[]), wanted))
+            base, adapted = (self._file(one, visit) for one in (replace(wanted, adapters=[]), wanted))
         except (EffiLoRAError, RuntimeError, ValueError) as error:
             yield gr.update(), f"**Not drawn:** {one_line(error)}"
             return
+        finally:
+            self.studio.stops.done(str(visit.session_hash))
         name, strength = wanted.adapters[0]
         yield (str(base), str(adapted)), f"Left: base. Right: {name} at {strength:g}. Seed {wanted.seed}."
 
-    def _picture(self, wanted: Request) -> Path:
-        (path,) = (event for event in self.studio.draw(wanted, preview_every=0) if isinstance(event, Path))
-        return path
+    def _file(self, wanted: Request, visit: gr.Request) -> Path:
+        stop = self.studio.stops.of(str(visit.session_hash))
+        drawn = [event for event in self.studio.draw(wanted, stop, preview_every=0) if isinstance(event, Path)]
+        if not drawn:
+            raise EffiLoRAError("stopped")
+        return drawn[0]
 
-    def draw_grid(self, x: str, x_values: str, y: str, y_values: str, *values: Any) -> Iterator[tuple[Any, str]]:
+    def draw_grid(self, visit: gr.Request, x: str, x_values: str, y: str, y_values: str, *values: Any
+                  ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """A labelled grid: every pair of values on the two axes."""
         try:
             wanted = self.request(*values)
@@ -98,31 +118,69 @@ class CompareTab:
                 raise EffiLoRAError("choose two different settings for the axes")
             if len(across) * len(down) > MAX_CELLS:
                 raise EffiLoRAError(f"the grid would have {len(across) * len(down)} pictures, {MAX_CELLS} at most")
-            requests = [[changed(changed(wanted, y, v), x, u) for u in across] for v in down]
+            # Checkpoints last: another adapter on the other axis has checkpoints of its own.
+            order = sorted(((x, 0), (y, 1)), key=lambda axis: axis[0] == "checkpoint")
+            requests = [[cell(wanted, order, (u, v)) for u in across] for v in down]
             for one in (cell for row in requests for cell in row):
                 one.check()
+                for name, strength in one.adapters:
+                    self.studio.wanted(name, strength)
+            stop = self.studio.stops.of(str(visit.session_hash))
             rows: list[tuple[str, list[Image.Image]]] = []
             for label, row in zip(down, requests, strict=True):
                 rows.append((f"{y}: {label}", []))
                 for one in row:
                     yield gr.update(), f"Picture {sum(len(r) for _, r in rows) + 1} of {len(across) * len(down)}"
-                    with Image.open(self._picture(one)) as picture:
-                        rows[-1][1].append(picture.copy())
+                    rows[-1][1].append(self.studio.picture(one, stop))
         except (EffiLoRAError, RuntimeError, ValueError) as error:
             yield gr.update(), f"**Not drawn:** {one_line(error)}"
             return
+        finally:
+            self.studio.stops.done(str(visit.session_hash))
         path = self.studio.new_file("grid")
         save_png(labelled_grid(rows, heads=[f"{x}: {value}" for value in across]), path)
         yield gr.update(value=str(path), visible=True), f"{x} across, {y} down."
 
+    def announce(self, visit: gr.Request) -> str:
+        """Say at once that a drawing waits for its turn."""
+        self.studio.stops.fresh(str(visit.session_hash))
+        return "Waiting for the model." + (" Somebody else is drawing." if self.studio.lock.locked() else "")
+
+    def stop(self, visit: gr.Request) -> str:
+        """End this visitor's drawing after its step."""
+        self.studio.stops.set(str(visit.session_hash))
+        return "Stopping ..."
+
+    def suggest(self, axis: str, name: str | None, prompt: str) -> str:
+        """Values to begin with on an axis."""
+        if axis == "checkpoint":
+            try:
+                steps = sorted(self.studio.checkpoints(name or ""))
+            except EffiLoRAError:
+                steps = []
+            return "; ".join([*map(str, steps), FINAL])
+        if axis == "adapter":
+            return "; ".join([NONE, *self.studio.adapters()][:6])
+        usual = {"strength": "0; 0.5; 1", "steps": "10; 25; 50", "guidance": "1; 2; 4", "seed": "0; 1"}
+        return usual.get(axis, prompt or "")
+
     def _wire(self, edge: int) -> None:
         size = gr.State(edge)
         form = [self.prompt, self.adapter, self.strength, self.seed, self.steps, self.guidance, size]
-        self.go.click(self.compare, form, [self.slider, self.status], api_visibility="private", **MODEL_QUEUE)
         axes = [self.x, self.x_values, self.y, self.y_values]
-        self.grid_go.click(
-            self.draw_grid, [*axes, *form], [self.grid, self.status], api_visibility="private", **MODEL_QUEUE
-        )
+        private: dict[str, Any] = {"api_visibility": "private"}
+        at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
+        for button, draw, inputs, output in (
+            (self.go, self.compare, form, self.slider),
+            (self.grid_go, self.draw_grid, [*axes, *form], self.grid),
+        ):
+            button.click(self.announce, None, self.status, **at_once).then(
+                draw, inputs, [output, self.status], show_progress="minimal", show_progress_on=self.status, **private,
+                **MODEL_QUEUE,
+            )  # fmt: skip
+        self.halt.click(self.stop, None, self.status, **at_once)
+        for axis, shown in ((self.x, self.x_values), (self.y, self.y_values)):
+            axis.input(self.suggest, [axis, self.adapter, self.prompt], shown, **at_once)
 
     def refresh(self, name: str | None) -> Any:
         """The adapters as they are on the disk now; the newest is chosen if none is."""
@@ -132,11 +190,35 @@ class CompareTab:
 
 
 def split(text: str) -> list[str]:
-    """The values of an axis; raises :class:`EffiLoRAError` if there are none."""
-    found = [part.strip() for part in str(text or "").split(";") if part.strip()]
+    """The values of an axis, ranges written out; raises :class:`EffiLoRAError` if there are none."""
+    parts = [part.strip() for part in str(text or "").split(";") if part.strip()]
+    found = [value for part in parts for value in _range(part)]
     if not found:
         raise EffiLoRAError("an axis of the grid has no values: write some, separated by ;")
     return found
+
+
+def _range(part: str) -> list[str]:
+    """The values of ``1-5 (2)`` or ``0-1 [5]``; any other text as it is."""
+    match = RANGE.fullmatch(part)
+    if match is None:
+        return [part]
+    try:
+        first, last = float(match[1]), float(match[2])
+        count = int(match[4]) if match[4] else int((last - first) / float(match[3]) + 1.000001)
+        step = (last - first) / max(1, count - 1) if match[4] else float(match[3])
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise EffiLoRAError(f"{part!r} is no range: write 1-5 (2) or 0-1 [5]") from error
+    if not 1 <= count <= MAX_CELLS:
+        raise EffiLoRAError(f"the range {part!r} has {count} values, 1 to {MAX_CELLS} are possible")
+    return [f"{round(first + index * step, 6):g}" for index in range(count)]
+
+
+def cell(wanted: Request, order: list[tuple[str, int]], values: tuple[str, str]) -> Request:
+    """``wanted`` with both axes' values, applied in ``order`` (axis, index into ``values``)."""
+    for axis, index in order:
+        wanted = changed(wanted, axis, values[index])
+    return wanted
 
 
 def changed(wanted: Request, axis: str, value: str) -> Request:
@@ -156,6 +238,15 @@ def changed(wanted: Request, axis: str, value: str) -> Request:
         if isinstance(error, EffiLoRAError):
             raise
         raise EffiLoRAError(f"{value!r} is no number for {axis}") from error
+    if axis == "checkpoint":
+        if not wanted.adapters:
+            raise EffiLoRAError("choose an adapter, whose checkpoints can be compared")
+        if value != FINAL and not value.isdecimal():
+            raise EffiLoRAError(f"a checkpoint is a number of steps, or {FINAL}, not {value!r}")
+        names = [name if value == FINAL else f"{name} @ {value}" for name, _ in wanted.adapters]
+        return replace(
+            wanted, adapters=[(name, power) for name, (_, power) in zip(names, wanted.adapters, strict=True)]
+        )
     if axis == "prompt":
         return replace(wanted, prompt=value)
     if axis == "adapter":

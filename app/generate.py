@@ -10,17 +10,20 @@ from typing import Any
 import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
-from effilora_diffusion.diffusion.live import Progress, Stop
+from effilora_diffusion.diffusion.live import Progress
 from effilora_diffusion.diffusion.sampling import read_parameters
 
+from .slots import NONE, Slot
 from .studio import MAX_COUNT, MAX_EDGE, MAX_STEPS, Request, Studio
 
 SLOTS = 3
 """Adapters that can act at once."""
 
-NONE = "none"
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """Every event that touches the pipeline waits in one queue."""
+
+EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow background", "a twemoji emoji of castle")
+"""Prompts to begin with on the embedded base."""
 
 
 def one_line(error: Exception) -> str:
@@ -33,20 +36,23 @@ class GenerateTab:
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self.stops: dict[str, Stop] = {}
 
     def build(self) -> None:
         """Lay the tab out and wire its events; call it within a tab of a Blocks."""
         defaults = self.studio.defaults()
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", placeholder="what to draw")
+                self.prompt = gr.Textbox(
+                    label="Prompt", lines=2, elem_id="prompt", placeholder="what to draw; Ctrl+Enter draws"
+                )
                 with gr.Row():
                     self.go = gr.Button("Draw", variant="primary", elem_id="draw")
                     self.halt = gr.Button("Stop", interactive=False, elem_id="stop")
-                first = self._slot(0)
+                self.slots = [Slot(self.studio, number) for number in range(1, SLOTS + 1)]
+                self.slots[0].build()
                 with gr.Accordion("More adapters", open=False):
-                    self.slots = [first, *(self._slot(index) for index in range(1, SLOTS))]
+                    for slot in self.slots[1:]:
+                        slot.build()
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     self.negative = gr.Textbox(label="Negative prompt", lines=1)
                     with gr.Row():
@@ -61,6 +67,8 @@ class GenerateTab:
                     )
                     self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
                     self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
+                if self.studio.model is None:
+                    gr.Examples([[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples")
             with gr.Column(scale=6, min_width=320):
                 self.status = gr.Markdown("Ready.", elem_id="status")
                 self.preview = gr.Image(label="In the making", visible=False, format="png", height=260, buttons=[])
@@ -78,21 +86,10 @@ class GenerateTab:
         self.selected = gr.State(None)
         self._wire()
 
-    def _slot(self, index: int) -> tuple[Any, Any, Any]:
-        """One adapter: its name, whether it acts, and how much."""
-        with gr.Group():
-            with gr.Row():
-                choice = gr.Dropdown(
-                    [NONE, *self.studio.adapters()], value=NONE, label=f"Adapter {index + 1}", scale=3, min_width=140
-                )
-                active = gr.Checkbox(True, label="On", scale=1, min_width=70)
-            strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
-        return choice, strength, active
-
     @property
     def form(self) -> list[Any]:
         """All inputs of a drawing, in the order of :meth:`request`."""
-        flat = [part for slot in self.slots for part in slot]
+        flat = [part for slot in self.slots for part in slot.parts]
         return [self.prompt, self.negative, self.steps, self.guidance, self.width, self.height, self.count, self.seed,
                 self.random, *flat]  # fmt: skip
 
@@ -113,19 +110,26 @@ class GenerateTab:
             numbers[4] = random.SystemRandom().randrange(2**32)
         return Request(str(prompt or ""), str(negative or ""), chosen, numbers[0], scale, *numbers[1:])
 
+    def announce(self, request: gr.Request) -> tuple[str, Any]:
+        """Say at once that a drawing waits for its turn; it can be stopped from now on."""
+        self.studio.stops.fresh(str(request.session_hash))
+        busy = " Somebody else is drawing." if self.studio.lock.locked() else ""
+        return f"Waiting for the model.{busy}", gr.update(interactive=True)
+
     def draw(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the form says; yields updates of the page after every step."""
         session = str(request.session_hash)
-        stop = self.stops[session] = Stop()
+        stop = self.studio.stops.of(session)
         try:
             wanted = self.request(*values)
             wanted.check()
         except EffiLoRAError as error:
+            self.studio.stops.done(session)
             yield {**self._idle(), self.status: f"**Not drawn:** {error}"}
             return
         files: list[Path] = []
         yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.gallery: [],
-               self.seed: wanted.seed, self.status: "Waiting for the model ...",
+               self.seed: wanted.seed, self.status: "Preparing ...",
                self.chosen: gr.update(visible=False)}  # fmt: skip
         try:
             for event in self.studio.draw(wanted, stop):
@@ -138,7 +142,7 @@ class GenerateTab:
             yield {**self._idle(), self.status: f"**Not drawn:** {one_line(error)}"}
             return
         finally:
-            self.stops.pop(session, None)
+            self.studio.stops.done(session)
         word = "Stopped" if len(files) < wanted.count else "Done"
         yield {**self._idle(), self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}."}
 
@@ -156,9 +160,7 @@ class GenerateTab:
 
     def stop(self, request: gr.Request) -> str:
         """End this visitor's drawing after its step."""
-        stop = self.stops.get(str(request.session_hash))
-        if stop is not None:
-            stop.set()
+        self.studio.stops.set(str(request.session_hash))
         return "Stopping ..."
 
     def select(self, event: gr.SelectData) -> tuple[Any, Any, str | None]:
@@ -185,55 +187,72 @@ class GenerateTab:
 
     def restore_all(self, name: str | None) -> list[Any]:
         """Put everything the chosen picture was drawn with into the form."""
-        return self._filled(self._facts(name))
+        return self.filled(self._facts(name))
 
     def read_upload(self, path: str | None) -> list[Any]:
         """Fill the form from the parameters in a picture that somebody brings."""
         if path is None:
             return [gr.update() for _ in self.form] + [gr.update()]
         try:
-            return [*self._filled(read_parameters(Path(path))), "The form holds that picture's settings."]
+            return self.filled(read_parameters(Path(path)))
         except (EffiLoRAError, KeyError, TypeError, ValueError) as error:
             text = str(error) if isinstance(error, EffiLoRAError) else "this picture's parameters are not complete"
             return [gr.update() for _ in self.form] + [f"**Not read:** {text}"]
 
-    def _filled(self, facts: dict[str, Any]) -> list[Any]:
-        known = self.studio.adapters()
+    def filled(self, facts: dict[str, Any]) -> list[Any]:
+        """The form with a picture's parameters, and what is to be said of it."""
+        usual = self.studio.defaults()  # `effilora generate` leaves what was not given to the model
+        steps, guidance = facts["num_inference_steps"], facts["guidance_scale"]
+        steps = usual["steps"] if steps is None else steps
+        guidance = usual["guidance_scale"] if guidance is None else guidance
+        here: list[tuple[str, float]] = []
+        missing = []
+        for entry in facts["adapters"]:
+            try:
+                here.append((self._known(str(entry["file"])), float(entry["strength"])))
+            except EffiLoRAError:
+                missing.append(str(entry["file"])[:80])
+        missing += [name for name, _ in here[SLOTS:]]
         slots: list[Any] = []
-        entries = [entry for entry in facts["adapters"] if entry["file"] in known][:SLOTS]
         for index in range(SLOTS):
-            entry = entries[index] if index < len(entries) else None
-            slots += [entry["file"] if entry else NONE, float(entry["strength"]) if entry else 1.0, True]
-        return [str(facts["prompt"]), str(facts["negative_prompt"] or ""), int(facts["num_inference_steps"]),
-                float(facts["guidance_scale"]), int(facts["width"]), int(facts["height"]), 1, int(facts["seed"]), False,
-                *slots]  # fmt: skip
+            slots += [*(here[index] if index < len(here) else (NONE, 1.0)), True]
+        text = "The form holds that picture's settings."
+        if missing:
+            text = f"The form holds that picture's settings, **but for adapters that are not here:** {', '.join(missing)}."
+        return [str(facts["prompt"]), str(facts["negative_prompt"] or ""), int(steps), float(guidance),
+                int(facts["width"]), int(facts["height"]), 1, int(facts["seed"]), False, *slots, text]  # fmt: skip
+
+    def _known(self, file: str) -> str:
+        """The name in our list of an adapter that a picture names: ours, or the file's of the command line."""
+        name = file if file in self.studio.adapters() else file.removesuffix(".safetensors")
+        self.studio.wanted(name)
+        return name
 
     def refresh(self) -> list[Any]:
         """The adapters and the history as they are on the disk now."""
         names = [NONE, *self.studio.adapters()]
         return [*[gr.update(choices=names) for _ in self.slots], [str(path) for path in self.studio.drawn()]]
 
-    def insert_trigger(self, prompt: str, name: str) -> str:
-        """The prompt with the chosen adapter's trigger in it, if it is not there yet."""
-        trigger = self.studio.trigger(name) if name and name != NONE else ""
-        return prompt if not trigger or trigger in (prompt or "") else f"{trigger}{', ' + prompt if prompt else ''}"
-
     def _wire(self) -> None:
+        private: dict[str, Any] = {"api_visibility": "private"}
+        at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
         outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen, self.preview]
-        events = [self.go.click, self.prompt.submit]
-        for event in events:
-            event(self.draw, self.form, outputs, show_progress="hidden", api_visibility="private", **MODEL_QUEUE).then(
-                self.refresh,
-                None,
-                [*[slot[0] for slot in self.slots], self.past],
-                queue=False,
-                api_visibility="private",
-            )
-        self.halt.click(self.stop, None, self.status, queue=False, api_visibility="private")
-        self.gallery.select(self.select, None, [self.chosen, self.facts, self.selected], api_visibility="private")
-        self.past.select(self.select, None, [self.chosen, self.facts, self.selected], api_visibility="private")
-        self.reuse.click(self.reuse_seed, self.selected, [self.seed, self.random], api_visibility="private")
-        self.restore.click(self.restore_all, self.selected, self.form, api_visibility="private")
-        self.upload.upload(self.read_upload, self.upload, [*self.form, self.status], api_visibility="private")
-        for choice, _, _ in self.slots:
-            choice.input(self.insert_trigger, [self.prompt, choice], self.prompt, api_visibility="private")
+        for event in (self.go.click, self.prompt.submit):
+            waiting = event(self.announce, None, [self.status, self.halt], **at_once)
+            drawn = waiting.then(
+                self.draw, self.form, outputs, show_progress="minimal", show_progress_on=self.status, **private,
+                **MODEL_QUEUE,
+            )  # fmt: skip
+            drawn.then(self.refresh, None, [*[slot.choice for slot in self.slots], self.past], **at_once)
+        self.halt.click(self.stop, None, self.status, **at_once)
+        chosen = [self.chosen, self.facts, self.selected]
+        self.gallery.select(self.select, None, chosen, **private)
+        self.past.select(self.select, None, chosen, **private)
+        self.reuse.click(self.reuse_seed, self.selected, [self.seed, self.random], **private)
+        self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
+        self.upload.upload(
+            self.read_upload, self.upload, [*self.form, self.status], api_name="read_parameters",
+            api_visibility="undocumented",
+        )  # fmt: skip
+        for slot in self.slots:
+            slot.wire(self.prompt)

@@ -20,12 +20,14 @@ import yaml
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.core.files import write_atomic
-from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, METRICS_FILE, SAMPLES_FOLDER
+from effilora_diffusion.diffusion.inspection import ReducerHistory, logged_layers, reducer_history
+from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER
 from effilora_diffusion.diffusion.settings import TrainingConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
 RESERVED = ("history", "adapters", "datasets", "exports")
 STATE_FILE = "run.json"
+REPORT_LINE = re.compile(r"(?:model|pictures|adapter|steps|memory) {2,}\S")
 EXIT_FILE = "exit_code"
 LOG_FILE = "training.log"
 SETTINGS_FILE = "settings.yaml"
@@ -84,13 +86,10 @@ class Run:
             "--config",
             str(self.folder / SETTINGS_FILE),
         ]
-        root = Path(__file__).parents[1]  # of a checkout that may not be installed
-        paths = [str(root)] if (root / "effilora_diffusion").is_dir() else []
-        paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         with (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
             process = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env=_environment(),
             )  # fmt: skip
         text = json.dumps({"pid": process.pid, "born": _born(process.pid)})
         write_atomic(self.folder / STATE_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -160,13 +159,17 @@ class Run:
             return "failed", f"Training ended, but its adapter can't be used: {error}"
         return "done", f"Done: the adapter {self.name} can be used."
 
+    def report(self) -> str:
+        """The trainer's report before its first step, from the log; empty before it is there."""
+        return report_lines(_text(self.folder / LOG_FILE))
+
+    def history(self, steps: int) -> ReducerHistory | None:
+        """What the Reducer has measured and chosen so far; ``None`` if it is off."""
+        log = self.folder / REDUCER_FILE
+        return reducer_history(log, logged_layers(log), steps) if log.is_file() else None
+
     def _last_words(self) -> str:
-        try:
-            lines = (self.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return "without a word"
-        spoken = [line.strip() for line in lines if line.strip() and "step/s" not in line]
-        return spoken[-1][:300] if spoken else "without a word"
+        return last_words(_text(self.folder / LOG_FILE))
 
     def _metrics(self) -> list[dict[str, Any]]:
         try:
@@ -180,6 +183,48 @@ class Run:
             except ValueError:  # a line that is being written
                 continue
         return found
+
+
+def report_lines(text: str) -> str:
+    """The lines of the trainer's report in what it has printed."""
+    return "\n".join(line for line in text.splitlines() if REPORT_LINE.match(line))
+
+
+def last_words(text: str) -> str:
+    """The last line that the trainer printed which is no progress bar."""
+    spoken = [line.strip() for line in text.splitlines() if line.strip() and "step/s" not in line]
+    return spoken[-1][:300] if spoken else "without a word"
+
+
+def dry_run(settings: dict[str, Any], folder: Path) -> str:
+    """The trainer's report on ``settings``, in a process of its own that loads everything and trains nothing.
+
+    ``folder`` is for its settings file. Raises :class:`EffiLoRAError` with the trainer's words if it refuses.
+    """
+    settings = {**settings, "output_dir": str(folder / "output"), "dry_run": True}
+    TrainingConfig(**settings)
+    file = folder / SETTINGS_FILE
+    file.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    words = [sys.executable, "-m", "effilora_diffusion.diffusion.launch", "--config", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, env=_environment())
+    if done.returncode != 0:
+        raise EffiLoRAError(last_words(done.stderr or done.stdout))
+    return report_lines(done.stdout)
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a trainer: a checkout that is not installed is found as well."""
+    root = Path(__file__).parents[1]
+    paths = [str(root)] if (root / "effilora_diffusion").is_dir() else []
+    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _born(pid: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -12,10 +13,12 @@ import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
 
+from . import figures
 from .adapters import AdaptersTab
 from .api import add_endpoints
 from .compare import CompareTab
 from .generate import GenerateTab
+from .inspect import InspectTab
 from .studio import Studio
 from .train import TrainTab
 
@@ -25,39 +28,53 @@ STYLE = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #slider { max-width: 520px; }
 #status p, #compare-status p { font-variant-numeric: tabular-nums; }
+.trigger { align-self: center; padding-left: 10px; }
+@media (max-width: 480px) {
+  .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
+  .gradio-container main { padding: 8px !important; }
+}
 """
+
+KEYS = """<script>
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  const shown = ["draw", "compare", "draw-heads"].map((id) => document.getElementById(id));
+  const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
+  if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
+}, true);
+</script>"""
+"""Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button."""
 
 
 def make_page(studio: Studio) -> gr.Blocks:
     """The whole page, not yet served."""
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# EffiLoRA", elem_id="title")
+        generate, compare, train = GenerateTab(studio), CompareTab(studio), TrainTab(studio)
+        adapters, inspect = AdaptersTab(studio), InspectTab(studio)
+        tabs: dict[str, Any] = {
+            "Generate": generate,
+            "Compare": compare,
+            "Train": train,
+            "Adapters": adapters,
+            "Inspect": inspect,
+        }
+        shown: dict[str, gr.Tab] = {}
         with gr.Tabs():
-            generate, compare, train = GenerateTab(studio), CompareTab(studio), TrainTab(studio)
-            with gr.Tab("Generate", id="generate") as first:
-                generate.build()
-            with gr.Tab("Compare", id="compare") as second:
-                compare.build()
-            with gr.Tab("Train", id="train") as third:
-                train.build()
-            adapters = AdaptersTab(studio)
-            with gr.Tab("Adapters", id="adapters") as fourth:
-                adapters.build()
+            for label, tab in tabs.items():
+                with gr.Tab(label, id=label.lower()) as shown[label]:
+                    tab.build()
         add_endpoints(studio)
-        outputs = [*[slot[0] for slot in generate.slots], generate.past]
-        for trigger in (page.load, first.select):
-            trigger(generate.refresh, None, outputs, queue=False, api_visibility="private")
-        second.select(compare.refresh, compare.adapter, compare.adapter, queue=False, api_visibility="private")
-        for trigger in (page.load, third.select):
-            trigger(train.refresh, train.which, train.which, queue=False, api_visibility="private")
-        for trigger in (page.load, fourth.select):
-            trigger(
-                adapters.refresh,
-                adapters.which,
-                [adapters.which, adapters.card, adapters.picture],
-                queue=False,
-                api_visibility="private",
-            )
+        refreshed: dict[str, tuple[Any, Any, Any]] = {
+            "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
+            "Compare": (compare.refresh, compare.adapter, compare.adapter),
+            "Train": (train.refresh, train.which, train.which),
+            "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.picture]),
+            "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
+        }
+        for label, (refresh, inputs, outputs) in refreshed.items():
+            for trigger in (page.load, shown[label].select):
+                trigger(refresh, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
     return page
 
 
@@ -85,7 +102,7 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         raise EffiLoRAError("--listen needs credentials: set EFFILORA_AUTH=user:password or EFFILORA_AUTH_FILE")
     studio = Studio(args.model, args.outputs)
     page = make_page(studio)
-    page.queue(max_size=16, default_concurrency_limit=1)
+    page.queue(max_size=64, default_concurrency_limit=1)
     page.launch(
         server_name="0.0.0.0" if args.listen else LOOPBACK,
         server_port=args.port,
@@ -100,6 +117,7 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         prevent_thread_lock=not block,
         quiet=True,
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=STYLE,
+        css=STYLE + figures.STYLE,
+        head=KEYS,
     )
     return page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -11,13 +12,19 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from effilora_diffusion import EffiLoRA, EffiLoRAError, load_adapter, remove_adapter
-from effilora_diffusion.core import load_adapter_file
+from PIL import Image
+
+from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.core import is_native, load_adapter_file
+from effilora_diffusion.diffusion.checkpoints import CONTENT, list_checkpoints
 from effilora_diffusion.diffusion.live import Progress, Stop, draw_live
+from effilora_diffusion.diffusion.loading import component_of
 from effilora_diffusion.diffusion.outputs import ADAPTER_FILE
-from effilora_diffusion.diffusion.pipelines import EMBEDDED_BASE, load_pipeline
+from effilora_diffusion.diffusion.pipelines import EMBEDDED_BASE, load_pipeline, model_hash
+from effilora_diffusion.diffusion.plain import describe_plain
 from effilora_diffusion.diffusion.sampling import save_png
 from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING
+from effilora_diffusion.diffusion.stack import AdapterStack, Wanted, label_of
 
 MAX_STEPS = 150
 MAX_COUNT = 8
@@ -25,6 +32,9 @@ MAX_EDGE = 2048
 MAX_PROMPT = 4000
 MAX_STRENGTH = 4.0
 MAX_SEED = 2**63 - 1
+
+REFERENCE = re.compile(r"(?P<name>.+?)(?: @ (?P<step>\d{1,9}))?(?: # (?P<head>\d{1,4}))?")
+"""How a drawing names an adapter: its name in the list, maybe a checkpoint of its run, maybe a single head."""
 
 
 @dataclass
@@ -62,6 +72,31 @@ class Request:
                 raise EffiLoRAError(f"the strength of {name} must be -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
 
 
+class Stops:
+    """The switches by which visitors end their drawings: one of each visitor, from the click until the end."""
+
+    def __init__(self) -> None:
+        self._switches: dict[str, Stop] = {}
+
+    def fresh(self, visitor: str) -> Stop:
+        """A new switch: whatever the visitor stopped before is forgotten."""
+        self._switches[visitor] = Stop()
+        return self._switches[visitor]
+
+    def of(self, visitor: str) -> Stop:
+        """The visitor's switch, which may be set already if the drawing had to wait."""
+        return self._switches.get(visitor) or self.fresh(visitor)
+
+    def set(self, visitor: str) -> None:
+        """End the visitor's drawing after its step."""
+        if visitor in self._switches:
+            self._switches[visitor].set()
+
+    def done(self, visitor: str) -> None:
+        """The drawing has ended."""
+        self._switches.pop(visitor, None)
+
+
 class Studio:
     """One pipeline for everybody: whoever draws holds the lock, so that no two drawings meet in it.
 
@@ -72,9 +107,10 @@ class Studio:
 
     def __init__(self, model: str | None = None, outputs: Path = Path("outputs")):
         self.model, self.outputs = model, outputs.resolve()
-        self.lock = threading.Lock()
+        self.lock, self.stops = threading.Lock(), Stops()
         self.pipe: Any = load_pipeline(model)
-        self._attached: dict[str, tuple[str, EffiLoRA]] = {}
+        self.base_hash = model_hash(component_of(self.pipe))
+        self.stack = AdapterStack(self.pipe)
         for folder in (self.history, self.uploads):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -102,20 +138,23 @@ class Studio:
         }
         if self.model is None:
             found = dict(EMBEDDED_SAMPLING)
-        part = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        part: Any = component_of(self.pipe)
         edge = part.config.get("sample_size") or 128
         return {**found, "edge": int(edge) * int(getattr(self.pipe, "vae_scale_factor", 8))}
 
     def adapters(self) -> dict[str, Path]:
-        """Native adapters by name: those of training runs and those brought here, the newest first."""
+        """Adapters by name: those of training runs and those brought here, native or plain LoRA, the newest first."""
         files = [*self.outputs.glob(f"*/{ADAPTER_FILE}"), *self.uploads.glob("*.safetensors")]
         files = [file for file in files if file.resolve().is_relative_to(self.outputs)]
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-        return {file.parent.name if file.name == ADAPTER_FILE else file.stem: file for file in files}
+        return {label_of(file): file for file in files}
 
     def trigger(self, name: str) -> str:
         """The prompt that an adapter was trained with; empty if it is not known."""
-        return str(load_adapter_file(self.adapter_path(name)).metadata.get("trigger_prompt", ""))
+        path = self.adapter_path(self._parts(name)[0])
+        if is_native(path):
+            return str(load_adapter_file(path).metadata.get("trigger_prompt", ""))
+        return str(describe_plain(path).get("trigger_prompt", ""))
 
     def adapter_path(self, name: str) -> Path:
         """The file of an adapter of the list; raises :class:`EffiLoRAError` for other names."""
@@ -124,27 +163,55 @@ class Studio:
             raise EffiLoRAError(f"there is no adapter named {name[:80]!r}: choose one of the list")
         return found[name]
 
-    def _use(self, wanted: list[tuple[str, float]]) -> None:
-        """Exactly the adapters of ``wanted`` on the pipeline; those that were there and have not changed stay."""
-        files = {name: self.adapter_path(name) for name, _ in wanted}
-        marks = {name: f"{file} {file.stat().st_mtime_ns}" for name, file in files.items()}
-        for name in [name for name, (mark, _) in self._attached.items() if marks.get(name) != mark]:
-            remove_adapter(self.pipe, self._attached.pop(name)[1])
-        for name, strength in wanted:
-            if name not in self._attached:
-                self._attached[name] = (marks[name], load_adapter(self.pipe, files[name]))
-            self._attached[name][1].strength = strength
+    def checkpoints(self, name: str) -> dict[int, Path]:
+        """The adapter as it was at the checkpoints of its training run, by step; empty for one brought here."""
+        path = self.adapter_path(name)
+        folders = list_checkpoints(path.parent) if path.name == ADAPTER_FILE else []
+        return {int(folder.name.rpartition("-")[2]): folder / CONTENT[0] for folder in folders}
+
+    def wanted(self, reference: str, strength: float = 1.0) -> Wanted:
+        """What ``name``, ``name @ step`` (a checkpoint) or ``name # head`` (that head alone) stands for."""
+        name, step, head = self._parts(reference)
+        path = self.adapter_path(name)
+        if step is not None:
+            saved = self.checkpoints(name)
+            if int(step) not in saved:
+                raise EffiLoRAError(f"{name} has no checkpoint of step {step}; there are {sorted(saved)}")
+            path = saved[int(step)]
+        if head is not None and not is_native(path):
+            raise EffiLoRAError(f"{name} is a plain LoRA, which has no heads")
+        return Wanted(path, strength, None if head is None else int(head))
+
+    def _parts(self, reference: str) -> tuple[str, str | None, str | None]:
+        """Name, step and head of a reference."""
+        match = None if reference in self.adapters() else REFERENCE.fullmatch(reference)
+        return (match["name"], match["step"], match["head"]) if match else (reference, None, None)
 
     def draw(self, request: Request, stop: Stop | None = None, preview_every: int = 5) -> Iterator[Progress | Path]:
-        """Draw what is asked for; yields every step, and the file of every finished picture.
+        """Draw what is asked for; yields every step, and the file in the history of every finished picture.
 
         Raises :class:`EffiLoRAError` for requests that can't be drawn, before anything is changed.
         """
+        for progress in self._drawing(request, stop, preview_every):
+            if progress.picture is None:
+                yield progress
+            else:
+                assert progress.seed is not None
+                yield self._keep(progress.picture, request, progress.seed)
+
+    def picture(self, request: Request, stop: Stop | None = None) -> Image.Image:
+        """A single picture, for a grid: it does not go into the history. A stop is an :class:`EffiLoRAError`."""
+        drawn = [progress.picture for progress in self._drawing(request, stop, 0) if progress.picture is not None]
+        if not drawn:
+            raise EffiLoRAError("stopped")
+        return drawn[0]
+
+    def _drawing(self, request: Request, stop: Stop | None, preview_every: int) -> Iterator[Progress]:
         request.check()
         seeds = [(request.seed + index) % (MAX_SEED + 1) for index in range(request.count)]
         with self.lock:
-            self._use(request.adapters)
-            drawing = draw_live(
+            self.stack.use([self.wanted(name, strength) for name, strength in request.adapters])
+            yield from draw_live(
                 self.pipe,
                 request.prompt,
                 seeds,
@@ -156,12 +223,12 @@ class Studio:
                 width=request.width,
                 height=request.height,
             )
-            for progress in drawing:
-                if progress.picture is None:
-                    yield progress
-                else:
-                    assert progress.seed is not None
-                    yield self._keep(progress.picture, request, progress.seed)
+
+    def usual(self, prompt: str, adapters: list[tuple[str, float]], seed: int) -> Request:
+        """A single picture with the model's own settings."""
+        found = self.defaults()
+        size = {"width": found["edge"], "height": found["edge"], "steps": found["steps"]}
+        return Request(prompt, "", adapters, guidance_scale=found["guidance_scale"], seed=seed, **size)
 
     def _keep(self, picture: Any, request: Request, seed: int) -> Path:
         """Write a picture with its parameters into the history."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,12 +17,16 @@ from effilora_diffusion.diffusion.data import scan_pictures
 from effilora_diffusion.diffusion.launch import example_settings
 from effilora_diffusion.diffusion.settings import TrainingConfig, base_type
 
+from . import figures
 from .generate import one_line
-from .runs import Run
+from .runs import Run, Status, dry_run
 from .studio import Studio
 
 PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
 """Length of training by name, as a share of the usual number of steps."""
+
+CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
+"""Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
 
 USUAL_STEPS = 800
 MAX_PICTURES = 200
@@ -54,6 +59,9 @@ class TrainTab:
                 with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
                     gr.Markdown("Only what is changed here overrides the preset.")
                     self.advanced = [component_of(entry) for entry in shown_fields()]
+                self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
+                self.report = gr.Textbox("", label="What will be trained", lines=6, max_lines=12, interactive=False,
+                                         visible=False, elem_id="train-report")  # fmt: skip
                 with gr.Row():
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start")
                     self.stop = gr.Button("Stop", elem_id="train-stop")
@@ -61,9 +69,12 @@ class TrainTab:
             with gr.Column(scale=6, min_width=320):
                 self.which = gr.Dropdown(self.runs(), label="Run", allow_custom_value=True, elem_id="train-run")
                 self.status = gr.Markdown("No run yet.", elem_id="train-status")
-                self.plot = gr.LinePlot(None, x="step", y="loss", height=240, label="Loss", elem_id="train-plot")
+                self.plot = gr.LinePlot(None, x="step", y="loss", color="curve", height=240, label="Loss",
+                                        color_map=CURVES, elem_id="train-plot", buttons=[])  # fmt: skip
                 self.sample = gr.Image(label="Latest pictures", format="png", type="pil", interactive=False,
-                                       height=330, buttons=["fullscreen"], elem_id="train-sample")  # fmt: skip
+                                       height=330, buttons=["fullscreen"], elem_id="train-sample",
+                                       alt_text="Validation pictures of the run")  # fmt: skip
+                self.layers = gr.HTML("", elem_id="train-layers")
         self.timer = gr.Timer(2.0)
         self._wire()
 
@@ -110,7 +121,8 @@ class TrainTab:
             chosen["class_data_dir"] = str(self.studio.outputs / "datasets" / "class pictures")
         chosen["max_train_steps"] = round(chosen["max_train_steps"] * PRESETS[preset])
         chosen |= {"pretrained_model_name_or_path": self.studio.model, "instance_prompt": prompt}
-        chosen |= {"instance_data_dir": str(folder), "validation_steps": max(1, chosen["max_train_steps"] // 4)}
+        quarter = max(1, chosen["max_train_steps"] // 4)
+        chosen |= {"instance_data_dir": str(folder), "validation_steps": quarter, "checkpointing_steps": quarter}
         for entry, value in zip(shown_fields(), advanced, strict=True):
             given = from_component(entry, value)
             if given != default_of(entry):
@@ -122,24 +134,44 @@ class TrainTab:
         """Copy the pictures and their captions into a data set of the run's name, and start the trainer."""
         try:
             run = Run(self.studio.outputs, str(name or "").strip())
-            if not files:
-                raise EffiLoRAError("there are no pictures: drop some, or take the example's")
-            if not str(prompt or "").strip():
-                raise EffiLoRAError(
-                    "the prompt is missing: a few words that name the subject, as 'a photo of sks dog'"
-                )
-            if preset not in PRESETS:
-                raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
+            prompt = self._checked(files, prompt, preset)
             folder = self.studio.outputs / "datasets" / run.name
-            captions = [str(row[2] or "").strip() for row in rows_of(table)]
-            self._keep(files, captions, folder)
+            self._keep(files or [], table, folder)
             scan_pictures(folder, prompt)
-            run.start(self.settings(str(prompt).strip(), preset, folder, list(advanced)))
+            run.start(self.settings(prompt, preset, folder, list(advanced)))
         except (EffiLoRAError, TypeError, OSError) as error:
             return gr.update(), f"**Not started:** {one_line(error)}"
         return gr.update(choices=self.runs(), value=run.name), "Starting ..."
 
-    def _keep(self, files: list[str], captions: list[str], folder: Path) -> None:
+    def check_first(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+                    *advanced: Any) -> Iterator[tuple[Any, str]]:  # fmt: skip
+        """The trainer's report on what it would do, without training."""
+        yield gr.update(), "Loading model and pictures ..."
+        folder = self.studio.fresh_folder("checking")
+        try:
+            prompt = self._checked(files, prompt, preset)
+            self._keep(files or [], table, folder / "pictures")
+            report = dry_run(self.settings(prompt, preset, folder / "pictures", list(advanced)), folder)
+        except (EffiLoRAError, TypeError, OSError) as error:
+            yield gr.update(visible=False), f"**It would not start:** {one_line(error)}"
+            return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield gr.update(value=report, visible=True), "Nothing is in the way."
+
+    def _checked(self, files: list[str] | None, prompt: str, preset: str) -> str:
+        """The prompt; raises :class:`EffiLoRAError` for what is missing in the form."""
+        if not files:
+            raise EffiLoRAError("there are no pictures: drop some, or take the example's")
+        if not str(prompt or "").strip():
+            raise EffiLoRAError("the prompt is missing: a few words that name the subject, as 'a photo of sks dog'")
+        if preset not in PRESETS:
+            raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
+        return str(prompt).strip()
+
+    def _keep(self, files: list[str], table: Any, folder: Path) -> None:
+        """Copy pictures, and the captions in the table, into a data set."""
+        captions = [str(row[2] or "").strip() for row in rows_of(table)]
         fresh = self.studio.fresh_folder("pictures")
         for index, file in enumerate(files[:MAX_PICTURES]):
             name = f"{index:03d}-{Path(file).name[-60:]}"
@@ -169,38 +201,39 @@ class TrainTab:
             return f"**Not resumed:** {one_line(error)}"
         return "Resuming ..."
 
-    def look(self, name: str | None) -> tuple[str, Any, Any]:
-        """The run as it stands: words, curve of the loss, latest pictures."""
+    def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
+        """The run as it stands: words, curve of the loss, latest pictures, trained layers, the report before it."""
+        same = gr.update()
         if not name:
-            return "No run yet.", gr.update(), gr.update()
+            return "No run yet.", same, same, "", same
         try:
-            status = Run(self.studio.outputs, name).status()
+            run = Run(self.studio.outputs, name)
+            status = run.status()
         except EffiLoRAError as error:
-            return f"**{one_line(error)}**", gr.update(), gr.update()
+            return f"**{one_line(error)}**", same, same, "", same
         text = {"failed": f"**{status.message}**"}.get(status.state, status.message)
-        if status.step:
-            last = status.metrics[-1]
-            done = f"step {status.step} of {status.steps}" if status.steps else f"step {status.step}"
-            left = ""
-            if status.state == "running" and status.steps:
-                pace = sum(line["seconds"] for line in status.metrics[-20:]) / len(status.metrics[-20:])
-                left = f", about {pace * (status.steps - status.step):.0f} s left"
-            text += f"  \n{done}, loss {last['loss']:.4f}, {last['active_layers']} layers active{left}"
+        report = run.report()
+        shown = gr.update(value=report, visible=True) if report else same
         if not status.metrics:
-            return text, gr.update(), gr.update()
-        every = max(1, len(status.metrics) // 200)
-        curve = pd.DataFrame([{"step": line["step"], "loss": line["loss"]} for line in status.metrics[::every]])
-        if status.sample is None:
-            return text, curve, gr.update()
-        with Image.open(status.sample) as picture:
-            return text, curve, picture.copy()
+            return text, None, None, "", shown
+        history = run.history(status.step)
+        layers = figures.active(history, status.step) + figures.importance(history) if history else ""
+        picture: Any = same
+        if status.sample is not None:
+            with Image.open(status.sample) as opened:
+                picture = opened.copy()
+        return f"{text}  \n{progress_of(status)}", curve_of(status.metrics), picture, layers, shown
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        look = (self.look, self.which, [self.status, self.plot, self.sample])
+        look = (self.look, self.which, [self.status, self.plot, self.sample, self.layers, self.report])
         self.files.change(self.check, [self.files, self.prompt], self.table, **hidden)
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
         form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
+        self.look_first.click(
+            self.check_first, form, [self.report, self.status], show_progress="minimal", show_progress_on=self.status,
+            api_visibility="private", concurrency_id="check", concurrency_limit=1,
+        )  # fmt: skip
         self.start.click(self.begin, form, [self.which, self.status], **hidden)
         self.stop.click(self.end, self.which, self.status, **hidden)
         self.resume.click(self.go_on, self.which, self.status, **hidden)
@@ -211,6 +244,26 @@ class TrainTab:
         """The runs as they are on the disk now; the newest is shown if none is chosen."""
         names = self.runs()
         return gr.update(choices=names, value=name or next(iter(names), None))
+
+
+def progress_of(status: Status) -> str:
+    """How far a run is, in words."""
+    last = status.metrics[-1]
+    done = f"step {status.step} of {status.steps}" if status.steps else f"step {status.step}"
+    left = ""
+    if status.state == "running" and status.steps:
+        recent = [line["seconds"] for line in status.metrics[-20:]]
+        left = f", about {sum(recent) / len(recent) * (status.steps - status.step):.0f} s left"
+    return f"{done}, loss {last['loss']:.4f}, {last['active_layers']} layers active{left}"
+
+
+def curve_of(metrics: list[dict[str, Any]]) -> pd.DataFrame:
+    """The loss by step, as it is and as a running mean, in 200 points at most."""
+    table = pd.DataFrame({"step": [line["step"] for line in metrics], "loss": [line["loss"] for line in metrics]})
+    mean = table.assign(loss=table["loss"].rolling(max(1, len(table) // 15), min_periods=1).mean())
+    every = max(1, len(table) // 200)
+    curves = zip(CURVES, (table, mean), strict=True)
+    return pd.concat([frame.iloc[::every].assign(curve=name) for name, frame in curves], ignore_index=True)
 
 
 def shown_fields() -> list[Field[Any]]:

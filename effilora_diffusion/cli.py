@@ -46,7 +46,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="type of the weights")
     generate.add_argument(
-        "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="native file, training folder or plain LoRA; may be given several times",
     )
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--negative_prompt")
@@ -81,10 +85,11 @@ def run_generate(args: argparse.Namespace) -> None:
     """Draw ``num_images`` pictures; each PNG carries its parameters."""
     import torch
 
-    from .diffusion.loading import adapter_path, load_adapter
+    from .diffusion.loading import adapter_path
     from .diffusion.pipelines import EMBEDDED_BASE, load_pipeline
     from .diffusion.sampling import draw_pictures, save_png
     from .diffusion.settings import EMBEDDED_SAMPLING
+    from .diffusion.stack import AdapterStack, Wanted
 
     if args.num_images < 1 or (args.num_inference_steps is not None and args.num_inference_steps < 1):
         raise EffiLoRAError("--num_images and --num_inference_steps must be at least 1")
@@ -103,7 +108,7 @@ def run_generate(args: argparse.Namespace) -> None:
         if not adapter_path(path).is_file():
             raise EffiLoRAError(f"--adapter {path}: no such file")
     pipe = load_pipeline(args.model, getattr(torch, DTYPES[args.mixed_precision]), args.single_file_config)
-    loaded = [load_adapter(pipe, path, strength) for path, strength in adapters]
+    AdapterStack(pipe).use([Wanted(adapter_path(path), strength) for path, strength in adapters])
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
     defaults = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
@@ -123,10 +128,7 @@ def run_generate(args: argparse.Namespace) -> None:
             "width": picture.width,
             "height": picture.height,
             "model": args.model or EMBEDDED_BASE,
-            "adapters": [
-                {"file": Path(path).name, "strength": adapter.strength}
-                for (path, _), adapter in zip(adapters, loaded, strict=True)
-            ],
+            "adapters": [{"file": Path(path).name, "strength": strength} for path, strength in adapters],
         }
         path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{index + 1}")
         save_png(picture, path, parameters)

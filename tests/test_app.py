@@ -143,7 +143,7 @@ def test_the_form_becomes_a_request(tab):
 def test_a_picture_fills_the_form_with_what_drew_it(tab, studio, tmp_path):
     (file,) = draw(studio, seed=11, adapters=[("cat", 0.25)])
     *values, status = tab.read_upload(str(file))
-    assert "holds that picture's settings" in status
+    assert status == "The form holds that picture's settings."
     again = tab.request(*values)
     assert again == Request("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
     assert np.array_equal(pixels(file), pixels(next(e for e in studio.draw(again) if not hasattr(e, "step"))))
@@ -151,13 +151,33 @@ def test_a_picture_fills_the_form_with_what_drew_it(tab, studio, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for name in ("bare.png", "text.png"):
         assert "Not read" in tab.read_upload(str(tmp_path / name))[-1]
+    (studio.outputs / "cat" / "effilora.safetensors").unlink()
+    assert "adapters that are not here:** cat" in tab.read_upload(str(file))[-1]
 
 
-def test_the_trigger_is_put_into_the_prompt_once(tab):
-    assert tab.insert_trigger("", "cat") == "a sks cat"
-    assert tab.insert_trigger("in the rain", "cat") == "a sks cat, in the rain"
-    assert tab.insert_trigger("a sks cat sleeps", "cat") == "a sks cat sleeps"
-    assert tab.insert_trigger("a dog", NONE) == "a dog"
+def test_a_picture_of_the_command_line_fills_the_form(tab, studio, place, tmp_path):
+    shutil.copyfile(studio.outputs / "cat" / "effilora.safetensors", studio.uploads / "dog.safetensors")
+    words = ["generate", "--model", str(place / "model"), "--adapter", f"{studio.uploads / 'dog.safetensors'}:0.5",
+             "--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "cli.png")]  # fmt: skip
+    assert cli.main(words) == 0
+    *values, status = tab.read_upload(str(tmp_path / "cli.png"))
+    assert status == "The form holds that picture's settings."
+    assert tab.request(*values).adapters == [("dog", 0.5)]
+    assert tab.request(*values).guidance_scale == studio.defaults()["guidance_scale"]  # the model's own: none was given
+
+
+def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):
+    slot = tab.slots[0]
+    row, words = slot.chosen("cat")
+    assert row["visible"]
+    assert "a sks cat" in words
+    assert not slot.chosen(NONE)[0]["visible"]
+    assert not slot.chosen("deleted")[0]["visible"]
+    assert slot.fill("", "cat") == "a sks cat"
+    assert slot.fill("a dog", "cat") == "a dog"
+    assert slot.put("in the rain", "cat") == "a sks cat, in the rain"
+    assert slot.put("a sks cat sleeps", "cat") == "a sks cat sleeps"
+    assert slot.put("a dog", NONE) == "a dog"
 
 
 def test_axes_of_a_grid_change_one_setting():
@@ -167,30 +187,79 @@ def test_axes_of_a_grid_change_one_setting():
     assert changed(base, "prompt", "b").prompt == "b"
     assert changed(base, "adapter", NONE).adapters == []
     assert split(" 0; 0.5 ;;1") == ["0", "0.5", "1"]
-    for axis, value in (("steps", "many"), ("strength", "strong"), ("size", "1")):
+    assert changed(base, "checkpoint", "4").adapters == [("cat @ 4", 1.0)]
+    assert changed(base, "checkpoint", "final").adapters == [("cat", 1.0)]
+    assert split("1-5 (2); 9") == ["1", "3", "5", "9"]
+    assert split("0-1 [5]") == ["0", "0.25", "0.5", "0.75", "1"]
+    assert split("-1-1 (+0.5)") == ["-1", "-0.5", "0", "0.5", "1"]
+    assert split("a cat (grey)") == ["a cat (grey)"]
+    for text in ("1-1000 (1)", "1-2 (0)", "5-1 (1)", "1.2.3-4 (1)"):
+        with pytest.raises(EffiLoRAError, match="range"):
+            split(text)
+    for axis, value in (("steps", "many"), ("strength", "strong"), ("size", "1"), ("checkpoint", "first")):
         with pytest.raises(EffiLoRAError):
             changed(base, axis, value)
     with pytest.raises(EffiLoRAError, match="no values"):
         split(" ; ")
 
 
-def test_a_grid_is_one_picture_with_every_pair(studio):
+@pytest.fixture
+def compare(studio):
     import gradio as gr
 
     with gr.Blocks():
-        compare = CompareTab(studio)
-        compare.build()
+        found = CompareTab(studio)
+        found.build()
+    return found
+
+
+VISIT = argparse.Namespace(session_hash="visitor")
+
+
+def test_a_grid_is_one_picture_with_every_pair(compare):
     values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
-    *_, (update, status) = compare.draw_grid("strength", "0; 1", "seed", "0; 1; 2", *values)
+    *_, (update, status) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
     assert status == "strength across, seed down."
     width, height = Image.open(update["value"]).size
     assert width > 2 * 128
     assert height > 3 * 128
-    *_, (_, status) = compare.draw_grid("strength", "0; 1", "strength", "0", *values)
+    *_, (_, status) = compare.draw_grid(VISIT, "strength", "0; 1", "strength", "0", *values)
     assert "two different settings" in status
-    *_, (sides, status) = compare.compare(*values)
+    *_, (sides, status) = compare.compare(VISIT, "", *values[1:])  # no prompt: the adapter's own
     assert "Right: cat at 1" in status
+    assert read_parameters(sides[1])["prompt"] == "a sks cat"
     assert not np.array_equal(pixels(sides[0]), pixels(sides[1]))
+
+
+def test_checkpoints_are_an_axis(compare, studio, place, tmp_path):
+    options = {"learning_rate": 0.2, "max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0}
+    trainer(place / "model", make_subject(tmp_path / "s", 2), studio.outputs / "dog", **options).run()
+    assert sorted(studio.checkpoints("dog")) == [2, 4]
+    assert compare.suggest("checkpoint", "dog", "") == "2; 4; final"
+    early, late, final = (pixels(draw(studio, adapters=[(name, 1.0)])[0]) for name in ("dog @ 2", "dog @ 4", "dog"))
+    assert not np.array_equal(early, late)
+    assert np.array_equal(late, final)
+    values = ("a sks cat", "dog", 1.0, 0, 2, 3.0, 32)
+    *_, (_, status) = compare.draw_grid(VISIT, "strength", "0.5; 1", "checkpoint", "2; final", *values)
+    assert status == "strength across, checkpoint down."
+    *_, (_, status) = compare.draw_grid(VISIT, "strength", "0.5", "checkpoint", "3", *values)
+    assert "no checkpoint of step 3; there are [2, 4]" in status
+    *_, (_, status) = compare.draw_grid(VISIT, "checkpoint", "2", "adapter", "dog; cat", *values)
+    assert "cat has no checkpoint of step 2" in status  # said before anything is drawn
+
+
+def test_a_grid_can_be_stopped_while_it_waits_and_while_it_draws(compare, studio):
+    values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
+    compare.announce(VISIT)
+    compare.stop(VISIT)
+    *_, (_, status) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
+    assert "stopped" in status
+    drawing = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
+    next(drawing)
+    compare.stop(VISIT)
+    assert "stopped" in list(drawing)[-1][1]
+    *_, (_, status) = compare.draw_grid(VISIT, "strength", "0", "seed", "0", *values)
+    assert status == "strength across, seed down."
 
 
 # ----------------------------------------------------------------------------------------------------- the server

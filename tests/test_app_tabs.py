@@ -2,11 +2,12 @@
 
 import shutil
 import time
+from pathlib import Path
 
 import gradio as gr
 import pytest
 import torch
-from helpers import make_subject
+from helpers import make_subject, trainer
 from safetensors.torch import save_file
 from tiny_families import build
 
@@ -60,10 +61,12 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
     while "Done" not in tab.look("new cat")[0]:
         assert time.monotonic() < end, tab.look("new cat")[0]
         time.sleep(0.2)
-    text, curve, sample = tab.look("new cat")
+    text, curve, sample, layers, report = tab.look("new cat")
     assert "step 3 of 3" in text
-    assert list(curve["step"]) == [1, 2, 3]
+    assert list(curve["step"][curve["curve"] == "every step"]) == [1, 2, 3]
     assert sample.width > 100
+    assert layers == ""  # the Reducer was off
+    assert "steps       3 of" in report["value"]
     assert "new cat" in studio.adapters()
 
 
@@ -101,6 +104,31 @@ def test_the_advanced_section_is_the_trainer_s_own_configuration():
     assert {"rank", "heads", "routing", "reducer", "quantization", "lr_scheduler"} <= shown.keys()
 
 
+def test_a_run_is_checked_before_it_is_trained(studio, tmp_path):
+    tab = built(TrainTab, studio)
+    files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
+    before = sorted(studio.outputs.iterdir())
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "", "quick", *by_hand(rank=2))
+    assert text == "Nothing is in the way."
+    assert "pictures    2 with 1 different captions" in report["value"]
+    assert "rank 2, 3 heads" in report["value"]
+    (tmp_path / "p" / "0.png").write_bytes(b"none")
+    (tmp_path / "p" / "1.png").write_bytes(b"none")
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "", "quick", *by_hand())
+    assert text.startswith("**It would not start:**")
+    assert not report["visible"]
+    assert sorted(studio.outputs.iterdir()) == before
+
+
+def test_a_run_s_active_layers_are_shown(studio, place, tmp_path):
+    options = {"max_train_steps": 8, "reducer": "importance", "reducer_warmup": 2, "reducer_interval": 2}
+    trainer(place / "model", make_subject(tmp_path / "s", 2), studio.outputs / "dog", **options).run()
+    (studio.outputs / "dog" / "run.json").write_text("{}")
+    figure = built(TrainTab, studio).look("dog")[3]
+    assert "Layers trained over time" in figure
+    assert "Importance over time" in figure
+
+
 def test_runs_that_are_not_there_are_told_so(studio):
     tab = built(TrainTab, studio)
     assert tab.look(None)[0] == "No run yet."
@@ -133,9 +161,14 @@ def test_an_adapter_is_brought_used_exported_and_deleted(studio, tmp_path):
     assert text == f"{name} is here."
     assert "<" not in name
     assert studio.adapter_path(name).parent == studio.uploads
-    for format in ("diffusers", "kohya", "native"):
+    for format in ("diffusers", "kohya", "peft", "as it is"):
         shown, text = tab.write(name, format)
         assert shown["visible"], text
+        assert Path(shown["value"]).parent == studio.exports
+    shown, text = tab.write(name, "merged")
+    assert not shown["visible"]
+    assert (studio.exports / f"{name}-merged" / "model_index.json").is_file()
+    assert "Not exported" in tab.write(name, "pickle")[1]
     assert "Not deleted" in tab.remove(name, False)[2]
     assert tab.remove(name, True)[2] == f"{name} is deleted."
     assert name not in studio.adapters()
@@ -149,7 +182,9 @@ def bad_files(folder, place):
     (folder / "cut.safetensors").write_bytes(native[: len(native) // 2])
     (folder / "changed.safetensors").write_bytes(native[:-4] + b"\0\0\1\1")
     save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
-    shutil.copyfile(place / "outputs" / "cat" / "pytorch_lora_weights.safetensors", folder / "lora.safetensors")
+    pair = {"unet.mid_block.attentions.0.to_q.lora_A.weight": torch.ones(4, 77)}
+    save_file({**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, folder / "flux.safetensors")
+    save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, folder / "loha.safetensors")
     torch.save({"x": 1}, folder / "pickle.safetensors")
     return sorted(folder.iterdir())
 
@@ -168,5 +203,8 @@ def test_files_that_can_t_be_used_are_refused_in_words(studio, place, tmp_path):
 def test_an_adapter_of_another_base_is_explained(place, tmp_path):
     build("sd15").save_pretrained(tmp_path / "model")
     tab = built(AdaptersTab, Studio(str(tmp_path / "model"), tmp_path / "outputs"))
-    _, text = tab.bring(str(place / "outputs" / "cat" / "effilora.safetensors"))
-    assert "another base model" in text
+    for name in ("effilora", "pytorch_lora_weights"):
+        _, text = tab.bring(str(place / "outputs" / "cat" / f"{name}.safetensors"))
+        assert text.startswith("**Not taken:**")
+        assert "made for another base" in text
+    assert not tab.studio.adapters()

@@ -5,7 +5,7 @@ from .attach import adapters_of, attach, detach, merge, unmerge
 from .config import EffiLoRAConfig, ReducerConfig
 from .convert import calibrate, is_exact, to_lora
 from .errors import EffiLoRAError, exit_code
-from .files import AdapterFile, load_adapter_file, save_adapter
+from .files import AdapterFile, is_native, load_adapter_file, save_adapter
 from .reducer import Reducer
 from .sites import Site
 
@@ -23,6 +23,7 @@ __all__ = [
     "detach",
     "exit_code",
     "is_exact",
+    "is_native",
     "load_adapter_file",
     "merge",
     "save_adapter",

@@ -37,21 +37,22 @@ def load_adapter(pipe: Any, path: str | Path | AdapterFile, scale: float = 1.0, 
         The adapter: set ``strength`` and ``enabled`` on it at any time.
 
     Raises:
-        EffiLoRAError: the file is damaged, no EffiLoRA adapter, or made for another architecture.
+        EffiLoRAError: the file is damaged, no EffiLoRA adapter, or made for another architecture; or the pipeline has
+            plain LoRAs already (PEFT wraps the layers: load those after).
     """
     content = path if isinstance(path, AdapterFile) else load_adapter_file(adapter_path(path))
     model = component_of(pipe)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise EffiLoRAError("plain LoRAs are on this pipeline: load EffiLoRA adapters first, or unload_lora_weights()")
     wanted = name or ("default" if isinstance(path, AdapterFile) else Path(path).resolve().stem or "default")
-    taken, unique, number = adapters_of(model), wanted.replace(".", "_"), 2
-    while unique in taken and name is None:
-        unique, number = f"{wanted.replace('.', '_')}_{number}", number + 1
+    unique = unique_name(model, wanted) if name is None else name
     adapter = content.adapter
     adapter.eval().requires_grad_(False)
     adapter.strength = float(scale)
     if all(not heads.any() for heads in adapter.B):
         logger.warning("the adapter %s changes nothing: all its heads are zero", wanted)
     expected = content.metadata.get("base_hash")
-    found = model_hash(model) if expected and not taken else expected
+    found = model_hash(model) if expected and not adapters_of(model) else expected
     if found not in (None, expected):
         logger.warning(
             "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
@@ -59,6 +60,15 @@ def load_adapter(pipe: Any, path: str | Path | AdapterFile, scale: float = 1.0, 
             content.metadata.get("base_model", "another model"),
         )
     return attention.attach(model, adapter, unique)
+
+
+def unique_name(model: nn.Module, wanted: str) -> str:
+    """``wanted``, with a number if an adapter of that name is attached to ``model`` already, and without dots."""
+    base = wanted.replace(".", "_") or "default"
+    name, number = base, 2
+    while name in adapters_of(model):
+        name, number = f"{base}_{number}", number + 1
+    return name
 
 
 def adapter_path(path: str | Path) -> Path:

@@ -1,0 +1,128 @@
+"""The tab that explains: which layers and heads an adapter uses, what training found important, what each head draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.core import AdapterFile, is_native, load_adapter_file
+from effilora_diffusion.diffusion.inspection import inspect_adapter, reducer_history
+from effilora_diffusion.diffusion.outputs import REDUCER_FILE
+from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
+
+from . import figures
+from .generate import MODEL_QUEUE, one_line
+from .studio import Studio
+
+MOST_HEADS = 8
+"""Heads that are drawn one at a time."""
+
+
+class InspectTab:
+    """Components and handlers of the tab."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    def build(self) -> None:
+        """Lay the tab out and wire its events."""
+        names = list(self.studio.adapters())
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=300):
+                self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="inspect-which",
+                                         allow_custom_value=True)  # fmt: skip
+                self.layers = gr.HTML("", elem_id="inspect-layers")
+            with gr.Column(scale=5, min_width=300):
+                with gr.Row():
+                    self.prompt = gr.Textbox(label="Prompt", scale=3, elem_id="inspect-prompt", min_width=160,
+                                             placeholder="empty: the adapter's own")  # fmt: skip
+                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=80)
+                self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads")
+                self.status = gr.Markdown(
+                    "The same seeds with the base, with all heads, and with each head alone.", elem_id="inspect-status"
+                )
+                self.picture = gr.Image(
+                    label="Heads", format="png", type="filepath", interactive=False, visible=False, show_label=False,
+                    buttons=["download", "fullscreen"], elem_id="heads", alt_text="Pictures by head, rows by seed",
+                )  # fmt: skip
+                self.training = gr.HTML("", elem_id="inspect-training")
+        self._wire()
+
+    def show(self, name: str | None) -> tuple[str, str]:
+        """Figures of an adapter: its layers and heads, and what its training measured."""
+        if not name:
+            return "<p>No adapter yet: train one, or bring one.</p>", ""
+        try:
+            path = self.studio.adapter_path(name)
+            if not is_native(path):
+                raise EffiLoRAError("this is a plain LoRA: it has one head in every layer and no log of its training")
+            content = load_adapter_file(path)
+        except EffiLoRAError as error:
+            return f"<p>{figures.escape(one_line(error))}</p>", ""
+        return self._layers(content), self._training(path, content)
+
+    def _layers(self, content: AdapterFile) -> str:
+        facts = inspect_adapter(content)
+        layers, heads = facts["layers"], [f"head {number + 1}" for number in range(facts["config"]["heads"])]
+        return figures.bars(
+            "How much each layer changes",
+            "Norm of the update with equal gates, and of every head alone.",
+            {layer: [entry["norm"], *entry["heads"]] for layer, entry in layers.items()},
+            ["all", *heads],
+        ) + figures.bars(
+            "How much each head is used",
+            "The share of the gates that each head gets over typical inputs: a router that found no use for one gives it little.",
+            {layer: entry["usage"] for layer, entry in layers.items()},
+            heads,
+        )
+
+    def _training(self, path: Path, content: AdapterFile) -> str:
+        if path.parent == self.studio.uploads:
+            return "<p>This adapter was brought here: the log of its training is not known.</p>"
+        if not (path.parent / REDUCER_FILE).is_file():
+            return "<p>Every layer was trained in every step: the Reducer was off.</p>"
+        steps = int(content.metadata.get("steps") or 0)
+        history = reducer_history(path.parent / REDUCER_FILE, list(content.adapter.layers), steps)
+        return figures.importance(history) + figures.active(history, steps)
+
+    def draw_heads(self, name: str | None, prompt: str, seed: float | None) -> Iterator[tuple[Any, str]]:
+        """A grid of two seeds: base, all heads, and every head alone."""
+        try:
+            path = self.studio.adapter_path(name or "")
+            if not is_native(path):
+                raise EffiLoRAError("a plain LoRA has no heads")
+            heads = load_adapter_file(path).adapter.config.heads
+            prompt = str(prompt or "") or self.studio.trigger(str(name))
+            columns = {"base": [], "all heads": [(str(name), 1.0)]}
+            columns |= {f"head {n}": [(f"{name} # {n}", 1.0)] for n in range(1, min(heads, MOST_HEADS) + 1)}
+            first = int(seed or 0)
+            pictures: dict[int, list[Image.Image]] = {first: [], first + 1: []}
+            for adapters in columns.values():  # column by column: an adapter is loaded once
+                for one, row in pictures.items():
+                    yield gr.update(), f"Picture {sum(map(len, pictures.values())) + 1} of {2 * len(columns)}"
+                    row.append(self.studio.picture(self.studio.usual(prompt, adapters, one)))
+        except (EffiLoRAError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+            yield gr.update(), f"**Not drawn:** {one_line(error)}"
+            return
+        file = self.studio.new_file("grid")
+        save_png(labelled_grid([(f"seed {one}", row) for one, row in pictures.items()], heads=list(columns)), file)
+        yield gr.update(value=str(file), visible=True), f"{prompt}: what each head of {name} adds by itself."
+
+    def refresh(self, name: str | None) -> tuple[Any, str, str]:
+        """The adapters as they are on the disk now, and the figures of the chosen one (or the newest)."""
+        names = list(self.studio.adapters())
+        name = name if name in names else next(iter(names), None)
+        return gr.update(choices=names, value=name), *self.show(name)
+
+    def _wire(self) -> None:
+        private: dict[str, Any] = {"api_visibility": "private"}
+        self.which.change(self.show, self.which, [self.layers, self.training], show_progress="hidden", **private)
+        self.go.click(
+            self.draw_heads, [self.which, self.prompt, self.seed], [self.picture, self.status],
+            show_progress="minimal", show_progress_on=self.status, **private, **MODEL_QUEUE,
+        )  # fmt: skip
