@@ -44,7 +44,7 @@ class AdaptersTab:
             with gr.Column(scale=4, min_width=300):
                 self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="which",
                                          allow_custom_value=True)  # fmt: skip
-                self.upload = gr.File(label="Bring an adapter: EffiLoRA or plain LoRA (.safetensors)", height=160,
+                self.upload = gr.File(label="Bring an adapter (.safetensors)", height=160,
                                       file_types=[".safetensors"], elem_id="adapter-upload")  # fmt: skip
                 with gr.Row():
                     self.format = gr.Dropdown(list(FORMATS), value="diffusers", label="Take it as", min_width=120,
@@ -58,7 +58,7 @@ class AdaptersTab:
                 self.status = gr.Markdown("", elem_id="adapter-status")
             with gr.Column(scale=6, min_width=300):
                 self.card = gr.Markdown("", elem_id="card")
-                self.picture = gr.Image(label="Without and with it", format="png", type="pil", interactive=False,
+                self.picture = gr.Image(label="Without and with it", show_label=False, format="png", type="pil", interactive=False,
                                         visible=False, buttons=["fullscreen"], elem_id="card-picture",
                                         alt_text="Sample pictures without and with the adapter")  # fmt: skip
         self._wire()
@@ -219,8 +219,7 @@ class AdaptersTab:
         self.upload.upload(self.bring, self.upload, [self.which, self.status], api_name="add_adapter")
         self.export.click(self.write, [self.which, self.format], [self.file, self.status], **hidden)
         self.sample.click(
-            self.draw_sample, self.which, [*shown, self.status], show_progress="minimal", show_progress_on=self.status,
-            **hidden, **MODEL_QUEUE,
+            self.draw_sample, self.which, [*shown, self.status], show_progress="hidden", **hidden, **MODEL_QUEUE,
         )  # fmt: skip
         self.delete.click(self.remove, [self.which, self.sure], [self.which, self.sure, self.status], **hidden)
 

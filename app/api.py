@@ -44,7 +44,7 @@ def add_endpoints(studio: Studio) -> None:
         return found
 
     def train_status(name: str) -> dict[str, Any]:
-        """A training run: state (new, running, done, stopped, failed), message, step, steps, loss, active_layers."""
+        """A training run: state (new, running, done, stopped, failed, elsewhere), message, step, steps, loss, active_layers."""
         try:
             status = Run(studio.outputs, name).status()
         except EffiLoRAError as error:

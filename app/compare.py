@@ -49,8 +49,8 @@ class CompareTab:
                     self.steps = gr.Number(defaults["steps"], label="Steps", precision=0, minimum=1, min_width=90)
                     self.guidance = gr.Number(defaults["guidance_scale"], label="Guidance", minimum=0, min_width=90)
                 with gr.Row():
-                    self.go = gr.Button("Compare", variant="primary", elem_id="compare")
-                    self.halt = gr.Button("Stop", elem_id="compare-stop")
+                    self.go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=100)
+                    self.halt = gr.Button("Stop", elem_id="compare-stop", min_width=100)
                 with gr.Accordion("Grid over two settings", open=False, elem_id="grid-settings"):
                     gr.Markdown(
                         "Values, prompts too, are separated by `;`. Numbers may be ranges: `0-1 [5]`, `1-9 (2)`."
@@ -143,8 +143,7 @@ class CompareTab:
 
     def announce(self, visit: gr.Request) -> str:
         """Say at once that a drawing waits for its turn."""
-        self.studio.stops.fresh(str(visit.session_hash))
-        return "Waiting for the model." + (" Somebody else is drawing." if self.studio.lock.locked() else "")
+        return self.studio.announce(str(visit.session_hash))
 
     def stop(self, visit: gr.Request) -> str:
         """End this visitor's drawing after its step."""
@@ -175,7 +174,7 @@ class CompareTab:
             (self.grid_go, self.draw_grid, [*axes, *form], self.grid),
         ):
             button.click(self.announce, None, self.status, **at_once).then(
-                draw, inputs, [output, self.status], show_progress="minimal", show_progress_on=self.status, **private,
+                draw, inputs, [output, self.status], show_progress="hidden", **private,
                 **MODEL_QUEUE,
             )  # fmt: skip
         self.halt.click(self.stop, None, self.status, **at_once)

@@ -26,7 +26,8 @@ STYLE = """
 .figure th { text-align: left; font-weight: 400; padding: 2px 10px 2px 0; white-space: nowrap; }
 .figure thead th { font-size: 12px; padding: 2px 4px; }
 .figure td { padding: 2px 4px; font-variant-numeric: tabular-nums; }
-.figure td.heat { padding: 0; height: 22px; min-width: 6px; border: 1px solid var(--border-color-primary);
+.figure table, .figure tr, .figure thead, .figure th, .figure td { border: none !important; }
+.figure td.heat { padding: 0; height: 22px; min-width: 6px; outline: 1px solid var(--border-color-primary);
   background: color-mix(in srgb, var(--color-accent) calc(var(--v) * 1%), transparent); }
 .figure .bar { display: block; height: 5px; border-radius: 3px; background: var(--color-accent);
   width: calc(var(--v) * 1%); min-width: 1px; }
@@ -51,8 +52,9 @@ def short_names(layers: list[str]) -> dict[str, str]:
     return {layer: ", ".join(found) for layer, found in parts.items()}
 
 
-def _figure(caption: str, note: str, head: list[str], rows: list[str]) -> str:
-    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in ["layer", *head])
+def _figure(caption: str, note: str, head: list[tuple[str, int]], rows: list[str]) -> str:
+    """The table, with heads as (text, columns)."""
+    heads = "".join(f'<th scope="col" colspan="{width}">{escape(text)}</th>' for text, width in [("layer", 1), *head])
     label = escape(caption, quote=True)
     return (
         f'<div class="figure" role="region" tabindex="0" aria-label="{label}"><table><caption>{escape(caption)}</caption>'
@@ -71,7 +73,7 @@ def bars(caption: str, note: str, values: dict[str, list[float] | None], head: l
             for value in row or []
         )
         rows.append(f'<tr><th scope="row">{escape(names[layer])}</th>{cells or "<td>not known</td>"}</tr>')
-    return _figure(caption, note, head, rows)
+    return _figure(caption, note, [(text, 1) for text in head], rows)
 
 
 def heat(caption: str, note: str, values: dict[str, list[float]], head: list[str], last: str) -> str:
@@ -86,8 +88,8 @@ def heat(caption: str, note: str, values: dict[str, list[float]], head: list[str
         )
         number = row[-1] if last == "now" else sum(row) / max(1, len(row))
         rows.append(f'<tr><th scope="row">{escape(names[layer])}</th>{cells}<td>{number:.2f}</td></tr>')
-    shown = [title if index in (0, len(head) - 1) else "" for index, title in enumerate(head)]
-    return _figure(caption, note, [*shown, last], rows)
+    span = head[0] if len(head) == 1 else f"{head[0]} to {head[-1].removeprefix('step ')}"
+    return _figure(caption, note, [(span, len(head)), (last, 1)], rows)
 
 
 def importance(history: ReducerHistory) -> str:
@@ -118,6 +120,6 @@ def active(history: ReducerHistory, steps: int) -> str:
         "Layers trained over time",
         "The share of the steps that trained the layer's heads: full colour is every step.",
         values,
-        [f"from step {first}" for first, _ in pairs],
+        [f"step {first}" for first, _ in pairs],
         "mean",
     )

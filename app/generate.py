@@ -46,8 +46,8 @@ class GenerateTab:
                     label="Prompt", lines=2, elem_id="prompt", placeholder="what to draw; Ctrl+Enter draws"
                 )
                 with gr.Row():
-                    self.go = gr.Button("Draw", variant="primary", elem_id="draw")
-                    self.halt = gr.Button("Stop", interactive=False, elem_id="stop")
+                    self.go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                    self.halt = gr.Button("Stop", interactive=False, elem_id="stop", min_width=100)
                 self.slots = [Slot(self.studio, number) for number in range(1, SLOTS + 1)]
                 self.slots[0].build()
                 with gr.Accordion("More adapters", open=False):
@@ -71,7 +71,6 @@ class GenerateTab:
                     gr.Examples([[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples")
             with gr.Column(scale=6, min_width=320):
                 self.status = gr.Markdown("Ready.", elem_id="status")
-                self.preview = gr.Image(label="In the making", visible=False, format="png", height=260, buttons=[])
                 self.gallery = gr.Gallery(
                     label="Pictures", columns=2, height=460, object_fit="contain", format="png", elem_id="pictures",
                     buttons=["download", "download_all", "fullscreen"], interactive=False,
@@ -112,9 +111,7 @@ class GenerateTab:
 
     def announce(self, request: gr.Request) -> tuple[str, Any]:
         """Say at once that a drawing waits for its turn; it can be stopped from now on."""
-        self.studio.stops.fresh(str(request.session_hash))
-        busy = " Somebody else is drawing." if self.studio.lock.locked() else ""
-        return f"Waiting for the model.{busy}", gr.update(interactive=True)
+        return self.studio.announce(str(request.session_hash)), gr.update(interactive=True)
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the form says; yields updates of the page after every step."""
@@ -137,26 +134,30 @@ class GenerateTab:
                     files.append(event)
                     yield {self.gallery: [str(file) for file in files]}
                 else:
-                    yield self._progress(event)
+                    yield self._progress(event, files)
         except (EffiLoRAError, RuntimeError, ValueError) as error:
             yield {**self._idle(), self.status: f"**Not drawn:** {one_line(error)}"}
             return
         finally:
             self.studio.stops.done(session)
         word = "Stopped" if len(files) < wanted.count else "Done"
-        yield {**self._idle(), self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}."}
+        yield {
+            **self._idle(),
+            self.gallery: [str(file) for file in files],
+            self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}.",
+        }
 
-    def _progress(self, event: Progress) -> dict[Any, Any]:
+    def _progress(self, event: Progress, files: list[Path]) -> dict[Any, Any]:
+        """The step in words; a preview stands behind the finished pictures until its own picture is finished."""
         left = f", {event.seconds:.0f} s left" if event.seconds is not None else ""
         text = f"Picture {event.index + 1} of {event.count}: step {event.step} of {event.steps}{left}"
         found: dict[Any, Any] = {self.status: text}
         if event.preview is not None:
-            found[self.preview] = gr.update(value=event.preview, visible=True)
+            found[self.gallery] = [*map(str, files), event.preview]
         return found
 
     def _idle(self) -> dict[Any, Any]:
-        return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False),
-                self.preview: gr.update(value=None, visible=False)}  # fmt: skip
+        return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False)}
 
     def stop(self, request: gr.Request) -> str:
         """End this visitor's drawing after its step."""
@@ -236,13 +237,10 @@ class GenerateTab:
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
-        outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen, self.preview]
+        outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
         for event in (self.go.click, self.prompt.submit):
             waiting = event(self.announce, None, [self.status, self.halt], **at_once)
-            drawn = waiting.then(
-                self.draw, self.form, outputs, show_progress="minimal", show_progress_on=self.status, **private,
-                **MODEL_QUEUE,
-            )  # fmt: skip
+            drawn = waiting.then(self.draw, self.form, outputs, show_progress="hidden", **private, **MODEL_QUEUE)
             drawn.then(self.refresh, None, [*[slot.choice for slot in self.slots], self.past], **at_once)
         self.halt.click(self.stop, None, self.status, **at_once)
         chosen = [self.chosen, self.facts, self.selected]

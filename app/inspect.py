@@ -124,5 +124,5 @@ class InspectTab:
         self.which.change(self.show, self.which, [self.layers, self.training], show_progress="hidden", **private)
         self.go.click(
             self.draw_heads, [self.which, self.prompt, self.seed], [self.picture, self.status],
-            show_progress="minimal", show_progress_on=self.status, **private, **MODEL_QUEUE,
+            show_progress="hidden", **private, **MODEL_QUEUE,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.core.files import write_atomic
 from effilora_diffusion.diffusion.inspection import ReducerHistory, logged_layers, reducer_history
-from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER
+from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER
 from effilora_diffusion.diffusion.settings import TrainingConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
@@ -46,7 +46,10 @@ Path(sys.argv[1]).write_text(str(code.wait()))
 
 @dataclass
 class Status:
-    """What is known of a run: ``state`` is new, running, done, stopped or failed; ``message`` says why."""
+    """What is known of a run; ``message`` says why ``state`` is new, running, done, stopped, failed or elsewhere.
+
+    ``elsewhere`` is a run of the command line that has not ended.
+    """
 
     state: str
     message: str
@@ -99,11 +102,13 @@ class Run:
         self.start(self.settings(), resume=True)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that the run was started with."""
-        try:
-            return dict(yaml.safe_load((self.folder / SETTINGS_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise EffiLoRAError(f"{self.name} was not started here") from error
+        """The settings that the run was started with, here or by the command line."""
+        for name in (SETTINGS_FILE, CONFIG_FILE):
+            try:
+                return dict(yaml.safe_load((self.folder / name).read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, yaml.YAMLError):
+                continue
+        raise EffiLoRAError(f"there are no settings of a run named {self.name}")
 
     def stop(self) -> None:
         """Ask the trainer to write a checkpoint after its step and end."""
@@ -132,7 +137,7 @@ class Run:
         metrics = self._metrics()
         try:
             steps = int(self.settings().get("max_train_steps") or 0)
-        except EffiLoRAError:
+        except (EffiLoRAError, TypeError, ValueError):
             steps = 0
         samples = sorted((self.folder / SAMPLES_FOLDER).glob("step-*.png"))
         step = int(metrics[-1]["step"]) if metrics else 0
@@ -142,7 +147,7 @@ class Run:
         if self.running:
             return "running", "Training."
         if self._state() is None:
-            return "new", "Nothing has been trained under this name."
+            return self._verdict_elsewhere()
         try:
             code: int | None = int((self.folder / EXIT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -158,6 +163,16 @@ class Run:
         except EffiLoRAError as error:
             return "failed", f"Training ended, but its adapter can't be used: {error}"
         return "done", f"Done: the adapter {self.name} can be used."
+
+    def _verdict_elsewhere(self) -> tuple[str, str]:
+        """Of a run that was started by the command line: whether its process is there is not known here."""
+        if not (self.folder / METRICS_FILE).exists():
+            return "new", "Nothing has been trained under this name."
+        try:
+            load_adapter_file(self.folder / ADAPTER_FILE)
+        except EffiLoRAError:
+            return "elsewhere", "Started by the command line, and not finished so far."
+        return "done", f"Done: the adapter {self.name} can be used. It was trained by the command line."
 
     def report(self) -> str:
         """The trainer's report before its first step, from the log; empty before it is there."""
@@ -183,6 +198,13 @@ class Run:
             except ValueError:  # a line that is being written
                 continue
         return found
+
+
+def list_runs(outputs: Path) -> list[str]:
+    """Names of the runs in ``outputs``, started here or by the command line, the newest first."""
+    folders = {file.parent for name in (STATE_FILE, METRICS_FILE) for file in outputs.glob(f"*/{name}")}
+    named = [folder for folder in folders if NAME.fullmatch(folder.name)]
+    return [folder.name for folder in sorted(named, key=lambda folder: folder.stat().st_mtime, reverse=True)]
 
 
 def report_lines(text: str) -> str:

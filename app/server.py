@@ -28,22 +28,47 @@ STYLE = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #slider { max-width: 520px; }
 #status p, #compare-status p { font-variant-numeric: tabular-nums; }
-.trigger { align-self: center; padding-left: 10px; }
+.trigger { align-self: center; padding-left: 4px; font-size: 14px; }
 @media (max-width: 480px) {
   .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
-  .gradio-container main { padding: 8px !important; }
 }
 """
 
-KEYS = """<script>
+HEAD = """<style>
+@media (max-width: 480px) { .gradio-container .app { padding: 10px !important; } }
+</style>
+<script>
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
   const shown = ["draw", "compare", "draw-heads"].map((id) => document.getElementById(id));
   const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
   if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
 }, true);
+const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").forEach(
+  (found) => found.setAttribute("role", "group"));
+new MutationObserver(labelled).observe(document.documentElement, { childList: true, subtree: true });
 </script>"""
-"""Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button."""
+"""What ``css`` of Gradio can't reach (the frame of the page on phones), and what only scripts do:
+Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button. Gradio labels plain ``div`` elements, which screen
+readers pass over unless they have a role."""
+
+
+def theme() -> gr.Theme:
+    """Gradio's soft theme, its fonts from the system, its colours dark enough to be read (WCAG AA)."""
+    soft = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return soft.set(
+        block_title_text_color="*primary_700",
+        block_label_text_color="*primary_700",
+        block_title_text_color_dark="white",
+        block_label_text_color_dark="white",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        background_fill_primary="*neutral_50",  # Soft's own, which set() would forget
+        color_accent="*primary_600",
+        checkbox_label_background_fill_selected="*primary_600",
+        checkbox_background_color_selected="*primary_700",
+    )
 
 
 def make_page(studio: Studio) -> gr.Blocks:
@@ -68,7 +93,7 @@ def make_page(studio: Studio) -> gr.Blocks:
         refreshed: dict[str, tuple[Any, Any, Any]] = {
             "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
             "Compare": (compare.refresh, compare.adapter, compare.adapter),
-            "Train": (train.refresh, train.which, train.which),
+            "Train": (train.refresh, train.which, [train.which, *train.shown]),
             "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.picture]),
             "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
         }
@@ -116,8 +141,8 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         enable_monitoring=False,
         prevent_thread_lock=not block,
         quiet=True,
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=theme(),
         css=STYLE + figures.STYLE,
-        head=KEYS,
+        head=HEAD,
     )
     return page

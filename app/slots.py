@@ -32,11 +32,11 @@ class Slot:
             self.strength = gr.Slider(
                 -1, 2, 1, step=0.05, label=f"Strength {self.number}", elem_id=f"strength-{self.number}"
             )
-            with gr.Row(visible=False) as self.row:
-                self.words = gr.Markdown("", elem_classes="trigger")
-                self.insert = gr.Button(
-                    "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
-                )
+        with gr.Row(visible=False) as self.row:
+            self.words = gr.Markdown("", elem_classes="trigger")
+            self.insert = gr.Button(
+                "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
+            )
 
     @property
     def parts(self) -> list[Any]:

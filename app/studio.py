@@ -92,6 +92,10 @@ class Stops:
         if visitor in self._switches:
             self._switches[visitor].set()
 
+    def others(self, visitor: str) -> int:
+        """Drawings of other visitors that wait or run."""
+        return sum(other != visitor for other in self._switches)
+
     def done(self, visitor: str) -> None:
         """The drawing has ended."""
         self._switches.pop(visitor, None)
@@ -223,6 +227,13 @@ class Studio:
                 width=request.width,
                 height=request.height,
             )
+
+    def announce(self, visitor: str) -> str:
+        """Take a place in the queue; what to tell the visitor, who can stop from now on."""
+        self.stops.fresh(visitor)
+        before = self.stops.others(visitor)
+        drawings = "one other drawing is" if before == 1 else f"{before} other drawings are"
+        return f"Waiting for the model: {drawings} in the queue." if before else "Waiting for the model."
 
     def usual(self, prompt: str, adapters: list[tuple[str, float]], seed: int) -> Request:
         """A single picture with the model's own settings."""

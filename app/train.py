@@ -19,7 +19,7 @@ from effilora_diffusion.diffusion.settings import TrainingConfig, base_type
 
 from . import figures
 from .generate import one_line
-from .runs import Run, Status, dry_run
+from .runs import Run, Status, dry_run, list_runs
 from .studio import Studio
 
 PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
@@ -48,8 +48,8 @@ class TrainTab:
                 self.files = gr.File(label="5 to 30 pictures of one subject", file_count="multiple", height=180,
                                      file_types=["image"], elem_id="train-files")  # fmt: skip
                 self.example = gr.Button("Take the example's pictures", size="sm", elem_id="train-example")
-                self.table = gr.Dataframe(headers=["picture", "verdict", "caption (may stay empty)"], column_count=3,
-                                          interactive=True, label="Pictures", wrap=True, elem_id="train-table",
+                self.table = gr.Dataframe(headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
+                                          interactive=True, label="Pictures; captions may stay empty", wrap=True, elem_id="train-table",
                                           static_columns=[0, 1])  # fmt: skip
                 self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
                                          elem_id="train-prompt")  # fmt: skip
@@ -63,25 +63,29 @@ class TrainTab:
                 self.report = gr.Textbox("", label="What will be trained", lines=6, max_lines=12, interactive=False,
                                          visible=False, elem_id="train-report")  # fmt: skip
                 with gr.Row():
-                    self.start = gr.Button("Start training", variant="primary", elem_id="train-start")
-                    self.stop = gr.Button("Stop", elem_id="train-stop")
-                    self.resume = gr.Button("Resume", elem_id="train-resume")
+                    self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
+                    self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
+                    self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
             with gr.Column(scale=6, min_width=320):
                 self.which = gr.Dropdown(self.runs(), label="Run", allow_custom_value=True, elem_id="train-run")
                 self.status = gr.Markdown("No run yet.", elem_id="train-status")
-                self.plot = gr.LinePlot(None, x="step", y="loss", color="curve", height=240, label="Loss",
+                self.plot = gr.LinePlot(None, x="step", y="loss", color="curve", height=280, label="Loss", color_title=" ",
                                         color_map=CURVES, elem_id="train-plot", buttons=[])  # fmt: skip
-                self.sample = gr.Image(label="Latest pictures", format="png", type="pil", interactive=False,
+                self.sample = gr.Image(label="Latest pictures", show_label=False, format="png", type="pil", interactive=False,
                                        height=330, buttons=["fullscreen"], elem_id="train-sample",
                                        alt_text="Validation pictures of the run")  # fmt: skip
                 self.layers = gr.HTML("", elem_id="train-layers")
         self.timer = gr.Timer(2.0)
         self._wire()
 
+    @property
+    def shown(self) -> list[Any]:
+        """What :meth:`look` fills."""
+        return [self.status, self.plot, self.sample, self.layers, self.report]
+
     def runs(self) -> list[str]:
         """Names of the runs on the disk, the newest first."""
-        found = [file.parent for file in self.studio.outputs.glob("*/run.json")]
-        return [folder.name for folder in sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)]
+        return list_runs(self.studio.outputs)
 
     def check(self, files: list[str] | None, prompt: str) -> list[list[str]]:
         """A row per picture that was brought: its name, what is wrong with it if anything, its caption."""
@@ -226,12 +230,12 @@ class TrainTab:
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        look = (self.look, self.which, [self.status, self.plot, self.sample, self.layers, self.report])
+        look = (self.look, self.which, self.shown)
         self.files.change(self.check, [self.files, self.prompt], self.table, **hidden)
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
         form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
         self.look_first.click(
-            self.check_first, form, [self.report, self.status], show_progress="minimal", show_progress_on=self.status,
+            self.check_first, form, [self.report, self.status], show_progress="hidden",
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
         )  # fmt: skip
         self.start.click(self.begin, form, [self.which, self.status], **hidden)
@@ -240,10 +244,11 @@ class TrainTab:
         self.which.change(*look, show_progress="hidden", **hidden)
         self.timer.tick(*look, show_progress="hidden", **hidden)
 
-    def refresh(self, name: str | None) -> Any:
-        """The runs as they are on the disk now; the newest is shown if none is chosen."""
+    def refresh(self, name: str | None) -> tuple[Any, ...]:
+        """The runs as they are on the disk now, and the chosen one (or the newest) as it stands."""
         names = self.runs()
-        return gr.update(choices=names, value=name or next(iter(names), None))
+        name = name or next(iter(names), None)
+        return gr.update(choices=names, value=name), *self.look(name)
 
 
 def progress_of(status: Status) -> str:

@@ -163,7 +163,9 @@ def test_a_picture_of_the_command_line_fills_the_form(tab, studio, place, tmp_pa
     *values, status = tab.read_upload(str(tmp_path / "cli.png"))
     assert status == "The form holds that picture's settings."
     assert tab.request(*values).adapters == [("dog", 0.5)]
-    assert tab.request(*values).guidance_scale == studio.defaults()["guidance_scale"]  # the model's own: none was given
+    assert (
+        tab.request(*values).guidance_scale == studio.defaults()["guidance_scale"]
+    )  # the model's own: none was given
 
 
 def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):

@@ -183,7 +183,9 @@ def bad_files(folder, place):
     (folder / "changed.safetensors").write_bytes(native[:-4] + b"\0\0\1\1")
     save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
     pair = {"unet.mid_block.attentions.0.to_q.lora_A.weight": torch.ones(4, 77)}
-    save_file({**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, folder / "flux.safetensors")
+    save_file(
+        {**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, folder / "flux.safetensors"
+    )
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, folder / "loha.safetensors")
     torch.save({"x": 1}, folder / "pickle.safetensors")
     return sorted(folder.iterdir())
