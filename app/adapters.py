@@ -16,7 +16,7 @@ from effilora_diffusion.core.attach import check_sites
 from effilora_diffusion.diffusion import export
 from effilora_diffusion.diffusion.inspection import inspect_adapter
 from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.outputs import COMPARISON_FILE, LORA_FILE
+from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, COMPARISON_FILE, LORA_FILE
 from effilora_diffusion.diffusion.plain import describe_plain, is_plain_lora
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 from effilora_diffusion.diffusion.stack import Wanted
@@ -42,7 +42,7 @@ class AdaptersTab:
         names = list(self.studio.adapters())
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="which",
+                self.which = gr.Dropdown(names, value=None, label="Adapter", elem_id="which",
                                          allow_custom_value=True)  # fmt: skip
                 self.upload = gr.File(label="Bring an adapter (.safetensors)", height=160,
                                       file_types=[".safetensors"], elem_id="adapter-upload")  # fmt: skip
@@ -58,8 +58,8 @@ class AdaptersTab:
                 self.status = gr.Markdown("", elem_id="adapter-status")
             with gr.Column(scale=6, min_width=300):
                 self.card = gr.Markdown("", elem_id="card")
-                self.picture = gr.Image(label="Without and with it", show_label=False, format="png", type="pil", interactive=False,
-                                        visible=False, buttons=["fullscreen"], elem_id="card-picture",
+                self.picture = gr.Image(label="Without and with it", show_label=False, format="png", type="pil",
+                                        interactive=False, visible=False, buttons=["fullscreen"], elem_id="card-picture",
                                         alt_text="Sample pictures without and with the adapter")  # fmt: skip
         self._wire()
 
@@ -151,9 +151,15 @@ class AdaptersTab:
             with self.studio.lock:
                 self.studio.stack.use([Wanted(file)])  # whether it fits is known once it is loaded
                 self.studio.stack.use([])
+            facts = describe_plain(file)
         else:
-            check_sites(component_of(self.studio.pipe), load_adapter_file(file).adapter.sites)
-        stem = "".join(letter if letter.isalnum() or letter in " _-" else "-" for letter in file.stem)[:60].strip(" -")
+            content = load_adapter_file(file)
+            check_sites(component_of(self.studio.pipe), content.adapter.sites)
+            facts = content.metadata
+        stem = file.stem
+        if file.name in (ADAPTER_FILE, LORA_FILE):  # every run's files have these names, which say nothing
+            stem = str(facts.get("trigger_prompt") or "adapter")
+        stem = "".join(letter if letter.isalnum() or letter in " _-" else "-" for letter in stem)[:60].strip(" -")
         stem = stem if NAME.fullmatch(stem) else "adapter"
         name, number = stem, 2
         while name in self.studio.adapters() or (self.studio.uploads / f"{name}.safetensors").exists():

@@ -27,7 +27,9 @@ def add_endpoints(studio: Studio) -> None:
         try:
             chosen = [(str(adapter), float(strength))] if adapter else []
             size = {"width": int(width), "height": int(height), "seed": int(seed), "steps": int(steps)}
-            wanted = Request(str(prompt), str(negative_prompt), chosen, guidance_scale=float(guidance_scale), **size)
+            wanted = Request(
+                str(prompt or ""), str(negative_prompt or ""), chosen, guidance_scale=float(guidance_scale), **size
+            )
             (path,) = (event for event in studio.draw(wanted, preview_every=0) if isinstance(event, Path))
         except (EffiLoRAError, RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise gr.Error(one_line(error), print_exception=False) from error

@@ -41,7 +41,7 @@ class CompareTab:
             with gr.Column(scale=4, min_width=300):
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt",
                                          placeholder="empty: the prompt that the adapter was trained with")  # fmt: skip
-                self.adapter = gr.Dropdown([NONE, *names], value=names[0] if names else NONE, label="Adapter",
+                self.adapter = gr.Dropdown([NONE, *names], value=None, label="Adapter",
                                            allow_custom_value=True, elem_id="compare-adapter")  # fmt: skip
                 self.strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
                 with gr.Row():
@@ -66,7 +66,7 @@ class CompareTab:
                 self.status = gr.Markdown(
                     "Base on the left, adapter on the right, same seed.", elem_id="compare-status"
                 )
-                self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=420, elem_id="slider",
+                self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=460, elem_id="slider",
                                              interactive=False)  # fmt: skip
                 self.grid = gr.Image(label="Grid", format="png", type="filepath", elem_id="grid", interactive=False,
                                      visible=False, show_label=False,
@@ -84,22 +84,23 @@ class CompareTab:
         except (TypeError, ValueError, OverflowError) as error:
             raise EffiLoRAError("a setting is no number: fill every field") from error
 
-    def compare(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, str]]:
+    def compare(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, Any, str]]:
         """Base and adapter on the same seed, as the two sides of a slider."""
         try:
             wanted = self.request(*values)
             if not wanted.adapters:
                 raise EffiLoRAError("choose an adapter to compare with the base")
             wanted.check()
-            yield gr.update(), "Drawing ..."
+            yield gr.update(), gr.update(), "Drawing ..."
             base, adapted = (self._file(one, visit) for one in (replace(wanted, adapters=[]), wanted))
         except (EffiLoRAError, RuntimeError, ValueError) as error:
-            yield gr.update(), f"**Not drawn:** {one_line(error)}"
+            yield gr.update(), gr.update(), f"**Not drawn:** {one_line(error)}"
             return
         finally:
             self.studio.stops.done(str(visit.session_hash))
         name, strength = wanted.adapters[0]
-        yield (str(base), str(adapted)), f"Left: base. Right: {name} at {strength:g}. Seed {wanted.seed}."
+        slider = gr.update(value=(str(base), str(adapted)), visible=True)
+        yield slider, gr.update(visible=False), f"Left: base. Right: {name} at {strength:g}. Seed {wanted.seed}."
 
     def _file(self, wanted: Request, visit: gr.Request) -> Path:
         stop = self.studio.stops.of(str(visit.session_hash))
@@ -109,7 +110,7 @@ class CompareTab:
         return drawn[0]
 
     def draw_grid(self, visit: gr.Request, x: str, x_values: str, y: str, y_values: str, *values: Any
-                  ) -> Iterator[tuple[Any, str]]:  # fmt: skip
+                  ) -> Iterator[tuple[Any, Any, str]]:  # fmt: skip
         """A labelled grid: every pair of values on the two axes."""
         try:
             wanted = self.request(*values)
@@ -130,16 +131,20 @@ class CompareTab:
             for label, row in zip(down, requests, strict=True):
                 rows.append((f"{y}: {label}", []))
                 for one in row:
-                    yield gr.update(), f"Picture {sum(len(r) for _, r in rows) + 1} of {len(across) * len(down)}"
+                    yield (
+                        gr.update(),
+                        gr.update(),
+                        f"Picture {sum(len(r) for _, r in rows) + 1} of {len(across) * len(down)}",
+                    )
                     rows[-1][1].append(self.studio.picture(one, stop))
         except (EffiLoRAError, RuntimeError, ValueError) as error:
-            yield gr.update(), f"**Not drawn:** {one_line(error)}"
+            yield gr.update(), gr.update(), f"**Not drawn:** {one_line(error)}"
             return
         finally:
             self.studio.stops.done(str(visit.session_hash))
         path = self.studio.new_file("grid")
         save_png(labelled_grid(rows, heads=[f"{x}: {value}" for value in across]), path)
-        yield gr.update(value=str(path), visible=True), f"{x} across, {y} down."
+        yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down."
 
     def announce(self, visit: gr.Request) -> str:
         """Say at once that a drawing waits for its turn."""
@@ -169,12 +174,10 @@ class CompareTab:
         axes = [self.x, self.x_values, self.y, self.y_values]
         private: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
-        for button, draw, inputs, output in (
-            (self.go, self.compare, form, self.slider),
-            (self.grid_go, self.draw_grid, [*axes, *form], self.grid),
-        ):
+        outputs = [self.slider, self.grid, self.status]
+        for button, draw, inputs in ((self.go, self.compare, form), (self.grid_go, self.draw_grid, [*axes, *form])):
             button.click(self.announce, None, self.status, **at_once).then(
-                draw, inputs, [output, self.status], show_progress="hidden", **private,
+                draw, inputs, outputs, show_progress="hidden", **private,
                 **MODEL_QUEUE,
             )  # fmt: skip
         self.halt.click(self.stop, None, self.status, **at_once)

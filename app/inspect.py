@@ -34,7 +34,7 @@ class InspectTab:
         names = list(self.studio.adapters())
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
-                self.which = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="inspect-which",
+                self.which = gr.Dropdown(names, value=None, label="Adapter", elem_id="inspect-which",
                                          allow_custom_value=True)  # fmt: skip
                 self.layers = gr.HTML("", elem_id="inspect-layers")
             with gr.Column(scale=5, min_width=300):

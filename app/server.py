@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.1"
 
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
-#slider { max-width: 520px; }
+#slider { max-width: 460px; }
 #status p, #compare-status p { font-variant-numeric: tabular-nums; }
 .trigger { align-self: center; padding-left: 4px; font-size: 14px; }
 @media (max-width: 480px) {
@@ -36,6 +36,7 @@ STYLE = """
 
 HEAD = """<style>
 @media (max-width: 480px) { .gradio-container .app { padding: 10px !important; } }
+.dark .tab-container button[aria-selected="true"] { color: var(--primary-300) !important; }
 </style>
 <script>
 document.addEventListener("keydown", (event) => {
@@ -48,7 +49,7 @@ const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").
   (found) => found.setAttribute("role", "group"));
 new MutationObserver(labelled).observe(document.documentElement, { childList: true, subtree: true });
 </script>"""
-"""What ``css`` of Gradio can't reach (the frame of the page on phones), and what only scripts do:
+"""What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
 Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button. Gradio labels plain ``div`` elements, which screen
 readers pass over unless they have a role."""
 

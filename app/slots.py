@@ -63,11 +63,14 @@ class Slot:
         trigger = self.trigger(name)
         return gr.update(visible=bool(trigger)), f"Trained with: `{trigger.replace('`', chr(39))}`" if trigger else ""
 
-    def fill(self, prompt: str, name: str | None) -> str:
-        """The prompt; if it was empty, the trigger prompt."""
-        return prompt if (prompt or "").strip() else self.trigger(name)
+    def fill(self, prompt: str, name: str | None) -> Any:
+        """The trigger prompt for an empty prompt; else what is typed meanwhile stays."""
+        trigger = "" if (prompt or "").strip() else self.trigger(name)
+        return trigger or gr.skip()
 
-    def put(self, prompt: str, name: str | None) -> str:
+    def put(self, prompt: str, name: str | None) -> Any:
         """The prompt with the trigger in it, if it is not there yet."""
         trigger = self.trigger(name)
-        return prompt if not trigger or trigger in (prompt or "") else f"{trigger}{', ' + prompt if prompt else ''}"
+        if not trigger or trigger in (prompt or ""):
+            return gr.skip()
+        return f"{trigger}, {prompt}" if prompt else trigger

@@ -148,7 +148,8 @@ class Studio:
 
     def adapters(self) -> dict[str, Path]:
         """Adapters by name: those of training runs and those brought here, native or plain LoRA, the newest first."""
-        files = [*self.outputs.glob(f"*/{ADAPTER_FILE}"), *self.uploads.glob("*.safetensors")]
+        trained = [file for file in self.outputs.glob(f"*/{ADAPTER_FILE}") if file.parent != self.uploads]
+        files = [*trained, *(file for file in self.uploads.glob("*.safetensors") if file.name != ADAPTER_FILE)]
         files = [file for file in files if file.resolve().is_relative_to(self.outputs)]
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         return {label_of(file): file for file in files}

@@ -48,9 +48,11 @@ class TrainTab:
                 self.files = gr.File(label="5 to 30 pictures of one subject", file_count="multiple", height=180,
                                      file_types=["image"], elem_id="train-files")  # fmt: skip
                 self.example = gr.Button("Take the example's pictures", size="sm", elem_id="train-example")
-                self.table = gr.Dataframe(headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
-                                          interactive=True, label="Pictures; captions may stay empty", wrap=True, elem_id="train-table",
-                                          static_columns=[0, 1])  # fmt: skip
+                self.table = gr.Dataframe(
+                    headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
+                    interactive=True, label="Pictures; captions may stay empty", wrap=True, elem_id="train-table",
+                    static_columns=[0, 1],
+                )  # fmt: skip
                 self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
                                          elem_id="train-prompt")  # fmt: skip
                 with gr.Row():
@@ -60,14 +62,17 @@ class TrainTab:
                     gr.Markdown("Only what is changed here overrides the preset.")
                     self.advanced = [component_of(entry) for entry in shown_fields()]
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
-                self.report = gr.Textbox("", label="What will be trained", lines=6, max_lines=12, interactive=False,
-                                         visible=False, elem_id="train-report")  # fmt: skip
                 with gr.Row():
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
                     self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
                     self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
+                self.note = gr.Markdown("", elem_id="train-note")
+                self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
+                                          visible=False, elem_id="train-checked")  # fmt: skip
             with gr.Column(scale=6, min_width=320):
-                self.which = gr.Dropdown(self.runs(), label="Run", allow_custom_value=True, elem_id="train-run")
+                self.which = gr.Dropdown(
+                    self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
+                )
                 self.status = gr.Markdown("No run yet.", elem_id="train-status")
                 self.plot = gr.LinePlot(None, x="step", y="loss", color="curve", height=280, label="Loss", color_title=" ",
                                         color_map=CURVES, elem_id="train-plot", buttons=[])  # fmt: skip
@@ -75,6 +80,8 @@ class TrainTab:
                                        height=330, buttons=["fullscreen"], elem_id="train-sample",
                                        alt_text="Validation pictures of the run")  # fmt: skip
                 self.layers = gr.HTML("", elem_id="train-layers")
+                self.report = gr.Textbox(label="Report before the first step", lines=6, max_lines=12, interactive=False,
+                                         visible=False, elem_id="train-report")  # fmt: skip
         self.timer = gr.Timer(2.0)
         self._wire()
 
@@ -207,17 +214,17 @@ class TrainTab:
 
     def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
         """The run as it stands: words, curve of the loss, latest pictures, trained layers, the report before it."""
-        same = gr.update()
+        same, hidden = gr.update(), gr.update(visible=False)
         if not name:
-            return "No run yet.", same, same, "", same
+            return "No run yet.", None, None, "", hidden
         try:
             run = Run(self.studio.outputs, name)
             status = run.status()
         except EffiLoRAError as error:
-            return f"**{one_line(error)}**", same, same, "", same
+            return f"**{one_line(error)}**", None, None, "", hidden
         text = {"failed": f"**{status.message}**"}.get(status.state, status.message)
         report = run.report()
-        shown = gr.update(value=report, visible=True) if report else same
+        shown = gr.update(value=report, visible=True) if report else hidden
         if not status.metrics:
             return text, None, None, "", shown
         history = run.history(status.step)
@@ -235,12 +242,12 @@ class TrainTab:
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
         form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
         self.look_first.click(
-            self.check_first, form, [self.report, self.status], show_progress="hidden",
+            self.check_first, form, [self.checked, self.note], show_progress="hidden",
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
         )  # fmt: skip
-        self.start.click(self.begin, form, [self.which, self.status], **hidden)
-        self.stop.click(self.end, self.which, self.status, **hidden)
-        self.resume.click(self.go_on, self.which, self.status, **hidden)
+        self.start.click(self.begin, form, [self.which, self.note], **hidden)
+        self.stop.click(self.end, self.which, self.note, **hidden)
+        self.resume.click(self.go_on, self.which, self.note, **hidden)
         self.which.change(*look, show_progress="hidden", **hidden)
         self.timer.tick(*look, show_progress="hidden", **hidden)
 
@@ -284,12 +291,12 @@ def default_of(entry: Field[Any]) -> Any:
 def component_of(entry: Field[Any]) -> Any:
     """The component that shows a setting, made from its type, choices, default and help text."""
     kind, default = base_type(get_type_hints(TrainingConfig)[entry.name]), default_of(entry)
-    common: dict[str, Any] = {"label": entry.name, "info": entry.metadata["help"]}
+    common: dict[str, Any] = {"label": entry.name, "info": entry.metadata["help"], "elem_id": f"train-{entry.name}"}
     if kind is bool:
         return gr.Checkbox(default, **common)
     if entry.metadata["choices"]:
         return gr.Dropdown(["", *entry.metadata["choices"]], value=default or "", **common)
-    if kind in (int, float):
+    if kind in (int, float) and default is not None:  # a Number without a value comes back from the browser as 0
         return gr.Number(default, precision=0 if kind is int else None, **common)
     text = "\n".join(default) if isinstance(default, list) else default or ""
     return gr.Textbox(text, lines=1, max_lines=6, **common)
@@ -303,7 +310,11 @@ def from_component(entry: Field[Any], value: Any) -> Any:
     if isinstance(default, list):
         return [line.strip() for line in str(value).splitlines() if line.strip()]
     kind = base_type(get_type_hints(TrainingConfig)[entry.name])
-    return kind(value)
+    try:
+        return kind(value)
+    except (ValueError, OverflowError) as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise EffiLoRAError(f"--{entry.name} must be {wanted}, not {value!r}") from error
 
 
 def rows_of(table: Any) -> list[list[Any]]:

@@ -81,6 +81,8 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
         ({"name": "cat"}, "finished run"),
         ({"resolution": 33}, "--resolution"),
         ({"learning_rate": -1.0}, "--learning_rate"),
+        ({"max_train_steps": "many"}, "--max_train_steps must be a whole number"),
+        ({"snr_gamma": "strong"}, "--snr_gamma must be a number"),
     ],
 )
 def test_what_can_t_be_trained_is_said(studio, tmp_path, change, word):

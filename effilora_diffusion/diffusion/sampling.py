@@ -84,7 +84,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
         with Image.open(path) as picture:
             text = picture.info.get("parameters")
         found = json.loads(text) if isinstance(text, str) else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
         raise EffiLoRAError("this file is no picture, or its parameters are damaged") from error
     if not isinstance(found, dict):
         raise EffiLoRAError("this picture carries no parameters: only pictures drawn here do, saved as they are")

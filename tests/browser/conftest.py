@@ -1,0 +1,114 @@
+"""The web UI in a real browser: the served page on the embedded base, Chromium, and what it asked for on the way."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from app.server import serve
+from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.training import Trainer
+
+PATIENCE = 60_000
+"""Milliseconds that an expectation may take: the machine may be slow, the page must only get there."""
+
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+SCREENSHOTS = Path(os.environ.get("EFFILORA_SCREENSHOTS", "outputs/screenshots"))
+"""Where journeys leave their pictures, to be looked at."""
+
+expect.set_options(timeout=PATIENCE)
+
+
+def executable():
+    """Chromium of the system; ``None`` for the one that ``playwright install chromium`` brings."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        opened = playwright.chromium.launch(executable_path=executable(), args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """The page on the embedded base, with a short run named ``cat``; yields its address and the outputs folder."""
+    outputs = tmp_path_factory.mktemp("browser") / "outputs"
+    short = {"max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
+             "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
+             "validation_inference_steps": 4, "output_dir": str(outputs / "cat")}  # fmt: skip
+    Trainer(TrainingConfig(**{**example_settings(), **short})).run()
+    page = serve(argparse.Namespace(model=None, outputs=outputs, port=None, listen=False), block=False)
+    yield page.local_url, outputs
+    page.close()
+
+
+class Visit:
+    """One visitor's page, with the hosts it has asked and the errors of its console."""
+
+    def __init__(self, browser, url, size="desktop", dark=False):
+        width, height = SIZES[size]
+        scheme = "dark" if dark else "light"
+        self.label = f"{size}-{scheme}"
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
+        )
+        self.page = self.context.new_page()
+        self.hosts, self.errors = set(), []
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname))
+        self.page.on("websocket", lambda socket: self.hosts.add(urlsplit(socket.url).hostname))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda text: self.errors.append(text.text) if text.type == "error" else None)
+        self.open(url)
+
+    def open(self, url):
+        self.page.goto(url)
+        expect(self.page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(self.page.locator("#adapter-1 input")).to_have_value("none")
+
+    def tab(self, name):
+        self.page.get_by_role("tab", name=name).click()
+
+    def choose(self, selector, option):
+        """Choose an entry of a dropdown."""
+        self.page.locator(f"{selector} input").click()
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+    def fill(self, selector, text):
+        self.page.locator(f"{selector} textarea, {selector} input").first.fill(text)
+
+    def says(self, selector, text):
+        expect(self.page.locator(selector)).to_contain_text(text)
+
+    def shot(self, name, whole=False):
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}-{self.label}.png", full_page=whole)
+
+    def close(self):
+        """End the visit: nothing may have been asked of another host, and no script may have failed."""
+        self.context.close()
+        assert {host for host in self.hosts if host} <= {"127.0.0.1"}
+        assert self.errors == []
+
+
+@pytest.fixture
+def visit(browser, served):
+    """Opens visits to the served page; all are closed and checked at the end."""
+    opened = []
+
+    def open_page(size="desktop", dark=False):
+        opened.append(Visit(browser, served[0], size, dark))
+        return opened[-1]
+
+    yield open_page
+    for one in opened:
+        one.close()

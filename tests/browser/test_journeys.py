@@ -1,0 +1,342 @@
+"""What people do with the web UI, from the first click to what they see, on the embedded base."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import expect
+from safetensors.torch import save_file
+
+from app.runs import Run
+from effilora_diffusion import cli
+from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.sampling import read_parameters
+
+LOOKS = [("desktop", False), ("desktop", True), ("phone", False), ("phone", True)]
+
+
+def few_steps(page, steps=6, count=2):
+    """Settings that draw fast."""
+    page.locator("#settings > button").click()
+    page.get_by_label("number input for Steps").fill(str(steps))
+    page.get_by_label("Pictures", exact=True).fill(str(count))
+
+
+def fixed_seed(page, seed):
+    page.get_by_label("Random seed").uncheck()
+    page.locator("#seed input").fill(str(seed))
+
+
+def pictures(page):
+    """The pictures in the gallery."""
+    return page.locator("#pictures .grid-wrap img, #pictures .thumbnail-item img")
+
+
+def newest(served, count):
+    files = sorted((served[1] / "history").glob("*.png"), reverse=True)
+    return [file for file in files if not file.stem.endswith("-grid")][:count]
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+
+
+def test_draw_with_an_adapter_take_a_seed_again_and_read_it_back(visit, served, tmp_path):
+    one = visit()
+    page = one.page
+    one.choose("#adapter-1", "cat")
+    expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat")
+    expect(page.get_by_text("Trained with: an emoji of sks cat")).to_be_visible()
+    few_steps(page)
+    page.locator("#prompt textarea").press("Control+Enter")
+    one.says("#status", "Done: 2 of 2")
+    assert pictures(page).count() == 2
+    assert page.locator("#draw").is_enabled()
+    seeds = [read_parameters(file)["seed"] for file in newest(served, 2)][::-1]
+
+    pictures(page).nth(1).click()  # the second picture's seed, taken again
+    expect(page.locator("#chosen, #reuse").first).to_be_visible()
+    expect(page.get_by_text(f"Seed {seeds[1]}, cat at 1")).to_be_visible()
+    one.shot("generate")
+    page.locator("#reuse").click()
+    expect(page.locator("#seed input")).to_have_value(str(seeds[1]))
+    expect(page.get_by_label("Random seed")).not_to_be_checked()
+    page.locator("#draw").click()
+    one.says("#status", f"Done: 2 of 2, seeds from {seeds[1]}")
+    first, again = newest(served, 4)[2], newest(served, 2)[1]
+    assert first.read_bytes() == again.read_bytes()
+    words = ["generate", "--adapter", f"{served[1] / 'cat'}:1", "--prompt", "an emoji of sks cat", "--seed", str(seeds[1]),
+             "--num_inference_steps", "6", "--output", str(tmp_path / "cli.png")]  # fmt: skip
+    assert cli.main(words) == 0
+    assert again.read_bytes() == (tmp_path / "cli.png").read_bytes()
+
+    page.reload()  # the history is on the disk
+    expect(page.locator("#adapter-1 input")).to_have_value("none")
+    page.locator("#history > button").click()
+    expect(page.locator("#history .grid-wrap img, #history .thumbnail-item img")).not_to_have_count(0)
+    page.locator("#history input[type=file]").set_input_files(again)
+    one.says("#status", "The form holds that picture's settings.")
+    expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat")
+    expect(page.locator("#seed input")).to_have_value(str(seeds[1]))
+    expect(page.locator("#adapter-1 input")).to_have_value("cat")
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    page.locator("#history").get_by_label(re.compile("Clear|Remove|Close")).first.click()
+    page.locator("#history input[type=file]").set_input_files(tmp_path / "bare.png")
+    one.says("#status", "Not read: this picture carries no parameters")
+
+
+def test_stop_and_draw_again(visit, served):
+    one = visit()
+    page = one.page
+    one.fill("#prompt", "a noto emoji of fox")
+    few_steps(page, steps=150, count=4)
+    fixed_seed(page, 3)
+    page.locator("#draw").click()
+    expect(page.locator("#status")).to_contain_text(re.compile(r"Picture 1 of 4: step \d+ of 150, \d+ s left"))
+    expect(page.locator("#draw")).to_be_disabled()
+    before = len(newest(served, 1000))
+    page.locator("#stop").click()
+    one.says("#status", "Stopped: 0 of 4")
+    assert len(newest(served, 1000)) == before
+    page.get_by_label("number input for Steps").fill("6")
+    page.get_by_label("Pictures", exact=True).fill("1")
+    page.locator("#draw").click()
+    one.says("#status", "Done: 1 of 1, seeds from 3")
+    found = newest(served, 1)[0]
+    words = ["generate", "--prompt", "a noto emoji of fox", "--seed", "3", "--num_inference_steps", "6"]
+    assert cli.main([*words, "--output", str(served[1] / "cli.png")]) == 0
+    assert found.read_bytes() == (served[1] / "cli.png").read_bytes()  # nothing of the stopped drawing is left
+
+
+def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
+    busy, waiting = visit(), visit()
+    for one, steps in ((busy, 100), (waiting, 6)):
+        one.fill("#prompt", "a noto emoji of bear")
+        few_steps(one.page, steps=steps, count=1)
+    busy.page.locator("#draw").click()
+    busy.says("#status", "Picture 1 of 1")
+    waiting.page.locator("#draw").click()
+    waiting.says("#status", "one other drawing is in the queue")
+    waiting.page.locator("#stop").click()
+    waiting.says("#status", "Stopping")
+    busy.page.locator("#stop").click()
+    busy.says("#status", "Stopped: 0 of 1")
+    waiting.says("#status", "Stopped: 0 of 1")
+    waiting.page.locator("#draw").click()
+    waiting.says("#status", "Done: 1 of 1")
+
+
+def test_mistakes_are_said_beside_the_pictures(visit):
+    one = visit()
+    one.page.locator("#draw").click()
+    one.says("#status", "Not drawn: the prompt is empty")
+    expect(one.page.locator("#draw")).to_be_enabled()
+    one.choose("#adapter-1", "cat")
+    one.page.get_by_role("button", name="More adapters").click()
+    one.choose("#adapter-2", "cat")
+    one.page.locator("#draw").click()
+    one.says("#status", "Not drawn: the same adapter is chosen twice")
+
+
+# ---------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
+    one = visit()
+    page = one.page
+    one.tab("Compare")
+    expect(page.locator("#compare-adapter input")).to_have_value("cat")
+    page.get_by_role("tabpanel").get_by_label("Steps").last.fill("6")
+    page.locator("#compare").click()
+    one.says("#compare-status", "Left: base. Right: cat at 1. Seed 0.")
+    expect(page.locator("#slider img")).to_have_count(2)
+    adapted, base = (read_parameters(file) for file in newest(served, 2))
+    assert (base["adapters"], adapted["adapters"]) == ([], [{"file": "cat", "strength": 1.0}])
+    assert base["seed"] == adapted["seed"]
+    one.shot("compare")
+
+    page.locator("#grid-settings > button").click()
+    one.choose("#grid-y", "checkpoint")
+    expect(page.get_by_label("Values down")).to_have_value("6; 12; final")
+    page.locator("#draw-grid").click()
+    one.says("#compare-status", "strength across, checkpoint down.")
+    expect(page.locator("#grid img")).to_be_visible()
+    (grid,) = sorted((served[1] / "history").glob("*-grid.png"))[-1:]
+    with Image.open(grid) as picture:
+        assert picture.width > 3 * 128
+        assert picture.height > 3 * 128
+    one.shot("grid", whole=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+
+def test_train_the_example_reload_and_use_it(visit, served):
+    one = visit()
+    page = one.page
+    one.tab("Train")
+    page.locator("#train-example").click()
+    expect(page.locator("#train-table")).to_contain_text("good")
+    expect(page.locator("#train-prompt textarea, #train-prompt input").first).to_have_value("an emoji of sks cat")
+    one.fill("#train-name", "my cat")
+    page.locator("#train-advanced > button").click()
+    settings = {"num_class_images": "4", "max_train_steps": "30", "validation_inference_steps": "4", "num_validation_images": "1",
+                "train_batch_size": "2"}  # fmt: skip
+    for name, value in settings.items():
+        one.fill(f"#train-{name}", value)
+    page.locator("#train-advanced > button").click()
+    page.locator("#train-check").click()
+    one.says("#train-note", "Nothing is in the way.")
+    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30 of 2 pictures"))
+    page.locator("#train-start").click()
+    one.says("#train-status", "Training.")
+    page.reload()
+    second = visit(dark=True)
+    for each in (one, second):
+        each.tab("Train")
+        expect(each.page.locator("#train-run input")).to_have_value("my cat")
+        expect(each.page.locator("#train-status")).to_contain_text(re.compile(r"step \d+ of 30, loss"))
+    one.says("#train-status", "Done: the adapter my cat can be used.")
+    expect(page.locator("#train-sample img")).to_be_visible()
+    one.shot("train")
+    second.says("#train-status", "step 30 of 30")
+    second.shot("train")
+    one.tab("Generate")
+    one.choose("#adapter-1", "my cat")
+    few_steps(page, count=1)
+    page.locator("#draw").click()
+    one.says("#status", "Done: 1 of 1")
+    assert read_parameters(newest(served, 1)[0])["adapters"][0]["file"] == "my cat"
+
+
+def test_a_run_is_stopped_resumed_and_a_crash_is_told(visit, served):
+    settings = {**example_settings(), "with_prior_preservation": False, "class_data_dir": None, "max_train_steps": 400,
+                "num_validation_images": 0, "checkpointing_steps": 5}  # fmt: skip
+    run = Run(served[1], "long run")
+    run.start(settings)
+    one = visit()
+    page = one.page
+    one.tab("Train")
+    one.choose("#train-run", "long run")
+    expect(page.locator("#train-status")).to_contain_text(re.compile(r"step [1-9]\d* of 400"))
+    page.locator("#train-stop").click()
+    one.says("#train-note", "Stopping after this step")
+    one.says("#train-status", "Stopped; its checkpoint is written.")
+    reached = run.status().step
+    page.locator("#train-resume").click()
+    one.says("#train-status", "Training.")
+    expect(page.locator("#train-status")).to_contain_text(re.compile(rf"step (?!{reached} )\d+ of 400"))
+    run_group = json.loads((run.folder / "run.json").read_text())["pid"]
+    os.killpg(os.getpgid(run_group), signal.SIGKILL)
+    one.says("#train-status", "The training process was killed.")
+    shutil.rmtree(run.folder)
+
+
+def test_bad_pictures_are_named_before_training(visit, tmp_path):
+    one = visit()
+    one.tab("Train")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "black.png")
+    one.page.locator("#train-files input[type=file]").set_input_files(
+        [tmp_path / "broken.png", tmp_path / "black.png"]
+    )
+    row = one.page.locator("#train-table tr", has_text="broken.png").first
+    expect(row).to_contain_text(re.compile("damaged|no picture|can't be read|not a picture|unreadable"))
+    one.page.locator("#train-start").click()
+    one.says("#train-note", "Not started:")
+    one.shot("bad-pictures")
+
+
+# --------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
+    one = visit()
+    page = one.page
+    one.tab("Adapters")
+    for file, name in (("effilora", "my friend's cat"), ("pytorch_lora_weights", "plain cat")):
+        shutil.copyfile(served[1] / "cat" / f"{file}.safetensors", tmp_path / f"{name}.safetensors")
+    pair = {"unet.mid_block.attentions.0.to_q.lora_A.weight": torch.ones(4, 77)}
+    save_file(
+        {**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, tmp_path / "flux.safetensors"
+    )
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name, words in (("my friend's cat", "my friend-s cat is here."), ("plain cat", "plain cat is here."),
+                        ("flux", "made for another base"), ("text", "not a readable safetensors file")):  # fmt: skip
+        page.locator("#adapter-upload input[type=file]").set_input_files(tmp_path / f"{name}.safetensors")
+        one.says("#adapter-status", words)
+        clear = page.locator("#adapter-upload").get_by_label(re.compile("Clear|Remove"))
+        if clear.count():
+            clear.first.click()
+    expect(page.locator("#which input")).to_have_value("plain cat")
+    one.says("#card", "plain LoRA, rank 4")
+    one.choose("#which", "my friend-s cat")
+    one.says("#card", "EffiLoRA, rank 4, 3 heads, token routing")
+    one.says("#card", "of the update missing")
+    page.locator("#draw-sample").click()
+    one.says("#adapter-status", "The sample is kept beside the adapter.")
+    expect(page.locator("#card-picture img")).to_be_visible()
+    one.shot("adapters")
+    one.choose("#format", "kohya")
+    page.locator("#export").click()
+    one.says("#adapter-status", "Plain LoRA for kohya: least squares")
+    with page.expect_download() as download:
+        page.locator("#exported a").first.click()
+    assert download.value.suggested_filename == "my friend-s cat-kohya.safetensors"
+    page.locator("#delete").click()
+    one.says("#adapter-status", "Not deleted: tick the box first")
+    page.get_by_label("Yes, delete it").check()
+    page.locator("#delete").click()
+    one.says("#adapter-status", "my friend-s cat is deleted.")
+    one.tab("Generate")
+    one.choose("#adapter-1", "plain cat")
+    one.fill("#prompt", "an emoji of sks cat")
+    few_steps(page, count=1)
+    page.locator("#draw").click()
+    one.says("#status", "Done: 1 of 1")
+
+
+# ---------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_see_what_was_learned(visit):
+    one = visit()
+    page = one.page
+    one.tab("Inspect")
+    expect(page.locator("#inspect-which input")).not_to_have_value("")
+    one.choose("#inspect-which", "cat")
+    for caption in ("How much each layer changes", "How much each head is used"):
+        one.says("#inspect-layers", caption)
+    for caption in ("Importance over time", "Layers trained over time"):
+        one.says("#inspect-training", caption)
+    expect(page.locator("#inspect-layers tbody tr")).to_have_count(14)
+    page.locator("#draw-heads").click()
+    one.says("#inspect-status", "what each head of cat adds by itself")
+    expect(page.locator("#heads img")).to_be_visible()
+    one.shot("inspect")
+
+
+# ------------------------------------------------------------------------------------------------------ every look
+
+
+@pytest.mark.parametrize(("size", "dark"), LOOKS, ids=lambda value: str(value))
+def test_every_tab_fits_and_can_be_read(visit, size, dark):
+    from axe_playwright_python.sync_playwright import Axe
+
+    one = visit(size, dark)
+    page = one.page
+    for name in ("Generate", "Compare", "Train", "Adapters", "Inspect"):
+        one.tab(name)
+        expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
+        page.wait_for_timeout(800)  # transitions of colours end
+        one.shot(f"tab-{name.lower()}", whole=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is cut off"
+        found = Axe().run(page).response["violations"]
+        grave = [(issue["id"], [node["target"] for node in issue["nodes"]]) for issue in found
+                 if issue["impact"] in ("critical", "serious")]  # fmt: skip
+        assert grave == [], name
