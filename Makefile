@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test app check format benchmark clean
+.PHONY: demo test app format benchmark screenshots clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) train_scripts/train_dreambooth_effilora.py --overwrite_output_dir
@@ -27,6 +27,9 @@ benchmark: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.subject --json outputs/subject.json
 	$(BIN)/python -m benchmarks.plain_lora --json outputs/plain_lora.json
 
+screenshots: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.screenshots
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
@@ -38,6 +41,7 @@ $(VENV)/installed-app: $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,benchmark]'
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/playwright install chromium
 	touch $@
 
 clean:

@@ -143,7 +143,8 @@ class CompareTab:
         finally:
             self.studio.stops.done(str(visit.session_hash))
         path = self.studio.new_file("grid")
-        save_png(labelled_grid(rows, heads=[f"{x}: {value}" for value in across]), path)
+        title = f"{wanted.prompt}  (seed {wanted.seed}, {wanted.steps} steps, guidance {wanted.guidance_scale:g})"
+        save_png(labelled_grid(rows, title, [f"{x}: {value}" for value in across]), path)
         yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down."
 
     def announce(self, visit: gr.Request) -> str:

@@ -72,7 +72,7 @@ class GenerateTab:
             with gr.Column(scale=6, min_width=320):
                 self.status = gr.Markdown("Ready.", elem_id="status")
                 self.gallery = gr.Gallery(
-                    label="Pictures", columns=2, height=460, object_fit="contain", format="png", elem_id="pictures",
+                    label="Pictures", columns=3, height=460, object_fit="contain", format="png", elem_id="pictures",
                     buttons=["download", "download_all", "fullscreen"], interactive=False,
                 )  # fmt: skip
                 with gr.Row(visible=False, elem_id="chosen") as self.chosen:

@@ -110,7 +110,8 @@ class InspectTab:
             yield gr.update(), f"**Not drawn:** {one_line(error)}"
             return
         file = self.studio.new_file("grid")
-        save_png(labelled_grid([(f"seed {one}", row) for one, row in pictures.items()], heads=list(columns)), file)
+        rows = [(f"seed {one}", row) for one, row in pictures.items()]
+        save_png(labelled_grid(rows, f"{prompt}: the heads of {name}", list(columns)), file)
         yield gr.update(value=str(file), visible=True), f"{prompt}: what each head of {name} adds by itself."
 
     def refresh(self, name: str | None) -> tuple[Any, str, str]:

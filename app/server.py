@@ -45,12 +45,19 @@ document.addEventListener("keydown", (event) => {
   const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
   if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
 }, true);
+const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status", "draw-heads": "inspect-status" };
+document.addEventListener("click", (event) => {
+  const button = event.target.closest && event.target.closest("button");
+  if (button && below[button.id] && window.innerWidth <= 640)
+    document.getElementById(below[button.id]).scrollIntoView({ behavior: "smooth" });
+});
 const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").forEach(
   (found) => found.setAttribute("role", "group"));
 new MutationObserver(labelled).observe(document.documentElement, { childList: true, subtree: true });
 </script>"""
 """What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
-Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button. Gradio labels plain ``div`` elements, which screen
+Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the pictures are below the form, and a click on
+the button goes there. Gradio labels plain ``div`` elements, which screen
 readers pass over unless they have a role."""
 
 

@@ -74,8 +74,10 @@ class TrainTab:
                     self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
                 )
                 self.status = gr.Markdown("No run yet.", elem_id="train-status")
-                self.plot = gr.LinePlot(None, x="step", y="loss", color="curve", height=280, label="Loss", color_title=" ",
-                                        color_map=CURVES, elem_id="train-plot", buttons=[])  # fmt: skip
+                self.plot = gr.LinePlot(
+                    None, x="step", y="loss", color="curve", color_map=CURVES, colors_in_legend=[], height=260,
+                    label="Loss: every step in grey, the mean in blue", elem_id="train-plot", buttons=[],
+                )  # fmt: skip
                 self.sample = gr.Image(label="Latest pictures", show_label=False, format="png", type="pil", interactive=False,
                                        height=330, buttons=["fullscreen"], elem_id="train-sample",
                                        alt_text="Validation pictures of the run")  # fmt: skip

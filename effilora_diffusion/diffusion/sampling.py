@@ -98,13 +98,14 @@ def labelled_grid(
     edge = min(max(128, max(picture.height for _, pictures in rows for picture in pictures)), 512)
     font = ImageFont.load_default(size=15)
     columns = max(len(pictures) for _, pictures in rows)
-    gap, left, top = 6, 190, 30 if title or heads else 6
+    gap, left, line = 6, 190, 24
+    top = gap + line * (bool(title) + bool(heads))
     canvas = Image.new("RGB", (left + columns * (edge + gap), top + len(rows) * (edge + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     if title:
-        pen.text((gap, 7), title, fill="black", font=font)
+        pen.text((gap, 7), title[: canvas.width // 8], fill="black", font=font)
     for column, label in enumerate(heads or []):
-        pen.text((left + column * (edge + gap), 7), label[: edge // 8], fill="black", font=font)
+        pen.text((left + column * (edge + gap), top - line), label[: edge // 8], fill="black", font=font)
     for row, (label, pictures) in enumerate(rows):
         y = top + row * (edge + gap)
         pen.multiline_text((gap, y + gap), _wrapped(label, 22), fill="black", font=font, spacing=4)

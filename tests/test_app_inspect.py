@@ -1,0 +1,63 @@
+"""The Inspect tab without a browser, and the whole page on models of every family."""
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_families import FAMILIES, build
+
+from app.inspect import InspectTab
+from app.server import make_page
+from app.studio import Request, Studio
+from effilora_diffusion.core import load_adapter_file
+
+
+@pytest.fixture
+def tab(studio):
+    with gr.Blocks():
+        found = InspectTab(studio)
+        found.build()
+    return found
+
+
+def test_layers_heads_and_training_are_shown(tab, studio):
+    layers, training = tab.show("cat")
+    count = len(load_adapter_file(studio.adapter_path("cat")).adapter.layers)
+    assert layers.count('<th scope="row">') == 2 * count
+    assert "Reducer was off" in training
+    assert "no adapter named" in tab.show("<b>dog</b>")[0]
+    assert "<b>" not in tab.show("<b>dog</b>")[0]
+
+
+def test_every_head_is_drawn_alone_on_the_same_seeds(tab, studio):
+    before = len(studio.drawn())
+    *_, (update, text) = tab.draw_heads("cat", "", 3)
+    assert text == "a sks cat: what each head of cat adds by itself."
+    assert len(studio.drawn()) == before  # grids are no history
+    with Image.open(update["value"]) as grid:
+        assert grid.width > 5 * 128  # base, all, three heads
+    drawn = [np.asarray(studio.picture(Request("a sks cat", adapters=adapters, steps=2, width=32, height=32, seed=3)))
+             for adapters in ([], [("cat", 1.0)], [("cat # 1", 1.0)], [("cat # 2", 1.0)], [("cat # 3", 1.0)])]  # fmt: skip
+    for index, one in enumerate(drawn):
+        for other in drawn[:index]:
+            assert not np.array_equal(one, other)
+
+
+def test_what_has_no_heads_is_said(tab, studio):
+    file = studio.outputs / "cat" / "pytorch_lora_weights.safetensors"
+    (studio.uploads / "plain.safetensors").write_bytes(file.read_bytes())
+    assert "this is a plain LoRA" in tab.show("plain")[0]
+    *_, (_, text) = tab.draw_heads("plain", "a cat", 0)
+    assert "a plain LoRA has no heads" in text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_page_is_made_and_draws_on_every_family(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "model")
+    studio = Studio(str(tmp_path / "model"), tmp_path / "outputs")
+    make_page(studio)
+    usual = studio.usual("a cat", [], 0)
+    usual.check()
+    assert usual.steps > 1
+    picture = studio.picture(Request("a cat", steps=2, guidance_scale=usual.guidance_scale, width=64, height=64))
+    assert picture.size == (64, 64)
