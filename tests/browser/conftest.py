@@ -56,11 +56,9 @@ class Visit:
     """One visitor's page, with the hosts it has asked and the errors of its console."""
 
     def __init__(self, browser, url, size="desktop", dark=False):
-        width, height = SIZES[size]
-        scheme = "dark" if dark else "light"
-        self.label = f"{size}-{scheme}"
+        self.size, self.scheme = SIZES[size], "dark" if dark else "light"
         self.context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
+            viewport={"width": self.size[0], "height": self.size[1]}, color_scheme=self.scheme, accept_downloads=True
         )
         self.page = self.context.new_page()
         self.hosts, self.errors = set(), []
@@ -89,9 +87,17 @@ class Visit:
     def says(self, selector, text):
         expect(self.page.locator(selector)).to_contain_text(text)
 
-    def shot(self, name, whole=False):
+    def shot(self, name):
+        """Leave pictures of the page as it stands, in every size and scheme."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}-{self.label}.png", full_page=whole)
+        for size, (width, height) in SIZES.items():
+            for scheme in ("light", "dark"):
+                self.page.set_viewport_size({"width": width, "height": height})
+                self.page.emulate_media(color_scheme=scheme)
+                self.page.wait_for_timeout(300)
+                self.page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
+        self.page.set_viewport_size({"width": self.size[0], "height": self.size[1]})
+        self.page.emulate_media(color_scheme=self.scheme)
 
     def close(self):
         """End the visit: nothing may have been asked of another host, and no script may have failed."""

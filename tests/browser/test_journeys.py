@@ -170,7 +170,7 @@ def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
     with Image.open(grid) as picture:
         assert picture.width > 3 * 128
         assert picture.height > 3 * 128
-    one.shot("grid", whole=True)
+    one.shot("grid")
 
 
 # ------------------------------------------------------------------------------------------------------------ train
@@ -205,7 +205,6 @@ def test_train_the_example_reload_and_use_it(visit, served):
     expect(page.locator("#train-sample img")).to_be_visible()
     one.shot("train")
     second.says("#train-status", "step 30 of 30")
-    second.shot("train")
     one.tab("Generate")
     one.choose("#adapter-1", "my cat")
     few_steps(page, count=1)
@@ -334,7 +333,6 @@ def test_every_tab_fits_and_can_be_read(visit, size, dark):
         one.tab(name)
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
         page.wait_for_timeout(800)  # transitions of colours end
-        one.shot(f"tab-{name.lower()}", whole=True)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is cut off"
         found = Axe().run(page).response["violations"]
         grave = [(issue["id"], [node["target"] for node in issue["nodes"]]) for issue in found
