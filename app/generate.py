@@ -75,10 +75,11 @@ class GenerateTab:
                     label="Pictures", columns=3, height=460, object_fit="contain", format="png", elem_id="pictures",
                     buttons=["download", "download_all", "fullscreen"], interactive=False,
                 )  # fmt: skip
-                with gr.Row(visible=False, elem_id="chosen") as self.chosen:
+                with gr.Column(visible=False, elem_id="chosen") as self.chosen:
                     self.facts = gr.Markdown()
-                    self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse")
-                    self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore")
+                    with gr.Row():
+                        self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse", min_width=120)
+                        self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore", min_width=120)
         with gr.Accordion("History, and reading parameters from a picture", open=False, elem_id="history"):
             self.past = gr.Gallery(label="Drawn before", columns=8, height=220, object_fit="contain", format="png")
             self.upload = gr.File(label="A picture drawn here (PNG)", file_types=[".png"], type="filepath", height=110)

@@ -27,7 +27,8 @@ from effilora_diffusion.diffusion.settings import TrainingConfig
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
 RESERVED = ("history", "adapters", "datasets", "exports")
 STATE_FILE = "run.json"
-REPORT_LINE = re.compile(r"(?:model|pictures|adapter|steps|memory) {2,}\S")
+REPORT_LABELS = ("model", "pictures", "adapter", "steps", "memory")
+REPORT_LINE = re.compile(rf"(?:{'|'.join(REPORT_LABELS)}) {{2,}}\S")
 EXIT_FILE = "exit_code"
 LOG_FILE = "training.log"
 SETTINGS_FILE = "settings.yaml"
@@ -208,8 +209,9 @@ def list_runs(outputs: Path) -> list[str]:
 
 
 def report_lines(text: str) -> str:
-    """The lines of the trainer's report in what it has printed."""
-    return "\n".join(line for line in text.splitlines() if REPORT_LINE.match(line))
+    """The lines of the trainer's report in what it has printed; the summary at the end of a run looks alike."""
+    found = [line for line in text.splitlines() if REPORT_LINE.match(line)]
+    return "\n".join(found[: len(REPORT_LABELS)])
 
 
 def last_words(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
@@ -15,6 +16,7 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.data import scan_pictures
 from effilora_diffusion.diffusion.launch import example_settings
+from effilora_diffusion.diffusion.pictures import PictureError, inspect_picture
 from effilora_diffusion.diffusion.settings import TrainingConfig, base_type
 
 from . import figures
@@ -96,27 +98,21 @@ class TrainTab:
         """Names of the runs on the disk, the newest first."""
         return list_runs(self.studio.outputs)
 
-    def check(self, files: list[str] | None, prompt: str) -> list[list[str]]:
+    def check(self, files: list[str] | None) -> list[list[str]]:
         """A row per picture that was brought: its name, what is wrong with it if anything, its caption."""
-        rows = []
+        rows, seen = [], dict[str, str]()
         for path in [Path(file) for file in files or []][:MAX_PICTURES]:
             try:
-                rows.append([path.name, self._verdict(path), ""])
+                (width, height), remarks = inspect_picture(path)
+                first = seen.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
+                remarks += [f"the same file as {first}"] if first != path.name else []
+                verdict = "; ".join([f"good, {width} x {height}", *remarks])
+            except PictureError as error:
+                verdict = f"bad: {error.reason}"
             except OSError as error:
-                rows.append([path.name, f"can't be read: {error.strerror}", ""])
+                verdict = f"bad: can't be read ({error.strerror})"
+            rows.append([path.name, verdict, ""])
         return rows
-
-    def _verdict(self, path: Path) -> str:
-        """What the trainer will say of one picture: looked at alone in a folder of its own."""
-        folder = self.studio.fresh_folder("checking")
-        try:
-            shutil.copyfile(path, folder / path.name)
-            _, problems = scan_pictures(folder, "a picture")
-            return "; ".join(problem.reason for problem in problems) or "good"
-        except EffiLoRAError as error:
-            return one_line(error)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def take_example(self) -> tuple[list[str], str, str]:
         """The example's pictures, its prompt, and a name for the run."""
@@ -146,7 +142,9 @@ class TrainTab:
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the pictures and their captions into a data set of the run's name, and start the trainer."""
         try:
-            run = Run(self.studio.outputs, str(name or "").strip())
+            if not str(name or "").strip():
+                raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
+            run = Run(self.studio.outputs, str(name).strip())
             prompt = self._checked(files, prompt, preset)
             folder = self.studio.outputs / "datasets" / run.name
             self._keep(files or [], table, folder)
@@ -240,7 +238,7 @@ class TrainTab:
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         look = (self.look, self.which, self.shown)
-        self.files.change(self.check, [self.files, self.prompt], self.table, **hidden)
+        self.files.change(self.check, self.files, self.table, **hidden)
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
         form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
         self.look_first.click(

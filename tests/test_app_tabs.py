@@ -38,11 +38,13 @@ def test_every_picture_is_checked_at_once_with_its_reason(studio, tmp_path):
     folder = make_subject(tmp_path / "p", 2, size=(300, 300))
     (folder / "bad.png").write_bytes(b"no picture")
     (folder / "empty.png").write_bytes(b"")
-    rows = tab.check([str(path) for path in sorted(folder.iterdir())], "a cat")
-    assert [row[0] for row in rows] == ["0.png", "1.png", "bad.png", "empty.png"]
-    assert [row[1] == "good" for row in rows] == [True, True, False, False]
+    (folder / "twice.png").write_bytes((folder / "0.png").read_bytes())
+    rows = tab.check([str(path) for path in sorted(folder.iterdir())])
+    assert [row[0] for row in rows] == ["0.png", "1.png", "bad.png", "empty.png", "twice.png"]
+    assert [row[1].startswith("good, 300 x 300") for row in rows] == [True, True, False, False, True]
     assert "empty" in rows[3][1]
-    assert not list(studio.outputs.glob(".checking-*"))
+    assert "the same file as 0.png" in rows[4][1]
+    assert str(tmp_path) not in str(rows)
 
 
 def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
