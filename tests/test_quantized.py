@@ -12,10 +12,11 @@ from torch import nn
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, load_adapter
 from effilora_diffusion.core.attach import merge
+from effilora_diffusion.core.fingerprint import model_hash
 from effilora_diffusion.diffusion.attention import attach, create_adapter, detach
 from effilora_diffusion.diffusion.families import make_family
 from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.pipelines import load_pipeline, model_hash, quantization
+from effilora_diffusion.diffusion.pipelines import load_pipeline, quantization
 from effilora_diffusion.diffusion.preflight import activation_bytes
 from effilora_diffusion.diffusion.settings import TrainingConfig
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Code, EffiLoRA, timestep_features
 from .errors import EffiLoRAError
-from .sites import Site, check_sites
+from .sites import Site, check_sites, is_transposed
 
 HOST_ATTRIBUTE = "effilora"
 """Name under which the host model carries its adapters (an ``nn.ModuleDict`` by adapter name)."""
@@ -215,7 +215,8 @@ def _rebuild(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for path, original in originals.items():
         if path in updates:
-            value = (original.float() + updates[path].to(original.device)).to(original.dtype)
+            update = updates[path].t() if is_transposed(modules[path]) else updates[path]
+            value = (original.float() + update.to(original.device)).to(original.dtype)
             if not value.isfinite().all():
                 raise EffiLoRAError(f"merging would make {path} infinite or NaN: the base is left as it was")
             modules[path].weight.copy_(value)  # type: ignore[union-attr,operator]

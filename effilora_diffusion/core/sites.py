@@ -67,7 +67,15 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     """``(in_features, out_features)`` if ``module`` is a linear map (quantised ones included), else ``None``."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if is_transposed(module):
+        inner, outer = module.weight.shape  # type: ignore[union-attr,misc]
+        return int(inner), int(outer)
     return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear map that keeps its weight as ``(in, out)``: transformers' ``Conv1D`` of GPT-2."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_target(path: str, targets: Iterable[str]) -> bool:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file, to_lora
 from ..core.attach import check_sites
 from ..core.convert import PlainLoRA
-from ..core.files import write_atomic
+from ..core.peft_format import add_to_weights, origin, write_peft, write_tensors
 from .loading import adapter_path, component_of
 from .pipelines import EMBEDDED_BASE, load_pipeline
 
@@ -53,11 +50,11 @@ def export_lora(
     try:
         if format == "diffusers":
             file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
-            _write(file, diffusers_tensors(factors, content), {"format": "pt", **_origin(content, error)})
+            write_tensors(file, diffusers_tensors(factors, content), {"format": "pt", **origin(content, error)})
         elif format == "kohya":
-            _write(output, kohya_tensors(factors, content), _kohya_metadata(content, error))
+            write_tensors(output, kohya_tensors(factors, content), _kohya_metadata(content, error))
         elif format == "peft":
-            _write_peft(output, factors, content, error)
+            write_peft(output, factors, content, error)
         else:
             _write_merged(output, factors, content, model, single_file_config)
     except OSError as problem:
@@ -67,15 +64,6 @@ def export_lora(
 
 def _component(content: AdapterFile) -> str:
     return str(content.metadata.get("component", "unet"))
-
-
-def _origin(content: AdapterFile, error: float) -> dict[str, str]:
-    facts = {"source_sha256": content.sha256, "relative_output_error": error, "exact": is_exact(content.adapter)}
-    return {"effilora_export": json.dumps(facts)}
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def diffusers_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[str, Tensor]:
@@ -106,29 +94,8 @@ def _kohya_metadata(content: AdapterFile, error: float) -> dict[str, str]:
         "ss_network_alpha": rank,
         "ss_sd_model_name": str(content.metadata.get("base_model", "")),
         "modelspec.trigger_phrase": str(content.metadata.get("trigger_prompt", "")),
-        **_origin(content, error),
+        **origin(content, error),
     }
-
-
-def _write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, error: float) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": content.metadata.get("base_model"),
-        "r": content.adapter.config.rank,
-        "lora_alpha": content.adapter.config.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(factors),
-        "inference_mode": True,
-    }
-    text = json.dumps(config, indent=2)
-    write_atomic(output / "adapter_config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    tensors = {}
-    for path, pair in factors.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.down
-        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.up
-    _write(output / "adapter_model.safetensors", tensors, {"format": "pt", **_origin(content, error)})
 
 
 @torch.no_grad()
@@ -143,6 +110,5 @@ def _write_merged(
     pipe = load_pipeline(base, single_file_config=config)
     part = component_of(pipe)
     check_sites(part, content.adapter.sites)
-    for path, pair in factors.items():
-        part.get_submodule(path).weight += pair.up @ pair.down  # type: ignore[operator]
+    add_to_weights(part, factors)
     pipe.save_pretrained(output)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, adapters_of, load_adapter_file
+from ..core.fingerprint import model_hash
 from . import attention
-from .pipelines import model_hash
 
 logger = logging.getLogger(__name__)
 

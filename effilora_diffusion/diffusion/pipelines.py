@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from diffusers import (
     TorchAoConfig,
 )
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from ..core import EffiLoRAError
 from .settings import TrainingConfig
@@ -177,21 +175,3 @@ def quantization(kind: str | None, dtype: torch.dtype) -> PipelineQuantizationCo
         integer = kind == "torchao-int8"
         chosen = TorchAoConfig(torchao.Int8WeightOnlyConfig() if integer else torchao.Float8WeightOnlyConfig())
     return PipelineQuantizationConfig(quant_mapping={"transformer": chosen, "unet": chosen})
-
-
-def model_hash(model: nn.Module) -> str | None:
-    """Short fingerprint of a model's architecture and weights: names, shapes, and a sample of each tensor's values.
-
-    ``None`` for quantised models, whose values are no longer those of the model they come from.
-    """
-    if getattr(model, "hf_quantizer", None) is not None:
-        return None
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name.startswith("effilora"):
-            continue
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(sample.to(torch.float16).numpy().tobytes())  # fp16: the same for fp32 and fp16 copies of a model
-    return digest.hexdigest()[:16]

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from ..core import EffiLoRA, EffiLoRAError
+from ..core.fingerprint import model_hash
 from . import attention
 from .data import Example, report_problems, scan_pictures
 from .families import Family, make_family
 from .objective import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
-from .pipelines import load_base, model_hash
+from .pipelines import load_base
 from .settings import TrainingConfig
 
 

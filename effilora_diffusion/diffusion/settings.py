@@ -9,13 +9,14 @@ import argparse
 import tomllib
 import types
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..core import EffiLoRAConfig, EffiLoRAError, ReducerConfig
+from ..core import EffiLoRAError
+from ..core.options import AdapterOptions, option
 from .foreign_flags import add_foreign_flags, translate_foreign_flags
 
 EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
@@ -32,16 +33,8 @@ QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
 """Forms the frozen base can be loaded in, by the library that does it."""
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that is also a command-line option with this help text."""
-    metadata = {"help": text, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
-class TrainingConfig:
+class TrainingConfig(AdapterOptions):
     """All settings of one training run."""
 
     pretrained_model_name_or_path: str | None = option(
@@ -77,20 +70,6 @@ class TrainingConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step")
     num_train_epochs: int = option(1, "epochs, if max_train_steps is not given")
     max_train_steps: int | None = option(None, "optimizer steps")
-    # adapter
-    rank: int = option(4, "rank of the shared A")
-    lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: rank)")
-    lora_dropout: float = option(0.0, "dropout on the adapter's input")
-    heads: int = option(3, "B heads per adapted layer; 1 is plain LoRA with a shared A")
-    routing: str = option("token", "what the gates of the heads depend on", ("token", "static", "timestep"))
-    a_sharing: str = option("width", "one A per input width, or one sliced A", ("width", "slice"))
-    target_modules: list[str] = option(["attention"], "groups (attention, feed_forward) and name endings to adapt")
-    adapt_feed_forward: bool = option(False, "adapt the feed-forward layers too")
-    reducer: str = option("off", "which layers' heads are trained", ("importance", "random", "off"))
-    reducer_active: float = option(0.5, "share of the layers trained per step")
-    reducer_interval: int = option(10, "optimizer steps between two measurements of importance")
-    reducer_warmup: int = option(20, "optimizer steps before the first measurement")
-    reducer_train_shared: bool = option(False, "let frozen layers train A and routers (as in the paper; saves less)")
     # optimizer and loss
     learning_rate: float = option(5e-4, "peak learning rate")
     scale_lr: bool = option(False, "multiply the learning rate by processes, accumulation and batch size")
@@ -179,26 +158,6 @@ class TrainingConfig:
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise EffiLoRAError(f"--snr_gamma must be positive, not {self.snr_gamma}")
         self.adapter_config()
-
-    def adapter_config(self) -> EffiLoRAConfig:
-        """The adapter these settings describe."""
-        extra = ("feed_forward",) if self.adapt_feed_forward else ()
-        return EffiLoRAConfig(
-            rank=self.rank,
-            alpha=self.lora_alpha,
-            heads=self.heads,
-            routing=self.routing,
-            a_sharing=self.a_sharing,
-            target_modules=tuple(dict.fromkeys((*self.target_modules, *extra))),
-            dropout=self.lora_dropout,
-            reducer=ReducerConfig(
-                mode=self.reducer,
-                active=self.reducer_active,
-                interval=self.reducer_interval,
-                warmup=self.reducer_warmup,
-                train_shared=self.reducer_train_shared,
-            ),
-        )
 
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run."""

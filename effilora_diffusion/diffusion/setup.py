@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from ..core import EffiLoRA, EffiLoRAError
+from ..core.fingerprint import model_hash
 from .checkpoints import list_checkpoints
 from .data import Example
 from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, remove_run
-from .pipelines import model_hash
 from .plan import Plan
 from .settings import TrainingConfig
 

@@ -1,0 +1,207 @@
+"""Every architecture of language models: attached, trained, saved, loaded, generated with, detached, exported."""
+
+import pytest
+import torch
+from conftest import randomise
+from tiny_language import LANGUAGE_MODELS, VOCAB, build, llava, rows
+
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
+from effilora_diffusion.core import AdapterFile, EffiLoRA, calibrate, merge, save_adapter, to_lora, unmerge
+from effilora_diffusion.core.peft_format import write_peft
+from effilora_diffusion.language.attachment import attach, create_adapter, detach, find_sites, load_adapter
+
+PAPER = EffiLoRAConfig(rank=4, heads=3, target_modules=("paper",))
+
+
+def adapted(model, config=PAPER, seed=2):
+    return attach(model, randomise(create_adapter(model, config), seed))
+
+
+def logits(model, ids, **more):
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_fresh_adapter_changes_no_bit_and_detaching_leaves_the_base(name):
+    model, ids = build(name), rows()
+    before, hooks = logits(model, ids), sum(len(part._forward_hooks) for part in model.modules())
+    adapter = attach(model, create_adapter(model, PAPER))
+    assert torch.equal(logits(model, ids), before)
+    randomise(adapter)
+    assert not torch.allclose(logits(model, ids), before, atol=1e-3)
+    adapter.strength = 0.0
+    assert torch.equal(logits(model, ids), before)
+    detach(model)
+    assert torch.equal(logits(model, ids), before)
+    assert sum(len(part._forward_hooks) for part in model.modules()) == hooks
+    assert not [key for key in model.state_dict() if "effilora" in key]
+    assert not any(hasattr(part, "_effilora_scope") for part in model.modules())
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_every_head_learns_and_the_loss_falls(name):
+    model, ids = build(name), rows(4, 12)
+    adapter = attach(model, create_adapter(model, PAPER))
+    optimizer = torch.optim.AdamW(adapter.parameters(), 2e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if len(losses) == 5:
+            dead = [key for key, value in adapter.named_parameters() if value.grad is None or not value.grad.any()]
+            assert dead == []
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(value.grad is None for key, value in model.named_parameters() if "effilora" not in key)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_generation_with_the_cache_is_that_without(name):
+    model, ids = build(name), rows(2, 5)
+    adapted(model)
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    with torch.no_grad():
+        cached = model.generate(ids, use_cache=True, **options)
+        fresh = model.generate(ids, use_cache=False, **options)
+    assert cached.shape == (2, 13)
+    assert torch.equal(cached, fresh)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_rows_of_a_padded_batch_do_not_see_one_another(name):
+    model = build(name)
+    adapted(model)
+    long, short = rows(1, 9), rows(1, 5, seed=7)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)
+    ids, mask = torch.cat([long, padded]), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    more = {} if name == "bloom" else {"position_ids": positions}
+    together = logits(model, ids, attention_mask=mask, **more)
+    torch.testing.assert_close(together[0], logits(model, long)[0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(together[1, 4:], logits(model, short)[0], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_saved_adapter_is_the_same_on_a_fresh_model(name, tmp_path):
+    model, ids = build(name), rows()
+    adapter = adapted(model)
+    expected = logits(model, ids)
+    save_adapter(tmp_path / "effilora.safetensors", AdapterFile(adapter, {"base_model": name}))
+    fresh = build(name)
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh, ids), expected)
+    if name != "llama":
+        with pytest.raises(EffiLoRAError, match="another base model"):
+            load_adapter(build("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("routing", ["static", "token"])
+def test_the_exported_folder_loads_in_peft(name, routing, tmp_path):
+    from peft import PeftModel
+
+    model, ids = build(name), rows()
+    config = EffiLoRAConfig(rank=4, heads=3, routing=routing, target_modules=("paper",))
+    adapter = adapted(model, config)
+    base, expected = logits(build(name), ids), logits(model, ids)
+    calibration, error = calibrate(model, adapter, lambda: logits(model, ids))
+    content = AdapterFile(adapter, {"base_model": name}, calibration)
+    write_peft(
+        tmp_path, to_lora(adapter, calibration), content, error, fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM"
+    )
+    plain = PeftModel.from_pretrained(build(name), tmp_path)
+    difference = (logits(plain, ids) - expected).norm() / (expected - base).norm()
+    assert difference < (1e-4 if routing == "static" else 0.9)
+    assert (error == 0) == (routing == "static")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_static_gates_merge_into_the_weights_and_out_again(name):
+    model, ids = build(name), rows()
+    before = logits(model, ids)
+    adapted(model, EffiLoRAConfig(rank=4, heads=3, routing="static", target_modules=("paper",)))
+    expected = logits(model, ids)
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected, atol=2e-4, rtol=1e-4)
+    unmerge(model)
+    detach(model)
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_gradients_are_the_same_with_checkpointing(name):
+    ids, found = rows(), []
+    for checkpointing in (False, True):
+        model = build(name)
+        adapter = adapted(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append([value.grad.clone() for value in adapter.parameters()])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_maps_on_one_input_share_their_codes(monkeypatch):
+    model, ids = build("llama"), rows()
+    adapted(model)
+    calls, original = [], EffiLoRA.code
+    monkeypatch.setattr(EffiLoRA, "code", lambda self, index, x: calls.append(index) or original(self, index, x))
+    logits(model, ids)
+    sites = find_sites(build("llama"), ["paper"])
+    assert sorted(calls) == sorted(range(len(sites)))  # q, k and v are one call
+    assert [len(site.maps) for site in sites] == [3, 1, 1] * 2
+
+
+def test_targets_are_groups_names_or_all():
+    model = build("llama")
+    endings = lambda targets: {path.rpartition(".")[2] for site in find_sites(model, targets) for path, _ in site.maps}
+    assert endings(["paper"]) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert endings(["attention"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert endings(["feed_forward"]) == {"gate_proj", "up_proj", "down_proj"}
+    assert endings(["o_proj"]) == {"o_proj"}
+    assert endings(["all-linear"]) == endings(["attention"]) | endings(["feed_forward"])  # never the output embedding
+    with pytest.raises(EffiLoRAError, match=r"it has \['down_proj'"):
+        find_sites(model, ["to_q"])
+    with pytest.raises(EffiLoRAError, match="no timestep"):
+        create_adapter(model, EffiLoRAConfig(routing="timestep", target_modules=("paper",)))
+
+
+def test_of_a_vision_language_model_only_the_language_model_is_adapted(tmp_path):
+    model = llava()
+    ids = rows(1, 6)
+    ids[0, 1:5] = VOCAB - 1  # four patches of one picture
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    before = logits(model, ids, pixel_values=pixels)
+    adapter = adapted(model)
+    assert all("language_model" in path for site in adapter.sites for path, _ in site.maps)
+    changed = logits(model, ids, pixel_values=pixels)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    save_adapter(tmp_path / "effilora.safetensors", AdapterFile(adapter))
+    fresh = llava()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh, ids, pixel_values=pixels), changed)
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    with torch.no_grad():
+        cached = fresh.generate(input_ids=ids, pixel_values=pixels, use_cache=True, **options)
+        uncached = fresh.generate(input_ids=ids, pixel_values=pixels, use_cache=False, **options)
+    assert torch.equal(cached, uncached)
+    detach(fresh)
+    assert torch.equal(logits(fresh, ids, pixel_values=pixels), before)
