@@ -22,6 +22,13 @@ def logits(model, ids, **more):
         return model(input_ids=ids, **more).logits
 
 
+def generated(model, ids, **more):
+    """The most likely eight tokens after ``ids``."""
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_fresh_adapter_changes_no_bit_and_detaching_leaves_the_base(name):
     model, ids = build(name), rows()
@@ -54,7 +61,7 @@ def test_every_head_learns_and_the_loss_falls(name):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0] - 0.3
     assert all(value.grad is None for key, value in model.named_parameters() if "effilora" not in key)
 
 
@@ -62,18 +69,9 @@ def test_every_head_learns_and_the_loss_falls(name):
 def test_generation_with_the_cache_is_that_without(name):
     model, ids = build(name), rows(2, 5)
     adapted(model)
-    options = {
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "attention_mask": torch.ones_like(ids),
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    with torch.no_grad():
-        cached = model.generate(ids, use_cache=True, **options)
-        fresh = model.generate(ids, use_cache=False, **options)
+    cached = generated(model, ids, use_cache=True)
     assert cached.shape == (2, 13)
-    assert torch.equal(cached, fresh)
+    assert torch.equal(cached, generated(model, ids, use_cache=False))
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -100,9 +98,8 @@ def test_a_saved_adapter_is_the_same_on_a_fresh_model(name, tmp_path):
     fresh = build(name)
     load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh, ids), expected)
-    if name != "llama":
-        with pytest.raises(EffiLoRAError, match="another base model"):
-            load_adapter(build("llama"), tmp_path)
+    with pytest.raises(EffiLoRAError, match="another base model"):
+        load_adapter(build("opt" if name != "opt" else "gpt2"), tmp_path)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -192,16 +189,7 @@ def test_of_a_vision_language_model_only_the_language_model_is_adapted(tmp_path)
     fresh = llava()
     load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh, ids, pixel_values=pixels), changed)
-    options = {
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "attention_mask": torch.ones_like(ids),
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    with torch.no_grad():
-        cached = fresh.generate(input_ids=ids, pixel_values=pixels, use_cache=True, **options)
-        uncached = fresh.generate(input_ids=ids, pixel_values=pixels, use_cache=False, **options)
-    assert torch.equal(cached, uncached)
+    cached = generated(fresh, ids, pixel_values=pixels, use_cache=True)
+    assert torch.equal(cached, generated(fresh, ids, pixel_values=pixels, use_cache=False))
     detach(fresh)
     assert torch.equal(logits(fresh, ids, pixel_values=pixels), before)

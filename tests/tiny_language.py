@@ -6,11 +6,12 @@ import transformers as t
 VOCAB = 96
 WIDTH = 32
 
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+           "intermediate_size": 48, "max_position_embeddings": 64, **_SPECIAL}  # fmt: skip
 _GQA = {**_COMMON, "num_key_value_heads": 2}
-_GPT2 = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_GPT2 = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64, **_SPECIAL}
+_BLOOM = {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
 
 _TABLE = {
     "llama": (t.LlamaForCausalLM, lambda: t.LlamaConfig(**_GQA)),
@@ -25,7 +26,7 @@ _TABLE = {
     "opt": (t.OPTForCausalLM, lambda: t.OPTConfig(**{**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": WIDTH})),
     "bloom": (
         t.BloomForCausalLM,
-        lambda: t.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=4, pad_token_id=0),
+        lambda: t.BloomConfig(**_BLOOM),
     ),
     "falcon": (t.FalconForCausalLM, lambda: t.FalconConfig(**_COMMON, multi_query=True)),
 }
