@@ -2,6 +2,7 @@
 
 import torch
 import transformers as t
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB = 96
 WIDTH = 32
@@ -59,3 +60,30 @@ def llava(seed=0):
 def rows(count=2, tokens=9, seed=1):
     """Token ids ``(count, tokens)`` without special ones."""
     return torch.randint(3, VOCAB - 2, (count, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A chat template in the manner of the usual ones."""
+
+
+def tokenizer(chat=True):
+    """A tokenizer of single characters, roles and the end of a turn, which also ends the text."""
+    special = ["<pad>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
+    letters = [chr(code) for code in range(32, 32 + VOCAB - len(special))]
+    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(special)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "?"}
+    return t.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT if chat else None, **names)
+
+
+def save(folder, name="llama", chat=True):
+    """A folder with a model and the tokenizer, as a training command takes it."""
+    build(name).save_pretrained(folder)
+    tokenizer(chat).save_pretrained(folder)
+    return folder

@@ -1,0 +1,236 @@
+"""Instruction data (``instruction``/``input``/``output``, or chat messages) as tokens: loss on answers only, padding, packing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..core import EffiLoRAError
+
+IGNORED = -100
+"""Label of tokens that the loss leaves out, as in transformers."""
+
+ALPACA = (
+    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+"""The prompt that Commonsense-170k and most instruction data are trained with."""
+
+
+@dataclass
+class Example:
+    """One training example as token ids: what is read, and what of it is to be answered (``labels``)."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def answered(self) -> int:
+        """Number of tokens that the loss is taken on (the first token of all is never predicted)."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def read_records(path: Path, flag: str = "--train_file") -> list[dict[str, Any]]:
+    """The records of a JSONL file, or of a JSON file that holds one list; faults are named with their line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EffiLoRAError(f"{flag} {path} can't be read: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            found = list(enumerate(json.loads(text), 1))
+        except (ValueError, RecursionError) as error:
+            raise EffiLoRAError(f"{flag} {path} is no JSON list: {error}") from error
+    else:
+        found = list(_lines(text, f"{flag} {path}"))
+    for number, record in found:
+        if not isinstance(record, dict):
+            raise EffiLoRAError(f"{flag} {path}, record {number}: it must be an object with names and values")
+    if not found:
+        raise EffiLoRAError(f"{flag} {path} holds no records")
+    return [record for _, record in found]
+
+
+def _lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise EffiLoRAError(f"{where}, line {number}: no JSON ({error})") from error
+
+
+def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """A record as chat messages ``{"role": ..., "content": ...}`` that end with an answer.
+
+    Understood are ``messages`` (roles system, user, assistant), LLaVA's ``conversations`` (``from`` human or gpt, ``value``),
+    and ``instruction``, maybe ``input``, and ``output``.
+    """
+    if "messages" in record or "conversations" in record:
+        names = {"human": "user", "gpt": "assistant", "system": "system"}
+        try:
+            if "messages" in record:
+                turns = [(str(turn["role"]), turn["content"]) for turn in record["messages"]]
+            else:
+                turns = [
+                    (names.get(turn["from"], str(turn["from"])), turn["value"]) for turn in record["conversations"]
+                ]
+        except (KeyError, TypeError) as error:
+            raise EffiLoRAError(f"{where}: a message needs a role and a content") from error
+        if not turns or turns[-1][0] != "assistant" or not all(isinstance(text, str) for _, text in turns):
+            raise EffiLoRAError(f"{where}: the messages must be texts, and the last one the assistant's")
+        return [{"role": role, "content": text} for role, text in turns]
+    if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
+        raise EffiLoRAError(f"{where}: it needs 'messages', or 'instruction' and 'output' as texts")
+    extra = str(record.get("input") or "")
+    question = f"{record['instruction']}\n{extra}" if extra else record["instruction"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+
+
+def alpaca_prompt(record: dict[str, Any]) -> str:
+    """What comes before the answer in the Alpaca form."""
+    extra = str(record.get("input") or "")
+    context = ", paired with an input that provides further context" if extra else ""
+    inserted = f"### Input:\n{extra}\n\n" if extra else ""
+    return ALPACA.format(context=context, instruction=record["instruction"], input=inserted)
+
+
+class Encoder:
+    """Turns records into token ids by a tokenizer's chat template, or by the Alpaca form where there is none.
+
+    Args:
+        tokenizer: of the model.
+        template: ``chat``, ``alpaca`` or ``auto`` (``chat`` if the tokenizer has a template).
+        max_length: longest example in tokens; longer ones lose their beginning, never their answer's end.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "auto", max_length: int = 512):
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if template == "chat" and not has_template:
+            raise EffiLoRAError("--prompt_template chat: this tokenizer has no chat template; use alpaca")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.template = ("chat" if has_template else "alpaca") if template == "auto" else template
+
+    def segments(self, record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+        """The record's text in pieces, each with whether it is to be answered."""
+        if self.template == "alpaca":
+            if "instruction" not in record or "output" not in record:
+                raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output'")
+            end = self.tokenizer.eos_token or ""
+            return [(alpaca_prompt(record), False), (f"{record['output']}{end}", True)]
+        messages = conversation(record, where)
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            opened = self._render(messages[:index], True)
+            closed = self._render(messages[: index + 1], False)
+            if not (opened.startswith(done) and closed.startswith(opened)):
+                raise EffiLoRAError(
+                    f"{where}: the chat template rewrites earlier turns, so answers can't be told apart"
+                )
+            pieces += [(opened[len(done) :], False), (closed[len(opened) :], True)]
+            done = closed
+        return pieces
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+    def prompt(self, record: dict[str, Any], where: str = "the question") -> str:
+        """The text that a model answers: everything before the last answer."""
+        pieces = self.segments({"output": "", **record} if "instruction" in record else record, where)
+        return "".join(text for text, _ in pieces[:-1])
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a piece, without special tokens of the tokenizer's own."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
+        """One record as an :class:`Example`."""
+        ids: list[int] = []
+        labels: list[int] = []
+        start = self.tokenizer.bos_token_id
+        if self.template == "alpaca" and start is not None and self.tokenizer("")["input_ids"][:1] == [start]:
+            ids, labels = [start], [IGNORED]
+        for text, answered in self.segments(record, where):
+            found = self.tokens(text)
+            ids += found
+            labels += found if answered else [IGNORED] * len(found)
+        return Example(ids[-self.max_length :], labels[-self.max_length :])
+
+
+class Examples(Dataset[Example]):
+    """Encoded examples of a file; those without a single answered token are an error, not a silence."""
+
+    def __init__(self, records: list[dict[str, Any]], encoder: Encoder, where: str):
+        self.items = [encoder.encode(record, f"{where}, record {number}") for number, record in enumerate(records, 1)]
+        empty = [number for number, item in enumerate(self.items, 1) if item.answered == 0]
+        if empty:
+            raise EffiLoRAError(f"{where}, record {empty[0]}: its answer is empty ({len(empty)} such records)")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.items[index]
+
+
+def pack(items: Iterable[Example], max_length: int) -> list[list[Example]]:
+    """Examples in rows of at most ``max_length`` tokens, the longest first into the first row with room for it."""
+    rows: list[tuple[int, list[Example]]] = []
+    for item in sorted(items, key=lambda one: len(one.ids), reverse=True):
+        for index, (used, row) in enumerate(rows):
+            if used + len(item.ids) <= max_length:
+                rows[index] = (used + len(item.ids), [*row, item])
+                break
+        else:
+            rows.append((len(item.ids), [item]))
+    return [row for _, row in rows]
+
+
+class PackedExamples(Dataset[list[Example]]):
+    """Rows of :func:`pack`."""
+
+    def __init__(self, items: Iterable[Example], max_length: int):
+        self.rows = pack(items, max_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        return self.rows[index]
+
+
+def collate(items: list[Example], padding: int) -> dict[str, Tensor]:
+    """A batch padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, tokens)``."""
+    longest = max(len(item.ids) for item in items)
+    fill = lambda values, value: [*values, *[value] * (longest - len(values))]  # noqa: E731
+    return {
+        "input_ids": torch.tensor([fill(item.ids, padding) for item in items]),
+        "attention_mask": torch.tensor([fill([1] * len(item.ids), 0) for item in items]),
+        "labels": torch.tensor([fill(item.labels, IGNORED) for item in items]),
+    }
+
+
+def collate_packed(rows: list[list[Example]]) -> dict[str, Any]:
+    """Packed rows as one row of tokens; positions begin anew with every example, by which transformers keeps them apart.
+
+    It does so only without a cache, so that is switched off. The first token of each example is no label: nothing before it
+    belongs to it.
+    """
+    items = [item for row in rows for item in row]
+    labels = [label for item in items for label in [IGNORED, *item.labels[1:]]]
+    return {
+        "input_ids": torch.tensor([[token for item in items for token in item.ids]]),
+        "position_ids": torch.tensor([[place for item in items for place in range(len(item.ids))]]),
+        "labels": torch.tensor([labels]),
+        "use_cache": False,
+    }

@@ -1,0 +1,133 @@
+"""The training command of language models, on a tiny model that learns to copy, count and stop."""
+
+import json
+
+import pytest
+import torch
+from tiny_language import save, tokenizer
+
+from effilora_diffusion.core import load_adapter_file
+from effilora_diffusion.language.attachment import load_adapter
+from effilora_diffusion.language.launch import main
+from effilora_diffusion.language.models import load_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder and data: which of two letters comes first in the alphabet."""
+    folder = tmp_path_factory.mktemp("language")
+    save(folder / "model")
+    pairs = [(a, b) for a in "abcdefgh" for b in "abcdefgh" if a != b]
+    records = [{"instruction": f"{a}{b}", "output": min(a, b)} for a, b in pairs]
+    for name, chosen in (("train", records[::2]), ("held", records[1::2])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    return folder
+
+
+def words(place, output, **options):
+    base = {"model_name_or_path": place / "model", "train_file": place / "train.jsonl", "output_dir": output, "max_steps": 6,
+            "learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "logging_steps": 1,
+            "save_steps": 3, "disable_tqdm": True}  # fmt: skip
+    return [f"--{name}={value}" for name, value in {**base, **options}.items()]
+
+
+def logs(output):
+    folders = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    state = json.loads((folders[-1] / "trainer_state.json").read_text())
+    return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+
+
+def weights(output):
+    return [
+        value.detach().clone() for value in load_adapter_file(output / "effilora.safetensors").adapter.parameters()
+    ]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_run_learns_and_writes_what_other_programs_load(place, tmp_path, capsys):
+    from peft import PeftModel
+
+    held = {"validation_file": place / "held.jsonl", "max_steps": 60}
+    assert main(words(place, tmp_path / "out", **held)) == 0
+    said = capsys.readouterr().out
+    assert "eval_loss" in said
+    history = logs(tmp_path / "out")
+    assert history[-1][1] < 0.7 * history[0][1]
+    content = load_adapter_file(tmp_path / "out" / "effilora.safetensors")
+    assert content.metadata["examples"] == 28
+    assert content.metadata["base_model"] == str(place / "model")
+    assert 0 < content.metadata["export_error"] < 1
+    model, _ = load_model(str(place / "model"))
+    ids = torch.tensor([tokenizer()("<user>ab</s><assistant>")["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits
+        adapter = load_adapter(model, tmp_path / "out")
+        learned = model(ids).logits
+        adapter.strength = 0
+        assert torch.equal(model(ids).logits, before)
+        plain = PeftModel.from_pretrained(load_model(str(place / "model"))[0], tmp_path / "out")(ids).logits
+    assert (learned - before).norm() > 1
+    assert (plain - learned).norm() < 0.8 * (learned - before).norm()
+
+
+@pytest.mark.parametrize("reducer", ["off", "importance"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(place, tmp_path, reducer):
+    options = {"max_steps": 8, "reducer": reducer, "reducer_warmup": 1, "reducer_interval": 2}
+    assert main(words(place, tmp_path / "whole", save_steps=4, **options)) == 0
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert not list(checkpoint.glob("*model*"))  # the adapter, not the base
+    assert main(words(place, tmp_path / "again", save_steps=4, resume_from_checkpoint=checkpoint, **options)) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+    assert logs(tmp_path / "whole")[4:] == logs(tmp_path / "again")[4:]
+
+
+def test_the_reducer_trains_the_layers_it_chooses(place, tmp_path):
+    options = {
+        "max_steps": 10,
+        "reducer": "importance",
+        "reducer_warmup": 2,
+        "reducer_interval": 3,
+        "reducer_active": 0.5,
+    }
+    assert main(words(place, tmp_path / "out", **options)) == 0
+    events = [json.loads(line) for line in (tmp_path / "out" / "reducer.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "importance"] == [2, 5, 8]
+    assert {len(event["layers"]) for event in events if event["event"] == "active"} == {1}
+    state = json.loads((tmp_path / "out" / "checkpoint-9" / "trainer_state.json").read_text())
+    assert [entry["active_layers"] for entry in state["log_history"]][:4] == [2, 2, 1, 1]
+
+
+def test_packing_trains_on_every_example(place, tmp_path):
+    assert main(words(place, tmp_path / "out", packing=True, max_length=64, validation_file=place / "held.jsonl")) == 0
+    assert logs(tmp_path / "out")[-1][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_name_or_path": "/nowhere"}, "can't be loaded"),
+        ({"train_file": "/nowhere.jsonl"}, "--train_file /nowhere.jsonl can't be read"),
+        ({"validation_file": "/nowhere.jsonl"}, "--validation_file"),
+        ({"target_modules": "to_q"}, "ends in any of"),
+        ({"routing": "timestep"}, "no timestep"),
+        ({"rank": 0}, "rank"),
+        ({"gguf_file": "none.gguf"}, "can't be loaded"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, change, word):
+    assert main(words(place, tmp_path / "out", **change)) == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "effilora.safetensors").exists()
+
+
+def test_another_adapter_s_checkpoint_is_refused(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out")) == 0
+    capsys.readouterr()
+    other = words(place, tmp_path / "other", rank=2, resume_from_checkpoint=tmp_path / "out" / "checkpoint-3")
+    assert main(other) == 2
+    assert "another configuration" in capsys.readouterr().err
