@@ -13,28 +13,29 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError, export_lora
 from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.core.attach import check_sites
+from effilora_diffusion.core.files import write_atomic
 from effilora_diffusion.diffusion import export
 from effilora_diffusion.diffusion.inspection import inspect_adapter
 from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, COMPARISON_FILE, LORA_FILE
+from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
 from effilora_diffusion.diffusion.plain import describe_plain, is_plain_lora
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 from effilora_diffusion.diffusion.stack import Wanted
 
-from .generate import MODEL_QUEUE, one_line
+from .drawing import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
 from .runs import NAME, Run
 from .studio import Studio
 
 AS_IT_IS = "as it is"
 FORMATS = (*export.FORMATS, AS_IT_IS)
-SAMPLE_FILE = "sample.png"
 SAMPLE_SEEDS = (0, 1, 2)
 
 
-class AdaptersTab:
+class AdaptersTab(DrawingTab):
     """Components and handlers of the tab."""
 
     def __init__(self, studio: Studio):
+        super().__init__(studio.tickets)
         self.studio = studio
 
     def build(self) -> None:
@@ -51,7 +52,9 @@ class AdaptersTab:
                                               elem_id="format")  # fmt: skip
                     self.export = gr.Button("Export", elem_id="export")
                 self.file = gr.File(label="To download", visible=False, interactive=False, elem_id="exported")
-                self.sample = gr.Button("Draw a sample picture", elem_id="draw-sample")
+                with gr.Row():
+                    self.sample = gr.Button("Draw a sample picture", elem_id="draw-sample", scale=3)
+                    self.halt = gr.Button("Stop", elem_id="sample-stop", interactive=False, min_width=80)
                 with gr.Row():
                     self.sure = gr.Checkbox(False, label="Yes, delete it", elem_id="sure", min_width=120)
                     self.delete = gr.Button("Delete", variant="stop", elem_id="delete")
@@ -71,16 +74,19 @@ class AdaptersTab:
         if not name:
             return "No adapter yet: train one, or bring one.", hidden
         try:
-            path = self.studio.adapter_path(name)
+            path = self.studio.wanted(name).path
             rows = self._native_rows(path) if is_native(path) else self._plain_rows(path)
         except EffiLoRAError as error:
-            return f"**{one_line(error)}**", hidden
+            return f"**{plain_words(one_line(error))}**", hidden
         rows["file"] = f"{path.stat().st_size / 1000:.0f} kB"
-        table = "\n".join(f"| {label} | {_cell(value)} |" for label, value in rows.items())
-        card = f"| {_cell(name)} | |\n|---|---|\n{table}"
-        sample = next((file for file in self._samples(path) if file.is_file()), None)
-        if sample is None:
+        table = "\n".join(f"| {label} | {plain_words(value)} |" for label, value in rows.items())
+        card = f"| {plain_words(name)} | |\n|---|---|\n{table}"
+        samples = sorted(
+            (file for file in self._samples(path) if file.is_file()), key=lambda file: file.stat().st_mtime
+        )
+        if not samples:
             return card, hidden
+        sample = samples[-1]
         with Image.open(sample) as opened:
             return card, gr.update(value=opened.copy(), visible=True)
 
@@ -111,27 +117,34 @@ class AdaptersTab:
         }
 
     def _samples(self, path: Path) -> list[Path]:
-        """Where an adapter's sample picture may lie, the best first."""
+        """Where an adapter's sample pictures may lie; the newest is shown."""
         if path.parent == self.studio.uploads:
             return [path.with_suffix(".png")]
         return [path.parent / COMPARISON_FILE, path.parent / SAMPLE_FILE]
 
-    def draw_sample(self, name: str | None) -> Iterator[tuple[Any, Any, str]]:
+    def draw_sample(self, visit: gr.Request, name: str | None) -> Iterator[tuple[Any, ...]]:
         """Draw the adapter's prompt without and with it, and keep that beside the adapter."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        same = gr.update()
         try:
             path, trigger = self.studio.adapter_path(name or ""), self.studio.trigger(name or "")
             if not trigger:
                 raise EffiLoRAError("its prompt is not known: draw with it in the first tab")
-            yield gr.update(), gr.update(), "Drawing ..."
             rows: list[tuple[str, list[Image.Image]]] = []
             for label, adapters in (("without", []), (f"with {name}", [(str(name), 1.0)])):
-                wanted = [self.studio.usual(trigger, adapters, seed) for seed in SAMPLE_SEEDS]
-                rows.append((label, [self.studio.picture(one) for one in wanted]))
+                rows.append((label, []))
+                for seed in SAMPLE_SEEDS:
+                    text = f"Picture {sum(len(row) for _, row in rows) + 1} of {2 * len(SAMPLE_SEEDS)}"
+                    yield same, same, text, *BUSY
+                    rows[-1][1].append(self.studio.picture(self.studio.usual(trigger, adapters, seed), ticket.stop))
             save_png(labelled_grid(rows, trigger), self._samples(path)[-1])
-        except (EffiLoRAError, RuntimeError, ValueError) as error:
-            yield gr.update(), gr.update(), f"**Not drawn:** {one_line(error)}"
+        except Exception as error:
+            yield same, same, refusal(error), *IDLE
             return
-        yield *self.show(name), "The sample is kept beside the adapter."
+        finally:
+            self.tickets.end(visitor, ticket)
+        yield *self.show(name), "The sample is kept beside the adapter.", *IDLE
 
     # ------------------------------------------------------------------------------------------------ in, out, deleted
 
@@ -141,14 +154,14 @@ class AdaptersTab:
             return gr.update(), ""
         try:
             name = self.take_in(Path(file))
-        except EffiLoRAError as error:
-            return gr.update(), f"**Not taken:** {one_line(error).replace(f'{Path(file).parent}/', '')}"
+        except Exception as error:
+            return gr.update(), refusal(error, "Not taken").replace(plain_words(f"{Path(file).parent}/"), "")
         return gr.update(choices=list(self.studio.adapters()), value=name), f"{name} is here."
 
     def take_in(self, file: Path) -> str:
         """Copy a file into the adapters, and return its name; raises :class:`EffiLoRAError` for one that can't be used."""
         if is_plain_lora(file):
-            with self.studio.lock:
+            with self.studio.holding():
                 self.studio.stack.use([Wanted(file)])  # whether it fits is known once it is loaded
                 self.studio.stack.use([])
             facts = describe_plain(file)
@@ -164,7 +177,8 @@ class AdaptersTab:
         name, number = stem, 2
         while name in self.studio.adapters() or (self.studio.uploads / f"{name}.safetensors").exists():
             name, number = f"{stem} {number}", number + 1
-        shutil.copyfile(file, self.studio.uploads / f"{name}.safetensors")
+        target = self.studio.uploads / f"{name}.safetensors"
+        write_atomic(target, lambda temporary: shutil.copyfile(file, temporary))
         return name
 
     def write(self, name: str | None, format: str) -> tuple[Any, str]:
@@ -187,8 +201,8 @@ class AdaptersTab:
                 shutil.rmtree(target, ignore_errors=True)
             target = target if folder else file
             error = export_lora(path, target, format, self.studio.model)
-        except (EffiLoRAError, OSError) as problem:
-            return nothing, f"**Not exported:** {one_line(problem)}"
+        except Exception as problem:
+            return nothing, refusal(problem, "Not exported")
         missing = "exact" if error == 0 else f"least squares, {error:.1%} of the update is missing"
         if format == "merged":  # a whole model: too large to be sent through a browser
             return nothing, f"The whole model with the adapter in it is in `{target}`: {missing}."
@@ -208,14 +222,14 @@ class AdaptersTab:
             path.unlink()
             (path.with_suffix(".png") if brought else path.parent / LORA_FILE).unlink(missing_ok=True)
         except (EffiLoRAError, OSError) as error:
-            return gr.update(), False, f"**Not deleted:** {one_line(error)}"
+            return gr.update(), False, refusal(error, "Not deleted")
         names = list(self.studio.adapters())
         return gr.update(choices=names, value=names[0] if names else None), False, f"{name} is deleted."
 
     def refresh(self, name: str | None) -> tuple[Any, str, Any]:
         """The adapters as they are on the disk now, and the card of the chosen one (or the newest)."""
         names = list(self.studio.adapters())
-        name = name if name in names else next(iter(names), None)
+        name = name if self.studio.knows(name) else next(iter(names), None)
         return gr.update(choices=names, value=name), *self.show(name)
 
     def _wire(self) -> None:
@@ -224,15 +238,9 @@ class AdaptersTab:
         self.which.change(self.show, self.which, shown, queue=False, show_progress="hidden", **hidden)
         self.upload.upload(self.bring, self.upload, [self.which, self.status], api_name="add_adapter")
         self.export.click(self.write, [self.which, self.format], [self.file, self.status], **hidden)
-        self.sample.click(
-            self.draw_sample, self.which, [*shown, self.status], show_progress="hidden", **hidden, **MODEL_QUEUE,
-        )  # fmt: skip
+        outputs = [*shown, self.status, self.sample, self.halt]
+        self.wire_drawing(
+            [self.sample.click], self.draw_sample, [self.which], outputs, self.status, self.sample, self.halt
+        )
+        self.halt.click(self.stop, None, self.status, queue=False, show_progress="hidden", **hidden)
         self.delete.click(self.remove, [self.which, self.sure], [self.which, self.sure, self.status], **hidden)
-
-
-def _cell(value: Any) -> str:
-    """A value of a file, for a table: one line, no markup of its own."""
-    text = " ".join(str(value).split())[:300]
-    for letter in "\\`|*_<>[]":
-        text = text.replace(letter, {"|": "/", "<": "‹", ">": "›"}.get(letter, f"\\{letter}"))
-    return text

@@ -11,7 +11,7 @@ from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.diffusion.plain import describe_plain
 
-from .generate import MODEL_QUEUE, one_line
+from .drawing import MODEL_QUEUE, one_line
 from .runs import Run
 from .studio import Request, Studio
 
@@ -31,7 +31,7 @@ def add_endpoints(studio: Studio) -> None:
                 str(prompt or ""), str(negative_prompt or ""), chosen, guidance_scale=float(guidance_scale), **size
             )
             (path,) = (event for event in studio.draw(wanted, preview_every=0) if isinstance(event, Path))
-        except (EffiLoRAError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        except Exception as error:
             raise gr.Error(one_line(error), print_exception=False) from error
         return gr.FileData(path=str(path), orig_name=path.name)
 
@@ -41,15 +41,15 @@ def add_endpoints(studio: Studio) -> None:
         for name, path in studio.adapters().items():
             try:
                 found.append({"name": name, **_facts(path), "checkpoints": sorted(studio.checkpoints(name))})
-            except EffiLoRAError:
+            except (EffiLoRAError, OSError):
                 continue
         return found
 
     def train_status(name: str) -> dict[str, Any]:
-        """A training run: state (new, running, done, stopped, failed, elsewhere), message, step, steps, loss, active_layers."""
+        """A training run: state (new, running, done, stopped, failed, deleted, elsewhere), message, step, steps, loss."""
         try:
             status = Run(studio.outputs, name).status()
-        except EffiLoRAError as error:
+        except Exception as error:
             raise gr.Error(one_line(error), print_exception=False) from error
         last = status.metrics[-1] if status.metrics else {}
         facts = {"state": status.state, "message": status.message, "step": status.step, "steps": status.steps}

@@ -14,11 +14,12 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 
-from .generate import MODEL_QUEUE, one_line
+from .drawing import BUSY, IDLE, DrawingTab, plain_words, refusal
 from .slots import NONE
 from .studio import MAX_STRENGTH, Request, Studio
 
 AXES = ("strength", "checkpoint", "steps", "guidance", "seed", "prompt", "adapter")
+ADAPTER_AXES = ("adapter", "strength", "checkpoint")
 MAX_CELLS = 36
 FINAL = "final"
 """The checkpoint axis' word for the finished adapter."""
@@ -27,10 +28,11 @@ RANGE = re.compile(r"(-?[\d.]+) ?- ?(-?[\d.]+) ?(?:\(\+?([\d.]+)\)|\[(\d+)\])")
 """Ranges as in A1111's grids: ``1-5 (2)`` counts in steps of 2, ``0-1 [5]`` has 5 values."""
 
 
-class CompareTab:
+class CompareTab(DrawingTab):
     """Components and handlers of the tab."""
 
     def __init__(self, studio: Studio):
+        super().__init__(studio.tickets)
         self.studio = studio
 
     def build(self) -> None:
@@ -43,14 +45,14 @@ class CompareTab:
                                          placeholder="empty: the prompt that the adapter was trained with")  # fmt: skip
                 self.adapter = gr.Dropdown([NONE, *names], value=None, label="Adapter",
                                            allow_custom_value=True, elem_id="compare-adapter")  # fmt: skip
-                self.strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
+                self.strength = gr.Slider(-MAX_STRENGTH, MAX_STRENGTH, 1, step=0.05, label="Strength")
                 with gr.Row():
-                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-                    self.steps = gr.Number(defaults["steps"], label="Steps", precision=0, minimum=1, min_width=90)
-                    self.guidance = gr.Number(defaults["guidance_scale"], label="Guidance", minimum=0, min_width=90)
+                    self.seed = gr.Number(0, label="Seed", precision=0, min_width=90)
+                    self.steps = gr.Number(defaults["steps"], label="Steps", precision=0, min_width=90)
+                    self.guidance = gr.Number(defaults["guidance_scale"], label="Guidance", min_width=90)
                 with gr.Row():
                     self.go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=100)
-                    self.halt = gr.Button("Stop", elem_id="compare-stop", min_width=100)
+                    self.halt = gr.Button("Stop", elem_id="compare-stop", interactive=False, min_width=100)
                 with gr.Accordion("Grid over two settings", open=False, elem_id="grid-settings"):
                     gr.Markdown(
                         "Values, prompts too, are separated by `;`. Numbers may be ranges: `0-1 [5]`, `1-9 (2)`."
@@ -84,77 +86,74 @@ class CompareTab:
         except (TypeError, ValueError, OverflowError) as error:
             raise EffiLoRAError("a setting is no number: fill every field") from error
 
-    def compare(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, Any, str]]:
+    def compare(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Base and adapter on the same seed, as the two sides of a slider."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        same = gr.update()
         try:
             wanted = self.request(*values)
             if not wanted.adapters:
                 raise EffiLoRAError("choose an adapter to compare with the base")
-            wanted.check()
-            yield gr.update(), gr.update(), "Drawing ..."
-            base, adapted = (self._file(one, visit) for one in (replace(wanted, adapters=[]), wanted))
-        except (EffiLoRAError, RuntimeError, ValueError) as error:
-            yield gr.update(), gr.update(), f"**Not drawn:** {one_line(error)}"
+            self.studio.check(wanted)
+            yield same, same, "Drawing ...", *BUSY
+            sides: list[Path] = []
+            for one in (replace(wanted, adapters=[]), wanted):
+                for event in self.studio.draw(one, ticket.stop, preview_every=0):
+                    if isinstance(event, Path):
+                        sides.append(event)
+                    else:
+                        yield same, same, f"Step {event.step} of {event.steps}", *BUSY
+            if len(sides) < 2:
+                raise EffiLoRAError("stopped")
+        except Exception as error:
+            yield same, same, refusal(error), *IDLE
             return
         finally:
-            self.studio.stops.done(str(visit.session_hash))
+            self.tickets.end(visitor, ticket)
         name, strength = wanted.adapters[0]
-        slider = gr.update(value=(str(base), str(adapted)), visible=True)
-        yield slider, gr.update(visible=False), f"Left: base. Right: {name} at {strength:g}. Seed {wanted.seed}."
-
-    def _file(self, wanted: Request, visit: gr.Request) -> Path:
-        stop = self.studio.stops.of(str(visit.session_hash))
-        drawn = [event for event in self.studio.draw(wanted, stop, preview_every=0) if isinstance(event, Path)]
-        if not drawn:
-            raise EffiLoRAError("stopped")
-        return drawn[0]
+        text = f"Left: base. Right: {plain_words(name)} at {strength:g}. Seed {wanted.seed}."
+        slider = gr.update(value=tuple(map(str, sides)), visible=True)
+        yield slider, gr.update(visible=False), text, *IDLE
 
     def draw_grid(self, visit: gr.Request, x: str, x_values: str, y: str, y_values: str, *values: Any
-                  ) -> Iterator[tuple[Any, Any, str]]:  # fmt: skip
+                  ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """A labelled grid: every pair of values on the two axes."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        same = gr.update()
         try:
-            wanted = self.request(*values)
-            across, down = split(x_values), split(y_values)
-            if x == y:
-                raise EffiLoRAError("choose two different settings for the axes")
-            if len(across) * len(down) > MAX_CELLS:
-                raise EffiLoRAError(f"the grid would have {len(across) * len(down)} pictures, {MAX_CELLS} at most")
-            # Checkpoints last: another adapter on the other axis has checkpoints of its own.
-            order = sorted(((x, 0), (y, 1)), key=lambda axis: axis[0] == "checkpoint")
-            requests = [[cell(wanted, order, (u, v)) for u in across] for v in down]
-            for one in (cell for row in requests for cell in row):
-                one.check()
-                for name, strength in one.adapters:
-                    self.studio.wanted(name, strength)
-            stop = self.studio.stops.of(str(visit.session_hash))
+            wanted, across, requests = self.cells(x, x_values, y, y_values, values)
+            count = sum(len(row) for _, row in requests)
             rows: list[tuple[str, list[Image.Image]]] = []
-            for label, row in zip(down, requests, strict=True):
+            for label, row in requests:
                 rows.append((f"{y}: {label}", []))
                 for one in row:
-                    yield (
-                        gr.update(),
-                        gr.update(),
-                        f"Picture {sum(len(r) for _, r in rows) + 1} of {len(across) * len(down)}",
-                    )
-                    rows[-1][1].append(self.studio.picture(one, stop))
-        except (EffiLoRAError, RuntimeError, ValueError) as error:
-            yield gr.update(), gr.update(), f"**Not drawn:** {one_line(error)}"
+                    yield same, same, f"Picture {sum(len(r) for _, r in rows) + 1} of {count}", *BUSY
+                    rows[-1][1].append(self.studio.picture(one, ticket.stop))
+            title = f"{wanted.prompt}  (seed {wanted.seed}, {wanted.steps} steps, guidance {wanted.guidance_scale:g})"
+            path = self.studio.new_file("grid")
+            save_png(labelled_grid(rows, title, [f"{x}: {value}" for value in across]), path)
+        except Exception as error:
+            yield same, same, refusal(error), *IDLE
             return
         finally:
-            self.studio.stops.done(str(visit.session_hash))
-        path = self.studio.new_file("grid")
-        title = f"{wanted.prompt}  (seed {wanted.seed}, {wanted.steps} steps, guidance {wanted.guidance_scale:g})"
-        save_png(labelled_grid(rows, title, [f"{x}: {value}" for value in across]), path)
-        yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down."
+            self.tickets.end(visitor, ticket)
+        yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down.", *IDLE
 
-    def announce(self, visit: gr.Request) -> str:
-        """Say at once that a drawing waits for its turn."""
-        return self.studio.announce(str(visit.session_hash))
-
-    def stop(self, visit: gr.Request) -> str:
-        """End this visitor's drawing after its step."""
-        self.studio.stops.set(str(visit.session_hash))
-        return "Stopping ..."
+    def cells(self, x: str, x_values: str, y: str, y_values: str, values: tuple[Any, ...]
+              ) -> tuple[Request, list[str], list[tuple[str, list[Request]]]]:  # fmt: skip
+        """The form's request, the values across, and the rows of requests; all are checked before the first is drawn."""
+        wanted = self.request(*values)
+        across, down = split(x_values), split(y_values)
+        if x == y:
+            raise EffiLoRAError("choose two different settings for the axes")
+        if len(across) * len(down) > MAX_CELLS:
+            raise EffiLoRAError(f"the grid would have {len(across) * len(down)} pictures, {MAX_CELLS} at most")
+        rows = [(v, [cell(wanted, {x: u, y: v}) for u in across]) for v in down]
+        for one in (one for _, row in rows for one in row):
+            self.studio.check(one)
+        return wanted, across, rows
 
     def suggest(self, axis: str, name: str | None, prompt: str) -> str:
         """Values to begin with on an axis."""
@@ -173,14 +172,10 @@ class CompareTab:
         size = gr.State(edge)
         form = [self.prompt, self.adapter, self.strength, self.seed, self.steps, self.guidance, size]
         axes = [self.x, self.x_values, self.y, self.y_values]
-        private: dict[str, Any] = {"api_visibility": "private"}
-        at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
-        outputs = [self.slider, self.grid, self.status]
+        at_once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         for button, draw, inputs in ((self.go, self.compare, form), (self.grid_go, self.draw_grid, [*axes, *form])):
-            button.click(self.announce, None, self.status, **at_once).then(
-                draw, inputs, outputs, show_progress="hidden", **private,
-                **MODEL_QUEUE,
-            )  # fmt: skip
+            outputs = [self.slider, self.grid, self.status, button, self.halt]
+            self.wire_drawing([button.click], draw, inputs, outputs, self.status, button, self.halt)
         self.halt.click(self.stop, None, self.status, **at_once)
         for axis, shown in ((self.x, self.x_values), (self.y, self.y_values)):
             axis.input(self.suggest, [axis, self.adapter, self.prompt], shown, **at_once)
@@ -188,7 +183,7 @@ class CompareTab:
     def refresh(self, name: str | None) -> Any:
         """The adapters as they are on the disk now; the newest is chosen if none is."""
         names = list(self.studio.adapters())
-        kept = name if name in names else next(iter(names), NONE)
+        kept = name if name == NONE or self.studio.knows(name) else next(iter(names), NONE)
         return gr.update(choices=[NONE, *names], value=kept)
 
 
@@ -217,10 +212,15 @@ def _range(part: str) -> list[str]:
     return [f"{round(first + index * step, 6):g}" for index in range(count)]
 
 
-def cell(wanted: Request, order: list[tuple[str, int]], values: tuple[str, str]) -> Request:
-    """``wanted`` with both axes' values, applied in ``order`` (axis, index into ``values``)."""
-    for axis, index in order:
-        wanted = changed(wanted, axis, values[index])
+def cell(wanted: Request, values: dict[str, str]) -> Request:
+    """``wanted`` with a value on every axis: the adapter first, since checkpoints and strengths are the adapter's.
+
+    Where the adapter is an axis, its ``none`` has neither.
+    """
+    order = sorted(values, key=lambda axis: ADAPTER_AXES.index(axis) if axis in ADAPTER_AXES else -1)
+    for axis in order:
+        bare = axis in ADAPTER_AXES[1:] and "adapter" in values and not wanted.adapters
+        wanted = wanted if bare else changed(wanted, axis, values[axis])
     return wanted
 
 

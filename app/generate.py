@@ -13,28 +13,22 @@ from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.live import Progress
 from effilora_diffusion.diffusion.sampling import read_parameters
 
+from .drawing import DrawingTab, plain_words, refusal
 from .slots import NONE, Slot
-from .studio import MAX_COUNT, MAX_EDGE, MAX_STEPS, Request, Studio
+from .studio import MAX_GUIDANCE, MAX_STEPS, MIN_EDGE, Request, Studio
 
 SLOTS = 3
 """Adapters that can act at once."""
-
-MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-"""Every event that touches the pipeline waits in one queue."""
 
 EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow background", "a twemoji emoji of castle")
 """Prompts to begin with on the embedded base."""
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error's text, for the page."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-class GenerateTab:
+class GenerateTab(DrawingTab):
     """Components and handlers of the tab; handlers are plain functions over the :class:`~.studio.Studio`."""
 
     def __init__(self, studio: Studio):
+        super().__init__(studio.tickets)
         self.studio = studio
 
     def build(self) -> None:
@@ -57,15 +51,17 @@ class GenerateTab:
                     self.negative = gr.Textbox(label="Negative prompt", lines=1)
                     with gr.Row():
                         self.steps = gr.Slider(1, MAX_STEPS, defaults["steps"], step=1, label="Steps")
-                        self.guidance = gr.Slider(0, 20, defaults["guidance_scale"], step=0.1, label="Guidance")
+                        self.guidance = gr.Slider(
+                            0, MAX_GUIDANCE, defaults["guidance_scale"], step=0.1, label="Guidance"
+                        )
                     with gr.Row():
-                        self.width = gr.Slider(32, MAX_EDGE, defaults["edge"], step=8, label="Width")
-                        self.height = gr.Slider(32, MAX_EDGE, defaults["edge"], step=8, label="Height")
+                        self.width = gr.Slider(MIN_EDGE, self.studio.max_edge, defaults["edge"], step=8, label="Width")
+                        self.height = gr.Slider(
+                            MIN_EDGE, self.studio.max_edge, defaults["edge"], step=8, label="Height"
+                        )
                 with gr.Row():
-                    self.count = gr.Number(
-                        4, label="Pictures", precision=0, minimum=1, maximum=MAX_COUNT, min_width=90
-                    )
-                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+                    self.count = gr.Number(4, label="Pictures", precision=0, min_width=90)
+                    self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
                     self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
                 if self.studio.model is None:
                     gr.Examples([[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples")
@@ -110,43 +106,30 @@ class GenerateTab:
             numbers[4] = random.SystemRandom().randrange(2**32)
         return Request(str(prompt or ""), str(negative or ""), chosen, numbers[0], scale, *numbers[1:])
 
-    def announce(self, request: gr.Request) -> tuple[str, Any]:
-        """Say at once that a drawing waits for its turn; it can be stopped from now on."""
-        return self.studio.announce(str(request.session_hash)), gr.update(interactive=True)
-
-    def draw(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+    def draw(self, visit: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the form says; yields updates of the page after every step."""
-        session = str(request.session_hash)
-        stop = self.studio.stops.of(session)
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        files: list[Path] = []
         try:
             wanted = self.request(*values)
-            wanted.check()
-        except EffiLoRAError as error:
-            self.studio.stops.done(session)
-            yield {**self._idle(), self.status: f"**Not drawn:** {error}"}
-            return
-        files: list[Path] = []
-        yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.gallery: [],
-               self.seed: wanted.seed, self.status: "Preparing ...",
-               self.chosen: gr.update(visible=False)}  # fmt: skip
-        try:
-            for event in self.studio.draw(wanted, stop):
+            self.studio.check(wanted)
+            yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.gallery: [],
+                   self.seed: wanted.seed, self.status: "Preparing ...", self.chosen: gr.update(visible=False)}  # fmt: skip
+            for event in self.studio.draw(wanted, ticket.stop):
                 if isinstance(event, Path):
                     files.append(event)
                     yield {self.gallery: [str(file) for file in files]}
                 else:
                     yield self._progress(event, files)
-        except (EffiLoRAError, RuntimeError, ValueError) as error:
-            yield {**self._idle(), self.status: f"**Not drawn:** {one_line(error)}"}
+        except Exception as error:
+            yield {**self._idle(), self.status: refusal(error)}
             return
         finally:
-            self.studio.stops.done(session)
+            self.tickets.end(visitor, ticket)
         word = "Stopped" if len(files) < wanted.count else "Done"
-        yield {
-            **self._idle(),
-            self.gallery: [str(file) for file in files],
-            self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}.",
-        }
+        yield {**self._idle(), self.gallery: [str(file) for file in files],
+               self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}."}  # fmt: skip
 
     def _progress(self, event: Progress, files: list[Path]) -> dict[Any, Any]:
         """The step in words; a preview stands behind the finished pictures until its own picture is finished."""
@@ -160,11 +143,6 @@ class GenerateTab:
     def _idle(self) -> dict[Any, Any]:
         return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False)}
 
-    def stop(self, request: gr.Request) -> str:
-        """End this visitor's drawing after its step."""
-        self.studio.stops.set(str(request.session_hash))
-        return "Stopping ..."
-
     def select(self, event: gr.SelectData) -> tuple[Any, Any, str | None]:
         """Show the facts of the picture that was clicked."""
         name = Path(str(event.value["image"]["path"])).name  # Gradio gives its own copy; ours has the same name
@@ -173,7 +151,8 @@ class GenerateTab:
             return gr.update(visible=False), "", None
         facts = read_parameters(path)
         adapters = (
-            ", ".join(f"{entry['file']} at {entry['strength']:g}" for entry in facts["adapters"]) or "no adapter"
+            ", ".join(f"{plain_words(entry['file'])} at {entry['strength']:g}" for entry in facts["adapters"])
+            or "no adapter"
         )
         return gr.update(visible=True), f"Seed **{facts['seed']}**, {adapters}", name
 
@@ -197,8 +176,12 @@ class GenerateTab:
             return [gr.update() for _ in self.form] + [gr.update()]
         try:
             return self.filled(read_parameters(Path(path)))
-        except (EffiLoRAError, KeyError, TypeError, ValueError) as error:
-            text = str(error) if isinstance(error, EffiLoRAError) else "this picture's parameters are not complete"
+        except (EffiLoRAError, KeyError, TypeError, ValueError, OverflowError) as error:
+            text = (
+                plain_words(error)
+                if isinstance(error, EffiLoRAError)
+                else "this picture's parameters are not complete"
+            )
             return [gr.update() for _ in self.form] + [f"**Not read:** {text}"]
 
     def filled(self, facts: dict[str, Any]) -> list[Any]:
@@ -213,8 +196,8 @@ class GenerateTab:
             try:
                 here.append((self._known(str(entry["file"])), float(entry["strength"])))
             except EffiLoRAError:
-                missing.append(str(entry["file"])[:80])
-        missing += [name for name, _ in here[SLOTS:]]
+                missing.append(plain_words(entry["file"], 80))
+        missing += [plain_words(name, 80) for name, _ in here[SLOTS:]]
         slots: list[Any] = []
         for index in range(SLOTS):
             slots += [*(here[index] if index < len(here) else (NONE, 1.0)), True]
@@ -239,10 +222,12 @@ class GenerateTab:
         private: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
         outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
-        for event in (self.go.click, self.prompt.submit):
-            waiting = event(self.announce, None, [self.status, self.halt], **at_once)
-            drawn = waiting.then(self.draw, self.form, outputs, show_progress="hidden", **private, **MODEL_QUEUE)
-            drawn.then(self.refresh, None, [*[slot.choice for slot in self.slots], self.past], **at_once)
+        drawn = self.wire_drawing(
+            [self.go.click, self.prompt.submit], self.draw, self.form, outputs, self.status, self.go, self.halt
+        )
+        refreshed = [*[slot.choice for slot in self.slots], self.past]
+        for event in drawn:
+            event.then(self.refresh, None, refreshed, **at_once)
         self.halt.click(self.stop, None, self.status, **at_once)
         chosen = [self.chosen, self.facts, self.selected]
         self.gallery.select(self.select, None, chosen, **private)

@@ -12,21 +12,23 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import AdapterFile, is_native, load_adapter_file
 from effilora_diffusion.diffusion.inspection import inspect_adapter, reducer_history
-from effilora_diffusion.diffusion.outputs import REDUCER_FILE
+from effilora_diffusion.diffusion.outputs import METRICS_FILE, REDUCER_FILE
+from effilora_diffusion.diffusion.plain import is_plain_lora
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 
 from . import figures
-from .generate import MODEL_QUEUE, one_line
+from .drawing import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
 from .studio import Studio
 
 MOST_HEADS = 8
 """Heads that are drawn one at a time."""
 
 
-class InspectTab:
+class InspectTab(DrawingTab):
     """Components and handlers of the tab."""
 
     def __init__(self, studio: Studio):
+        super().__init__(studio.tickets)
         self.studio = studio
 
     def build(self) -> None:
@@ -41,8 +43,10 @@ class InspectTab:
                 with gr.Row():
                     self.prompt = gr.Textbox(label="Prompt", scale=3, elem_id="inspect-prompt", min_width=160,
                                              placeholder="empty: the adapter's own")  # fmt: skip
-                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=80)
-                self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads")
+                    self.seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=80)
+                with gr.Row():
+                    self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads", scale=3)
+                    self.halt = gr.Button("Stop", elem_id="inspect-stop", interactive=False, min_width=80)
                 self.status = gr.Markdown(
                     "The same seeds with the base, with all heads, and with each head alone.", elem_id="inspect-status"
                 )
@@ -58,13 +62,13 @@ class InspectTab:
         if not name:
             return "<p>No adapter yet: train one, or bring one.</p>", ""
         try:
-            path = self.studio.adapter_path(name)
-            if not is_native(path):
+            path = self.studio.wanted(name).path
+            if not is_native(path) and is_plain_lora(path):
                 raise EffiLoRAError("this is a plain LoRA: it has one head in every layer and no log of its training")
             content = load_adapter_file(path)
         except EffiLoRAError as error:
             return f"<p>{figures.escape(one_line(error))}</p>", ""
-        return self._layers(content), self._training(path, content)
+        return self._layers(content), self._training(self.studio.base_file(name), content)
 
     def _layers(self, content: AdapterFile) -> str:
         facts = inspect_adapter(content)
@@ -86,14 +90,20 @@ class InspectTab:
             return "<p>This adapter was brought here: the log of its training is not known.</p>"
         if not (path.parent / REDUCER_FILE).is_file():
             return "<p>Every layer was trained in every step: the Reducer was off.</p>"
-        steps = int(content.metadata.get("steps") or 0)
+        steps = (
+            len((path.parent / METRICS_FILE).read_bytes().splitlines()) if (path.parent / METRICS_FILE).exists() else 0
+        )
         history = reducer_history(path.parent / REDUCER_FILE, list(content.adapter.layers), steps)
         return figures.importance(history) + figures.active(history, steps)
 
-    def draw_heads(self, name: str | None, prompt: str, seed: float | None) -> Iterator[tuple[Any, str]]:
+    def draw_heads(
+        self, visit: gr.Request, name: str | None, prompt: str, seed: float | None
+    ) -> Iterator[tuple[Any, ...]]:
         """A grid of two seeds: base, all heads, and every head alone."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
         try:
-            path = self.studio.adapter_path(name or "")
+            path = self.studio.wanted(name or "").path
             if not is_native(path):
                 raise EffiLoRAError("a plain LoRA has no heads")
             heads = load_adapter_file(path).adapter.config.heads
@@ -104,26 +114,30 @@ class InspectTab:
             pictures: dict[int, list[Image.Image]] = {first: [], first + 1: []}
             for adapters in columns.values():  # column by column: an adapter is loaded once
                 for one, row in pictures.items():
-                    yield gr.update(), f"Picture {sum(map(len, pictures.values())) + 1} of {2 * len(columns)}"
-                    row.append(self.studio.picture(self.studio.usual(prompt, adapters, one)))
-        except (EffiLoRAError, RuntimeError, ValueError, TypeError, OverflowError) as error:
-            yield gr.update(), f"**Not drawn:** {one_line(error)}"
+                    text = f"Picture {sum(map(len, pictures.values())) + 1} of {2 * len(columns)}"
+                    yield gr.update(), text, *BUSY
+                    row.append(self.studio.picture(self.studio.usual(prompt, adapters, one), ticket.stop))
+            file = self.studio.new_file("grid")
+            rows = [(f"seed {one}", row) for one, row in pictures.items()]
+            save_png(labelled_grid(rows, f"{prompt}: the heads of {name}", list(columns)), file)
+        except Exception as error:
+            yield gr.update(), refusal(error), *IDLE
             return
-        file = self.studio.new_file("grid")
-        rows = [(f"seed {one}", row) for one, row in pictures.items()]
-        save_png(labelled_grid(rows, f"{prompt}: the heads of {name}", list(columns)), file)
-        yield gr.update(value=str(file), visible=True), f"{prompt}: what each head of {name} adds by itself."
+        finally:
+            self.tickets.end(visitor, ticket)
+        text = f"{plain_words(prompt)}: what each head of {plain_words(name)} adds by itself."
+        yield gr.update(value=str(file), visible=True), text, *IDLE
 
     def refresh(self, name: str | None) -> tuple[Any, str, str]:
         """The adapters as they are on the disk now, and the figures of the chosen one (or the newest)."""
         names = list(self.studio.adapters())
-        name = name if name in names else next(iter(names), None)
+        name = name if self.studio.knows(name) else next(iter(names), None)
         return gr.update(choices=names, value=name), *self.show(name)
 
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private"}
         self.which.change(self.show, self.which, [self.layers, self.training], show_progress="hidden", **private)
-        self.go.click(
-            self.draw_heads, [self.which, self.prompt, self.seed], [self.picture, self.status],
-            show_progress="hidden", **private, **MODEL_QUEUE,
-        )  # fmt: skip
+        outputs = [self.picture, self.status, self.go, self.halt]
+        form = [self.which, self.prompt, self.seed]
+        self.wire_drawing([self.go.click], self.draw_heads, form, outputs, self.status, self.go, self.halt)
+        self.halt.click(self.stop, None, self.status, queue=False, show_progress="hidden", **private)

@@ -5,12 +5,14 @@ Nothing about a run is kept in the server's memory, so that a reload, a second t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,21 @@ import yaml
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.core.files import write_atomic
+from effilora_diffusion.diffusion.checkpoints import list_checkpoints
 from effilora_diffusion.diffusion.inspection import ReducerHistory, logged_layers, reducer_history
 from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER
 from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.setup import is_used
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
-RESERVED = ("history", "adapters", "datasets", "exports")
+RESERVED = ("history", "adapters", "datasets", "exports", "class pictures")
 STATE_FILE = "run.json"
+RECENT = 60
+"""Seconds after its last step in which a run of the command line counts as being trained."""
+
+PATIENCE = 1800
+"""Seconds that a check before training may take: large models load slowly."""
+
 REPORT_LABELS = ("model", "pictures", "adapter", "steps", "memory")
 REPORT_LINE = re.compile(rf"(?:{'|'.join(REPORT_LABELS)}) {{2,}}\S")
 EXIT_FILE = "exit_code"
@@ -47,9 +57,9 @@ Path(sys.argv[1]).write_text(str(code.wait()))
 
 @dataclass
 class Status:
-    """What is known of a run; ``message`` says why ``state`` is new, running, done, stopped, failed or elsewhere.
+    """What is known of a run; ``message`` says why ``state`` is new, running, done, stopped, failed, deleted or elsewhere.
 
-    ``elsewhere`` is a run of the command line that has not ended.
+    ``elsewhere`` is a run of the command line that has not ended; of a ``deleted`` one only the adapter is gone.
     """
 
     state: str
@@ -64,18 +74,35 @@ class Run:
     """One training run in a folder ``<outputs>/<name>``; raises :class:`EffiLoRAError` for names that are no folder's."""
 
     def __init__(self, outputs: Path, name: str):
-        if not NAME.fullmatch(name or "") or name in RESERVED:
+        if not (NAME.fullmatch(name or "") or _is_folder_of(outputs, name)) or name in RESERVED:
             raise EffiLoRAError(
                 "a run's name may have letters, digits, spaces, _ and -, and must not be a reserved one"
             )
         self.name, self.folder = name, outputs / name
 
+    def check_free(self) -> None:
+        """Raise :class:`EffiLoRAError` if something was trained under this name already."""
+        if self.running or self._busy_elsewhere():
+            raise EffiLoRAError(f"{self.name} is being trained already")
+        if (self.folder / ADAPTER_FILE).exists():
+            raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete it")
+        if is_used(self.folder):
+            raise EffiLoRAError(f"there is an unfinished run named {self.name}: resume it, or give another name")
+
+    def _busy_elsewhere(self) -> bool:
+        """Whether a trainer of the command line seems to be at work in the folder."""
+        try:
+            age = time.time() - (self.folder / METRICS_FILE).stat().st_mtime
+        except OSError:
+            return False
+        return self._state() is None and age < RECENT and not (self.folder / ADAPTER_FILE).exists()
+
     def start(self, settings: dict[str, Any], resume: bool = False) -> None:
         """Start the trainer with ``settings`` of :class:`TrainingConfig`; with ``resume`` go on where it stopped."""
-        if self.running:
+        if not resume:
+            self.check_free()
+        elif self.running or self._busy_elsewhere():
             raise EffiLoRAError(f"{self.name} is being trained already")
-        if (self.folder / ADAPTER_FILE).exists() and not resume:
-            raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete it")
         settings = {**settings, "output_dir": str(self.folder), "overwrite_output_dir": not resume}
         settings["resume_from_checkpoint"] = "latest" if resume else None
         TrainingConfig(**settings)  # mistakes are said here, not in a process
@@ -125,6 +152,14 @@ class Run:
             return False
         return _born(state["pid"]) == state["born"] is not None
 
+    def _left_behind(self) -> bool:
+        """Whether the run was gone on with by the command line after what was started here had ended."""
+        try:
+            ended = (self.folder / EXIT_FILE).stat().st_mtime
+            return (self.folder / METRICS_FILE).stat().st_mtime > ended + 1
+        except OSError:
+            return False
+
     def _state(self) -> dict[str, Any] | None:
         try:
             found = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
@@ -147,33 +182,51 @@ class Run:
     def _verdict(self) -> tuple[str, str]:
         if self.running:
             return "running", "Training."
-        if self._state() is None:
+        if self._state() is None or self._left_behind():
             return self._verdict_elsewhere()
         try:
             code: int | None = int((self.folder / EXIT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             code = None
         if code is None:
-            return "failed", "The training process was killed. Resume goes on from its last checkpoint."
+            return "failed", f"The training process was killed. {self._way_on()}"
         if code in (130, 143):
             return "stopped", "Stopped; its checkpoint is written. Resume goes on there."
+        if code in (-signal.SIGINT, -signal.SIGTERM):
+            return "stopped", "Stopped before its first step: start it again under another name."
+        if code == -signal.SIGKILL:
+            return "failed", f"The system killed the training, mostly for lack of memory. {self._way_on()}"
         if code != 0:
             return "failed", f"Training failed: {self._last_words()}"
-        try:
-            load_adapter_file(self.folder / ADAPTER_FILE)
-        except EffiLoRAError as error:
-            return "failed", f"Training ended, but its adapter can't be used: {error}"
-        return "done", f"Done: the adapter {self.name} can be used."
+        return self._verdict_of_adapter("")
+
+    def _way_on(self) -> str:
+        return (
+            "Resume goes on from its last checkpoint."
+            if list_checkpoints(self.folder)
+            else "It had no checkpoint yet."
+        )
+
+    def _verdict_of_adapter(self, remark: str) -> tuple[str, str]:
+        """Of a run that has ended: whether its adapter is there and loads."""
+        path = self.folder / ADAPTER_FILE
+        if not path.exists():
+            return "deleted", "Its adapter was deleted."
+        fault = _fault_of(path, path.stat().st_mtime_ns)
+        if fault:
+            return "failed", f"Training ended, but its adapter can't be used: {fault}"
+        return "done", f"Done: the adapter {self.name} can be used.{remark}"
 
     def _verdict_elsewhere(self) -> tuple[str, str]:
         """Of a run that was started by the command line: whether its process is there is not known here."""
         if not (self.folder / METRICS_FILE).exists():
             return "new", "Nothing has been trained under this name."
-        try:
-            load_adapter_file(self.folder / ADAPTER_FILE)
-        except EffiLoRAError:
+        metrics = self._metrics()
+        planned = self.settings().get("max_train_steps") if (self.folder / CONFIG_FILE).exists() else None
+        ended = bool(metrics) and metrics[-1]["step"] == planned
+        if not (self.folder / ADAPTER_FILE).exists() and not (ended and not self._busy_elsewhere()):
             return "elsewhere", "Started by the command line, and not finished so far."
-        return "done", f"Done: the adapter {self.name} can be used. It was trained by the command line."
+        return self._verdict_of_adapter(" It was trained by the command line.")
 
     def report(self) -> str:
         """The trainer's report before its first step, from the log; empty before it is there."""
@@ -201,10 +254,25 @@ class Run:
         return found
 
 
+@functools.lru_cache(maxsize=256)
+def _fault_of(path: Path, changed: int) -> str:
+    """Why the adapter can't be used, empty if it can; looked at once for every change of the file."""
+    try:
+        load_adapter_file(path)
+    except EffiLoRAError as error:
+        return str(error)
+    return ""
+
+
+def _is_folder_of(outputs: Path, name: str | None) -> bool:
+    """Whether ``name`` is a folder of ``outputs`` itself, as the command line may have named one."""
+    return bool(name) and name in {path.name for path in outputs.glob("[!.]*") if path.is_dir()}
+
+
 def list_runs(outputs: Path) -> list[str]:
     """Names of the runs in ``outputs``, started here or by the command line, the newest first."""
     folders = {file.parent for name in (STATE_FILE, METRICS_FILE) for file in outputs.glob(f"*/{name}")}
-    named = [folder for folder in folders if NAME.fullmatch(folder.name)]
+    named = [folder for folder in folders if folder.name not in RESERVED and not folder.name.startswith(".")]
     return [folder.name for folder in sorted(named, key=lambda folder: folder.stat().st_mtime, reverse=True)]
 
 
@@ -215,9 +283,10 @@ def report_lines(text: str) -> str:
 
 
 def last_words(text: str) -> str:
-    """The last line that the trainer printed which is no progress bar."""
+    """What the trainer said last: its error, else the last line that is no progress bar."""
     spoken = [line.strip() for line in text.splitlines() if line.strip() and "step/s" not in line]
-    return spoken[-1][:300] if spoken else "without a word"
+    errors = [line.removeprefix("error: ") for line in spoken if line.startswith("error: ")]
+    return (errors or spoken or ["without a word"])[-1][:300]
 
 
 def dry_run(settings: dict[str, Any], folder: Path) -> str:
@@ -230,7 +299,12 @@ def dry_run(settings: dict[str, Any], folder: Path) -> str:
     file = folder / SETTINGS_FILE
     file.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
     words = [sys.executable, "-m", "effilora_diffusion.diffusion.launch", "--config", str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, env=_environment())
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", check=False, env=_environment(), timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EffiLoRAError(f"the check did not end within {PATIENCE // 60} minutes") from error
     if done.returncode != 0:
         raise EffiLoRAError(last_words(done.stderr or done.stdout))
     return report_lines(done.stdout)

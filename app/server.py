@@ -12,6 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.cli import DTYPES
 
 from . import figures
 from .adapters import AdaptersTab
@@ -98,6 +99,11 @@ def make_page(studio: Studio) -> gr.Blocks:
                 with gr.Tab(label, id=label.lower()) as shown[label]:
                     tab.build()
         add_endpoints(studio)
+
+        def leave(visit: gr.Request) -> None:
+            studio.tickets.forget(str(visit.session_hash))
+
+        page.unload(leave)
         refreshed: dict[str, tuple[Any, Any, Any]] = {
             "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
             "Compare": (compare.refresh, compare.adapter, compare.adapter),
@@ -133,10 +139,11 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
     auth = credentials()
     if args.listen and auth is None:
         raise EffiLoRAError("--listen needs credentials: set EFFILORA_AUTH=user:password or EFFILORA_AUTH_FILE")
-    studio = Studio(args.model, args.outputs)
+    studio = Studio(args.model, args.outputs, DTYPES[args.mixed_precision])
     page = make_page(studio)
     page.queue(max_size=64, default_concurrency_limit=1)
-    page.launch(
+    _launch(
+        page,
         server_name="0.0.0.0" if args.listen else LOOPBACK,
         server_port=args.port,
         share=False,
@@ -147,10 +154,20 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         run_history=False,
         footer_links=[],
         enable_monitoring=False,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         quiet=True,
         theme=theme(),
         css=STYLE + figures.STYLE,
         head=HEAD,
     )
+    if block:
+        print(f"http://{LOOPBACK}:{page.server_port}", flush=True)
+        page.block_thread()
     return page
+
+
+def _launch(page: gr.Blocks, **options: Any) -> None:
+    try:
+        page.launch(**options)
+    except OSError as error:
+        raise EffiLoRAError(f"--port {options['server_port']} can't be used: {error}") from error

@@ -8,7 +8,8 @@ import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
 
-from .studio import Studio
+from .drawing import plain_words
+from .studio import MAX_STRENGTH, Studio
 
 NONE = "none"
 """Stands for no adapter in lists."""
@@ -30,7 +31,12 @@ class Slot:
                 )  # fmt: skip
                 self.active = gr.Checkbox(True, label="On", scale=1, min_width=70, elem_id=f"on-{self.number}")
             self.strength = gr.Slider(
-                -1, 2, 1, step=0.05, label=f"Strength {self.number}", elem_id=f"strength-{self.number}"
+                -MAX_STRENGTH,
+                MAX_STRENGTH,
+                1,
+                step=0.05,
+                label=f"Strength {self.number}",
+                elem_id=f"strength-{self.number}",
             )
         with gr.Row(visible=False) as self.row:
             self.words = gr.Markdown("", elem_classes="trigger")
@@ -61,7 +67,7 @@ class Slot:
     def chosen(self, name: str | None) -> tuple[Any, str]:
         """The row with the trigger prompt, shown if there is one."""
         trigger = self.trigger(name)
-        return gr.update(visible=bool(trigger)), f"Trained with: `{trigger.replace('`', chr(39))}`" if trigger else ""
+        return gr.update(visible=bool(trigger)), f"Trained with: **{plain_words(trigger)}**" if trigger else ""
 
     def fill(self, prompt: str, name: str | None) -> Any:
         """The trigger prompt for an empty prompt; else what is typed meanwhile stays."""

@@ -7,18 +7,20 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.core.fingerprint import model_hash
 from effilora_diffusion.diffusion.checkpoints import CONTENT, list_checkpoints
-from effilora_diffusion.diffusion.live import Progress, Stop, draw_live
+from effilora_diffusion.diffusion.live import Progress, Stop, draw_live, settle
 from effilora_diffusion.diffusion.loading import component_of
 from effilora_diffusion.diffusion.outputs import ADAPTER_FILE
 from effilora_diffusion.diffusion.pipelines import EMBEDDED_BASE, load_pipeline
@@ -27,12 +29,17 @@ from effilora_diffusion.diffusion.sampling import save_png
 from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING
 from effilora_diffusion.diffusion.stack import AdapterStack, Wanted, label_of
 
+from .drawing import Tickets
+
 MAX_STEPS = 150
 MAX_COUNT = 8
 MAX_EDGE = 2048
 MAX_PROMPT = 4000
-MAX_STRENGTH = 4.0
-MAX_SEED = 2**63 - 1
+MAX_STRENGTH = 2.0
+MAX_GUIDANCE = 30.0
+MIN_EDGE = 32
+MAX_SEED = 2**53 - 1
+"""Larger ones would change in a browser, whose numbers are float64."""
 
 REFERENCE = re.compile(r"(?P<name>.+?)(?: @ (?P<step>\d{1,9}))?(?: # (?P<head>\d{1,4}))?")
 """How a drawing names an adapter: its name in the list, maybe a checkpoint of its run, maybe a single head."""
@@ -62,44 +69,15 @@ class Request:
             if not 1 <= value <= most:
                 raise EffiLoRAError(f"{name} must be 1 to {most}, not {value}")
         for name, value in (("width", self.width), ("height", self.height)):
-            if not 8 <= value <= MAX_EDGE or value % 8:
-                raise EffiLoRAError(f"{name} must be a multiple of 8 up to {MAX_EDGE}, not {value}")
+            if not MIN_EDGE <= value <= MAX_EDGE or value % 8:
+                raise EffiLoRAError(f"{name} must be a multiple of 8 from {MIN_EDGE} to {MAX_EDGE}, not {value}")
         if not 0 <= self.seed <= MAX_SEED:
-            raise EffiLoRAError(f"the seed must be 0 to 2^63 - 1, not {self.seed}")
-        if not 0 <= self.guidance_scale <= 50:
-            raise EffiLoRAError(f"guidance must be 0 to 50, not {self.guidance_scale}")
+            raise EffiLoRAError(f"the seed must be 0 to 2^53 - 1, not {self.seed}")
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise EffiLoRAError(f"guidance must be 0 to {MAX_GUIDANCE:g}, not {self.guidance_scale}")
         for name, strength in self.adapters:
             if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                 raise EffiLoRAError(f"the strength of {name} must be -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
-
-
-class Stops:
-    """The switches by which visitors end their drawings: one of each visitor, from the click until the end."""
-
-    def __init__(self) -> None:
-        self._switches: dict[str, Stop] = {}
-
-    def fresh(self, visitor: str) -> Stop:
-        """A new switch: whatever the visitor stopped before is forgotten."""
-        self._switches[visitor] = Stop()
-        return self._switches[visitor]
-
-    def of(self, visitor: str) -> Stop:
-        """The visitor's switch, which may be set already if the drawing had to wait."""
-        return self._switches.get(visitor) or self.fresh(visitor)
-
-    def set(self, visitor: str) -> None:
-        """End the visitor's drawing after its step."""
-        if visitor in self._switches:
-            self._switches[visitor].set()
-
-    def others(self, visitor: str) -> int:
-        """Drawings of other visitors that wait or run."""
-        return sum(other != visitor for other in self._switches)
-
-    def done(self, visitor: str) -> None:
-        """The drawing has ended."""
-        self._switches.pop(visitor, None)
 
 
 class Studio:
@@ -108,14 +86,17 @@ class Studio:
     Args:
         model: folder, hub id or single file; ``None``: the embedded base.
         outputs: folder of training runs, in which ``adapters`` and ``history`` are made.
+        dtype: of the model's weights.
     """
 
-    def __init__(self, model: str | None = None, outputs: Path = Path("outputs")):
+    def __init__(self, model: str | None = None, outputs: Path = Path("outputs"), dtype: str = "float32"):
         self.model, self.outputs = model, outputs.resolve()
-        self.lock, self.stops = threading.Lock(), Stops()
-        self.pipe: Any = load_pipeline(model)
+        self.lock, self.tickets = threading.Lock(), Tickets()
+        self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
         self.base_hash = model_hash(component_of(self.pipe))
         self.stack = AdapterStack(self.pipe)
+        if torch.cuda.is_available():
+            self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed
         for folder in (self.history, self.uploads):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -150,14 +131,38 @@ class Studio:
     def adapters(self) -> dict[str, Path]:
         """Adapters by name: those of training runs and those brought here, native or plain LoRA, the newest first."""
         trained = [file for file in self.outputs.glob(f"*/{ADAPTER_FILE}") if file.parent != self.uploads]
-        files = [*trained, *(file for file in self.uploads.glob("*.safetensors") if file.name != ADAPTER_FILE)]
-        files = [file for file in files if file.resolve().is_relative_to(self.outputs)]
-        files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-        return {label_of(file): file for file in files}
+        names = {file: label_of(file) for file in trained}
+        taken = set(names.values())
+        for file in self.uploads.glob("*.safetensors"):
+            if file.name != ADAPTER_FILE:
+                names[file] = f"{file.stem} (brought)" if file.stem in taken else file.stem
+        inside = [file for file in names if file.resolve().is_relative_to(self.outputs)]
+        inside.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        return {names[file]: file for file in inside}
+
+    @property
+    def max_edge(self) -> int:
+        """The longest edge that is drawn: a step far beyond the model's own size takes minutes, and none ends within one."""
+        return min(MAX_EDGE, 8 * int(self.defaults()["edge"]))
+
+    def check(self, request: Request) -> None:
+        """Raise :class:`EffiLoRAError` for a request that can't be drawn with this model."""
+        request.check()
+        if max(request.width, request.height) > self.max_edge:
+            raise EffiLoRAError(f"width and height may be {self.max_edge} at most with this model")
+        for name, strength in request.adapters:
+            self.wanted(name, strength)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """The pipeline for oneself, once whatever was drawn with it has left it."""
+        with self.lock:
+            settle(self.pipe)
+            yield
 
     def trigger(self, name: str) -> str:
         """The prompt that an adapter was trained with; empty if it is not known."""
-        path = self.adapter_path(self._parts(name)[0])
+        path = self.base_file(name)
         if is_native(path):
             return str(load_adapter_file(path).metadata.get("trigger_prompt", ""))
         return str(describe_plain(path).get("trigger_prompt", ""))
@@ -169,11 +174,23 @@ class Studio:
             raise EffiLoRAError(f"there is no adapter named {name[:80]!r}: choose one of the list")
         return found[name]
 
+    def knows(self, reference: str | None) -> bool:
+        """Whether a drawing can name this adapter."""
+        try:
+            self.wanted(reference or "")
+        except EffiLoRAError:
+            return False
+        return True
+
     def checkpoints(self, name: str) -> dict[int, Path]:
         """The adapter as it was at the checkpoints of its training run, by step; empty for one brought here."""
         path = self.adapter_path(name)
         folders = list_checkpoints(path.parent) if path.name == ADAPTER_FILE else []
         return {int(folder.name.rpartition("-")[2]): folder / CONTENT[0] for folder in folders}
+
+    def base_file(self, reference: str) -> Path:
+        """The finished adapter's file that a reference to a checkpoint or head is about."""
+        return self.adapter_path(self._parts(reference)[0])
 
     def wanted(self, reference: str, strength: float = 1.0) -> Wanted:
         """What ``name``, ``name @ step`` (a checkpoint) or ``name # head`` (that head alone) stands for."""
@@ -213,9 +230,9 @@ class Studio:
         return drawn[0]
 
     def _drawing(self, request: Request, stop: Stop | None, preview_every: int) -> Iterator[Progress]:
-        request.check()
+        self.check(request)
         seeds = [(request.seed + index) % (MAX_SEED + 1) for index in range(request.count)]
-        with self.lock:
+        with self.holding():
             self.stack.use([self.wanted(name, strength) for name, strength in request.adapters])
             yield from draw_live(
                 self.pipe,
@@ -229,13 +246,6 @@ class Studio:
                 width=request.width,
                 height=request.height,
             )
-
-    def announce(self, visitor: str) -> str:
-        """Take a place in the queue; what to tell the visitor, who can stop from now on."""
-        self.stops.fresh(visitor)
-        before = self.stops.others(visitor)
-        drawings = "one other drawing is" if before == 1 else f"{before} other drawings are"
-        return f"Waiting for the model: {drawings} in the queue." if before else "Waiting for the model."
 
     def usual(self, prompt: str, adapters: list[tuple[str, float]], seed: int) -> Request:
         """A single picture with the model's own settings."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import gradio as gr
 import pandas as pd
@@ -17,24 +17,20 @@ from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.data import scan_pictures
 from effilora_diffusion.diffusion.launch import example_settings
 from effilora_diffusion.diffusion.pictures import PictureError, inspect_picture
-from effilora_diffusion.diffusion.settings import TrainingConfig, base_type
+from effilora_diffusion.diffusion.settings import TrainingConfig
 
 from . import figures
-from .generate import one_line
+from .drawing import plain_words, refusal
 from .runs import Run, Status, dry_run, list_runs
 from .studio import Studio
-
-PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
-"""Length of training by name, as a share of the usual number of steps."""
+from .train_settings import PRESETS, component_of, run_settings, shown_fields, usual_settings
 
 CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
 """Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
 
-USUAL_STEPS = 800
 MAX_PICTURES = 200
-OWN_FIELDS = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir", "dry_run",
-              "overwrite_output_dir", "resume_from_checkpoint", "class_data_dir", "seed")  # fmt: skip
-"""Settings that the tab gives itself."""
+_STARTING = threading.Lock()
+"""Two visitors that start at once do so one after the other."""
 
 
 class TrainTab:
@@ -61,8 +57,8 @@ class TrainTab:
                     self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
                     self.preset = gr.Radio(list(PRESETS), value="better", label="Preset", elem_id="train-preset")
                 with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
-                    gr.Markdown("Only what is changed here overrides the preset.")
-                    self.advanced = [component_of(entry) for entry in shown_fields()]
+                    usual = usual_settings(self.studio)
+                    self.advanced = [component_of(entry, usual[entry.name]) for entry in shown_fields()]
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
                 with gr.Row():
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
@@ -98,10 +94,10 @@ class TrainTab:
         """Names of the runs on the disk, the newest first."""
         return list_runs(self.studio.outputs)
 
-    def check(self, files: list[str] | None) -> list[list[str]]:
-        """A row per picture that was brought: its name, what is wrong with it if anything, its caption."""
-        rows, seen = [], dict[str, str]()
-        for path in [Path(file) for file in files or []][:MAX_PICTURES]:
+    def check(self, files: list[str] | None, table: Any) -> list[list[str]]:
+        """A row per picture that was brought: its name, what is wrong with it if anything, its caption (kept if written)."""
+        rows, seen, written = [], dict[str, str](), captions_of(table)
+        for path in [Path(file) for file in files or []]:
             try:
                 (width, height), remarks = inspect_picture(path)
                 first = seen.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
@@ -111,7 +107,7 @@ class TrainTab:
                 verdict = f"bad: {error.reason}"
             except OSError as error:
                 verdict = f"bad: can't be read ({error.strerror})"
-            rows.append([path.name, verdict, ""])
+            rows.append([path.name, verdict, written.get(path.name, "")])
         return rows
 
     def take_example(self) -> tuple[list[str], str, str]:
@@ -120,39 +116,33 @@ class TrainTab:
         files = sorted(str(path) for path in Path(settings["instance_data_dir"]).glob("*.png"))
         return files, settings["instance_prompt"], "my-cat"
 
-    def settings(self, prompt: str, preset: str, folder: Path, advanced: list[Any]) -> dict[str, Any]:
-        """The settings of a run: what suits the model, then the preset, then what was changed by hand."""
-        chosen: dict[str, Any] = {"resolution": self.studio.defaults()["edge"], "max_train_steps": USUAL_STEPS,
-                                  "learning_rate": 1e-4, "validation_prompt": [prompt]}  # fmt: skip
-        if self.studio.model is None:
-            kept = ("output_dir", "instance_data_dir", "instance_prompt", "validation_prompt", "class_data_dir")
-            chosen |= {name: value for name, value in example_settings().items() if name not in kept}
-            chosen["class_data_dir"] = str(self.studio.outputs / "datasets" / "class pictures")
-        chosen["max_train_steps"] = round(chosen["max_train_steps"] * PRESETS[preset])
-        chosen |= {"pretrained_model_name_or_path": self.studio.model, "instance_prompt": prompt}
-        quarter = max(1, chosen["max_train_steps"] // 4)
-        chosen |= {"instance_data_dir": str(folder), "validation_steps": quarter, "checkpointing_steps": quarter}
-        for entry, value in zip(shown_fields(), advanced, strict=True):
-            given = from_component(entry, value)
-            if given != default_of(entry):
-                chosen[entry.name] = given
-        return chosen
-
     def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the pictures and their captions into a data set of the run's name, and start the trainer."""
         try:
-            if not str(name or "").strip():
-                raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
-            run = Run(self.studio.outputs, str(name).strip())
-            prompt = self._checked(files, prompt, preset)
-            folder = self.studio.outputs / "datasets" / run.name
-            self._keep(files or [], table, folder)
-            scan_pictures(folder, prompt)
-            run.start(self.settings(prompt, preset, folder, list(advanced)))
-        except (EffiLoRAError, TypeError, OSError) as error:
-            return gr.update(), f"**Not started:** {one_line(error)}"
+            with _STARTING:
+                run = self._free_run(name)
+                prompt = self._checked(files, prompt, preset)
+                folder = self.studio.outputs / "datasets" / run.name
+                settings = run_settings(self.studio, prompt, preset, folder, list(advanced))
+                TrainingConfig(**settings)  # before the pictures are touched
+                self._keep(files or [], table, folder)
+                scan_pictures(folder, prompt)
+                run.start(settings)
+        except Exception as error:
+            return gr.update(), refusal(error, "Not started")
         return gr.update(choices=self.runs(), value=run.name), "Starting ..."
+
+    def _free_run(self, name: str | None) -> Run:
+        """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
+        name = str(name or "").strip()
+        if not name:
+            raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
+        run = Run(self.studio.outputs, name)
+        run.check_free()
+        if name in self.studio.adapters():
+            raise EffiLoRAError(f"there is an adapter named {name}: give another name")
+        return run
 
     def check_first(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
                     *advanced: Any) -> Iterator[tuple[Any, str]]:  # fmt: skip
@@ -160,11 +150,12 @@ class TrainTab:
         yield gr.update(), "Loading model and pictures ..."
         folder = self.studio.fresh_folder("checking")
         try:
+            self._free_run(name)
             prompt = self._checked(files, prompt, preset)
             self._keep(files or [], table, folder / "pictures")
-            report = dry_run(self.settings(prompt, preset, folder / "pictures", list(advanced)), folder)
-        except (EffiLoRAError, TypeError, OSError) as error:
-            yield gr.update(visible=False), f"**It would not start:** {one_line(error)}"
+            report = dry_run(run_settings(self.studio, prompt, preset, folder / "pictures", list(advanced)), folder)
+        except Exception as error:
+            yield gr.update(visible=False), refusal(error, "It would not start")
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -174,6 +165,8 @@ class TrainTab:
         """The prompt; raises :class:`EffiLoRAError` for what is missing in the form."""
         if not files:
             raise EffiLoRAError("there are no pictures: drop some, or take the example's")
+        if len(files) > MAX_PICTURES:
+            raise EffiLoRAError(f"there are {len(files)} pictures, {MAX_PICTURES} at most can be taken here")
         if not str(prompt or "").strip():
             raise EffiLoRAError("the prompt is missing: a few words that name the subject, as 'a photo of sks dog'")
         if preset not in PRESETS:
@@ -181,14 +174,14 @@ class TrainTab:
         return str(prompt).strip()
 
     def _keep(self, files: list[str], table: Any, folder: Path) -> None:
-        """Copy pictures, and the captions in the table, into a data set."""
-        captions = [str(row[2] or "").strip() for row in rows_of(table)]
+        """Copy pictures, and the captions in the table by the pictures' names, into a data set."""
+        captions = captions_of(table)
         fresh = self.studio.fresh_folder("pictures")
-        for index, file in enumerate(files[:MAX_PICTURES]):
+        for index, file in enumerate(files):
             name = f"{index:03d}-{Path(file).name[-60:]}"
             shutil.copyfile(file, fresh / name)
-            if index < len(captions) and captions[index]:
-                (fresh / name).with_suffix(".txt").write_text(captions[index], encoding="utf-8")
+            if captions.get(Path(file).name):
+                (fresh / name).with_suffix(".txt").write_text(captions[Path(file).name], encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.rename(folder)
@@ -197,19 +190,20 @@ class TrainTab:
         """Stop a run after its step."""
         try:
             run = Run(self.studio.outputs, name)
-        except EffiLoRAError as error:
-            return f"**Not stopped:** {one_line(error)}"
-        if not run.running:
-            return "It is not running."
-        run.stop()
-        return "Stopping after this step; the checkpoint follows."
+            if not run.running:
+                return "It is not running here."
+            begun = run.status().step > 0
+            run.stop()
+        except Exception as error:
+            return refusal(error, "Not stopped")
+        return "Stopping after this step; the checkpoint follows." if begun else "Stopping before its first step."
 
     def go_on(self, name: str) -> str:
         """Resume a run that was stopped or killed."""
         try:
             Run(self.studio.outputs, name).resume()
-        except EffiLoRAError as error:
-            return f"**Not resumed:** {one_line(error)}"
+        except Exception as error:
+            return refusal(error, "Not resumed")
         return "Resuming ..."
 
     def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
@@ -221,8 +215,9 @@ class TrainTab:
             run = Run(self.studio.outputs, name)
             status = run.status()
         except EffiLoRAError as error:
-            return f"**{one_line(error)}**", None, None, "", hidden
-        text = {"failed": f"**{status.message}**"}.get(status.state, status.message)
+            return f"**{plain_words(error)}**", None, None, "", hidden
+        words = plain_words(status.message)
+        text = f"**{words}**" if status.state == "failed" else words
         report = run.report()
         shown = gr.update(value=report, visible=True) if report else hidden
         if not status.metrics:
@@ -238,7 +233,7 @@ class TrainTab:
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         look = (self.look, self.which, self.shown)
-        self.files.change(self.check, self.files, self.table, **hidden)
+        self.files.change(self.check, [self.files, self.table], self.table, **hidden)
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
         form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
         self.look_first.click(
@@ -278,45 +273,11 @@ def curve_of(metrics: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.concat([frame.iloc[::every].assign(curve=name) for name, frame in curves], ignore_index=True)
 
 
-def shown_fields() -> list[Field[Any]]:
-    """The settings of the advanced section."""
-    return [entry for entry in fields(TrainingConfig) if entry.name not in OWN_FIELDS]
-
-
-def default_of(entry: Field[Any]) -> Any:
-    """A setting's default."""
-    return entry.default if entry.default_factory is MISSING else entry.default_factory()
-
-
-def component_of(entry: Field[Any]) -> Any:
-    """The component that shows a setting, made from its type, choices, default and help text."""
-    kind, default = base_type(get_type_hints(TrainingConfig)[entry.name]), default_of(entry)
-    common: dict[str, Any] = {"label": entry.name, "info": entry.metadata["help"], "elem_id": f"train-{entry.name}"}
-    if kind is bool:
-        return gr.Checkbox(default, **common)
-    if entry.metadata["choices"]:
-        return gr.Dropdown(["", *entry.metadata["choices"]], value=default or "", **common)
-    if kind in (int, float) and default is not None:  # a Number without a value comes back from the browser as 0
-        return gr.Number(default, precision=0 if kind is int else None, **common)
-    text = "\n".join(default) if isinstance(default, list) else default or ""
-    return gr.Textbox(text, lines=1, max_lines=6, **common)
-
-
-def from_component(entry: Field[Any], value: Any) -> Any:
-    """A component's value as the setting's; empty means the default."""
-    default = default_of(entry)
-    if value is None or value == "":
-        return default
-    if isinstance(default, list):
-        return [line.strip() for line in str(value).splitlines() if line.strip()]
-    kind = base_type(get_type_hints(TrainingConfig)[entry.name])
-    try:
-        return kind(value)
-    except (ValueError, OverflowError) as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise EffiLoRAError(f"--{entry.name} must be {wanted}, not {value!r}") from error
-
-
-def rows_of(table: Any) -> list[list[Any]]:
-    """The rows of a Dataframe's value, whatever form Gradio gives it."""
-    return table.values.tolist() if isinstance(table, pd.DataFrame) else list(table or [])
+def captions_of(table: Any) -> dict[str, str]:
+    """Captions by file name in a Dataframe's value, whatever form Gradio gives it; rows may have been added or deleted."""
+    rows = table.values.tolist() if isinstance(table, pd.DataFrame) else list(table or [])
+    found = {}
+    for row in rows:
+        if len(row) > 2 and not pd.isna(row[0]) and not pd.isna(row[2]) and str(row[2]).strip():
+            found[str(row[0])] = str(row[2]).strip()
+    return found

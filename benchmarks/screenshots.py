@@ -100,7 +100,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         for name in RUNS:
             shutil.copytree(outputs / name, Path(folder) / name)
-        served = serve(argparse.Namespace(model=None, outputs=Path(folder), port=None, listen=False), block=False)
+        served = serve(
+            argparse.Namespace(mixed_precision="no", model=None, outputs=Path(folder), port=None, listen=False),
+            block=False,
+        )
         chromium = next(
             (path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None
         )

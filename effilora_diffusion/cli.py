@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     app = commands.add_parser("app", help="the web UI")
     app.add_argument("--model", help="model folder, hub id or .safetensors checkpoint (default: the embedded base)")
+    app.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="type of the weights")
     app.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of runs, adapters and pictures")
     app.add_argument("--port", type=int, default=7860)
     app.add_argument("--listen", action="store_true", help="serve other machines too; needs credentials")
@@ -163,7 +164,6 @@ def run_app(args: argparse.Namespace) -> None:
     else:
         sys.path.insert(0, str(Path(__file__).parents[1]))
         server = importlib.import_module("app.server")
-    print(f"http://127.0.0.1:{args.port}", flush=True)
     server.serve(args)
 
 

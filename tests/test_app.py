@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import gradio as gr
@@ -213,14 +214,14 @@ VISIT = argparse.Namespace(session_hash="visitor")
 
 def test_a_grid_is_one_picture_with_every_pair(compare):
     values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
-    *_, (_, update, status) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
+    *_, (_, update, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
     assert status == "strength across, seed down."
     width, height = Image.open(update["value"]).size
     assert width > 2 * 128
     assert height > 3 * 128
-    *_, (_, _, status) = compare.draw_grid(VISIT, "strength", "0; 1", "strength", "0", *values)
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "strength", "0", *values)
     assert "two different settings" in status
-    *_, (slider, grid, status) = compare.compare(VISIT, "", *values[1:])  # no prompt: the adapter's own
+    *_, (slider, grid, status, *_) = compare.compare(VISIT, "", *values[1:])  # no prompt: the adapter's own
     assert "Right: cat at 1" in status
     sides = slider["value"]
     assert not grid["visible"]
@@ -237,23 +238,88 @@ def test_checkpoints_are_an_axis(compare, studio, place, tmp_path):
     assert not np.array_equal(early, late)
     assert np.array_equal(late, final)
     values = ("a sks cat", "dog", 1.0, 0, 2, 3.0, 32)
-    *_, (_, _, status) = compare.draw_grid(VISIT, "strength", "0.5; 1", "checkpoint", "2; final", *values)
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0.5; 1", "checkpoint", "2; final", *values)
     assert status == "strength across, checkpoint down."
-    *_, (_, _, status) = compare.draw_grid(VISIT, "strength", "0.5", "checkpoint", "3", *values)
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0.5", "checkpoint", "3", *values)
     assert "no checkpoint of step 3; there are [2, 4]" in status
-    *_, (_, _, status) = compare.draw_grid(VISIT, "checkpoint", "2", "adapter", "dog; cat", *values)
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "checkpoint", "2", "adapter", "dog; cat", *values)
     assert "cat has no checkpoint of step 2" in status  # said before anything is drawn
+    none = compare.suggest("adapter", "dog", "")
+    assert none.startswith("none; ")
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "adapter", none, "strength", "0.5; 1", *values)
+    assert status == "adapter across, strength down."
+    *_, (_, _, status, *_) = compare.draw_grid(
+        VISIT, "strength", "0; 1", "adapter", "dog", *("a sks cat", NONE, *values[2:])
+    )
+    assert status == "strength across, adapter down."
 
 
 def test_a_grid_can_be_stopped_while_it_waits_and_while_it_draws(compare, studio):
     values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
     compare.announce(VISIT)
     compare.stop(VISIT)
-    *_, (_, _, status) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
     assert "stopped" in status
     drawing = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
     next(drawing)
     compare.stop(VISIT)
-    assert "stopped" in list(drawing)[-1][-1]
-    *_, (_, _, status) = compare.draw_grid(VISIT, "strength", "0", "seed", "0", *values)
+    assert "stopped" in list(drawing)[-1][2]
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0", "seed", "0", *values)
     assert status == "strength across, seed down."
+    assert compare.stop(VISIT) == "Nothing is being drawn."
+
+
+def test_stop_ends_all_drawings_of_the_visitor_and_of_nobody_else(compare, tab):
+    other = argparse.Namespace(session_hash="another")
+    assert tab.announce(VISIT)[0] == "Waiting for the model."
+    running = compare.tickets.begin("visitor")
+    assert "one other drawing" in compare.announce(VISIT)[0]  # a second one, while the first runs
+    assert "2 other drawings" in tab.announce(other)[0]
+    assert compare.stop(VISIT) == "Stopping ..."
+    waiting = compare.tickets.begin("visitor")
+    assert running.stop
+    assert waiting.stop
+    assert waiting is not running
+    assert not compare.tickets.begin("another").stop
+    for visitor, ticket in (("visitor", running), ("visitor", waiting)):
+        compare.tickets.end(visitor, ticket)
+    compare.tickets.end("another", compare.tickets._open["another"][0])
+    assert tab.announce(VISIT)[0] == "Waiting for the model."  # nobody is before
+    words, go, halt = tab.failed(VISIT)
+    assert "Not drawn" in words
+    assert (go["interactive"], halt["interactive"]) == (True, False)
+    assert tab.stop(VISIT) == "Nothing is being drawn."
+
+
+def test_drawings_that_never_began_are_forgotten(tab, monkeypatch):
+    tab.announce(VISIT)
+    monkeypatch.setattr("app.drawing.FORGOTTEN", -1.0)
+    assert tab.announce(argparse.Namespace(session_hash="another"))[0] == "Waiting for the model."
+
+
+def test_a_fault_leaves_the_buttons_usable(tab, studio, monkeypatch):
+    monkeypatch.setattr(studio.stack, "use", lambda wanted: 1 / 0)
+    *_, last = tab.draw(VISIT, *form())
+    assert last[tab.go]["interactive"]
+    assert not last[tab.halt]["interactive"]
+    assert "Not drawn" in last[tab.status]
+    assert tab.tickets._open == {}
+
+
+def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(studio):
+    expected = pixels(draw(studio, steps=3)[0])
+    slow = studio.pipe.unet.register_forward_pre_hook(lambda module, args: time.sleep(0.3))
+    drawing = studio.draw(Request("a sks cat", **{**SMALL, "steps": 50}))
+    next(drawing)
+    began = time.monotonic()
+    drawing.close()
+    closed = time.monotonic() - began
+    slow.remove()
+    assert np.array_equal(pixels(draw(studio, steps=3)[0]), expected)
+    assert closed < 0.25  # not the rest of a step
+
+
+def test_sizes_far_beyond_the_model_s_own_are_refused(studio):
+    assert studio.max_edge == 256
+    with pytest.raises(EffiLoRAError, match="256 at most"):
+        list(studio.draw(Request("a cat", **{**SMALL, "width": 512})))

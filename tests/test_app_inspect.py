@@ -1,5 +1,7 @@
 """The Inspect tab without a browser, and the whole page on models of every family."""
 
+from types import SimpleNamespace
+
 import gradio as gr
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from app.inspect import InspectTab
 from app.server import make_page
 from app.studio import Request, Studio
 from effilora_diffusion.core import load_adapter_file
+
+VISIT = SimpleNamespace(session_hash="visitor")
 
 
 @pytest.fixture
@@ -25,13 +29,14 @@ def test_layers_heads_and_training_are_shown(tab, studio):
     count = len(load_adapter_file(studio.adapter_path("cat")).adapter.layers)
     assert layers.count('<th scope="row">') == 2 * count
     assert "Reducer was off" in training
+    assert "How much each layer changes" in tab.show("cat @ 4")[0]  # a checkpoint is inspected as well
     assert "no adapter named" in tab.show("<b>dog</b>")[0]
     assert "<b>" not in tab.show("<b>dog</b>")[0]
 
 
 def test_every_head_is_drawn_alone_on_the_same_seeds(tab, studio):
     before = len(studio.drawn())
-    *_, (update, text) = tab.draw_heads("cat", "", 3)
+    *_, (update, text, *_) = tab.draw_heads(VISIT, "cat", "", 3)
     assert text == "a sks cat: what each head of cat adds by itself."
     assert len(studio.drawn()) == before  # grids are no history
     with Image.open(update["value"]) as grid:
@@ -47,7 +52,7 @@ def test_what_has_no_heads_is_said(tab, studio):
     file = studio.outputs / "cat" / "pytorch_lora_weights.safetensors"
     (studio.uploads / "plain.safetensors").write_bytes(file.read_bytes())
     assert "this is a plain LoRA" in tab.show("plain")[0]
-    *_, (_, text) = tab.draw_heads("plain", "a cat", 0)
+    *_, (_, text, *_) = tab.draw_heads(VISIT, "plain", "a cat", 0)
     assert "a plain LoRA has no heads" in text
 
 

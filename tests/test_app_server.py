@@ -31,7 +31,9 @@ GOOD = {"prompt": "a sks cat", "adapter": "cat", "strength": 0.5, "seed": 5, **S
 def server(place, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("served") / "outputs"
     shutil.copytree(place / "outputs", outputs)
-    args = argparse.Namespace(model=str(place / "model"), outputs=outputs, port=None, listen=False)
+    args = argparse.Namespace(
+        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False
+    )
     page = serve(args, block=False)
     yield page, outputs
     page.close()
@@ -256,14 +258,18 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
     assert page.local_url.startswith("http://127.0.0.1:")
     assert page.share_url is None
     monkeypatch.delenv("EFFILORA_AUTH", raising=False)
-    args = argparse.Namespace(model=str(place / "model"), outputs=place / "outputs", port=None, listen=True)
+    args = argparse.Namespace(
+        mixed_precision="no", model=str(place / "model"), outputs=place / "outputs", port=None, listen=True
+    )
     with pytest.raises(EffiLoRAError, match="--listen needs credentials"):
         serve(args, block=False)
 
 
 def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILORA_AUTH", "ann:correct horse")
-    args = argparse.Namespace(model=str(place / "model"), outputs=tmp_path / "outputs", port=None, listen=False)
+    args = argparse.Namespace(
+        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None, listen=False
+    )
     page = serve(args, block=False)
     try:
         with pytest.raises(urllib.error.HTTPError) as caught:

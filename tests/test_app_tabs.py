@@ -1,19 +1,27 @@
 """The Train and Adapters tabs without a browser: what their handlers accept, refuse and say."""
 
+import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
+import pandas as pd
 import pytest
 import torch
 from helpers import make_subject, trainer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_families import build
 
 from app.adapters import AdaptersTab
+from app.inspect import InspectTab
+from app.server import make_page
+from app.slots import Slot
 from app.studio import Studio
-from app.train import TrainTab, component_of, from_component, shown_fields
+from app.train import TrainTab, captions_of
+from app.train_settings import PRESET_FIELDS, component_of, from_component, run_settings, shown_fields, usual_settings
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter
 from effilora_diffusion.diffusion.settings import TrainingConfig
 
 
@@ -24,10 +32,11 @@ def built(kind, studio):
     return tab
 
 
-def by_hand(**changes):
+def by_hand(studio, **changes):
     """The advanced section as it is shown, with some fields changed."""
+    usual = usual_settings(studio)
     with gr.Blocks():
-        return [changes.get(entry.name, component_of(entry).value) for entry in shown_fields()]
+        return [changes.get(entry.name, component_of(entry, usual[entry.name]).value) for entry in shown_fields()]
 
 
 # ------------------------------------------------------------------------------------------------------------ train
@@ -39,7 +48,7 @@ def test_every_picture_is_checked_at_once_with_its_reason(studio, tmp_path):
     (folder / "bad.png").write_bytes(b"no picture")
     (folder / "empty.png").write_bytes(b"")
     (folder / "twice.png").write_bytes((folder / "0.png").read_bytes())
-    rows = tab.check([str(path) for path in sorted(folder.iterdir())])
+    rows = tab.check([str(path) for path in sorted(folder.iterdir())], None)
     assert [row[0] for row in rows] == ["0.png", "1.png", "bad.png", "empty.png", "twice.png"]
     assert [row[1].startswith("good, 300 x 300") for row in rows] == [True, True, False, False, True]
     assert "empty" in rows[3][1]
@@ -52,7 +61,7 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
     files = [str(path) for path in sorted(make_subject(tmp_path / "p", 2).iterdir())]
     rows = [["0.png", "good", "a red one"], ["1.png", "good", ""]]
     hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1}
-    advanced = by_hand(**hand)
+    advanced = by_hand(studio, **hand)
     update, text = tab.begin(files, rows, "a sks cat", "new cat", "quick", *advanced)
     assert text == "Starting ..."
     assert update["value"] == "new cat"
@@ -78,7 +87,8 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
         ({"files": None}, "no pictures"),
         ({"prompt": " "}, "prompt is missing"),
         ({"name": "../x"}, "name"),
-        ({"name": ""}, "name"),
+        ({"name": ""}, "no name yet"),
+        ({"files": ["x"] * 201}, "201 pictures"),
         ({"preset": "fastest"}, "preset"),
         ({"name": "cat"}, "finished run"),
         ({"resolution": 33}, "--resolution"),
@@ -91,34 +101,89 @@ def test_what_can_t_be_trained_is_said(studio, tmp_path, change, word):
     tab = built(TrainTab, studio)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "quick", **change}
-    advanced = by_hand(**change)
+    advanced = by_hand(studio, **change)
     _, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
     assert text.startswith("**Not started:**")
     assert word in text
     assert (studio.outputs / "cat" / "effilora.safetensors").exists()
 
 
-def test_the_advanced_section_is_the_trainer_s_own_configuration():
+def test_the_advanced_section_shows_what_will_be_used(studio, tmp_path):
+    usual = usual_settings(studio)
+    assert usual["resolution"] == 32  # the model's own edge
     with gr.Blocks():
-        shown = {entry.name: component_of(entry) for entry in shown_fields()}
-    defaults = TrainingConfig()
+        shown = {entry.name: component_of(entry, usual[entry.name]) for entry in shown_fields()}
     for entry in shown_fields():
-        assert from_component(entry, shown[entry.name].value) == getattr(defaults, entry.name), entry.name
-        assert shown[entry.name].info == entry.metadata["help"]
+        assert from_component(entry, shown[entry.name].value, usual[entry.name]) == usual[entry.name], entry.name
+        assert shown[entry.name].info.startswith(entry.metadata["help"])
     assert {"rank", "heads", "routing", "reducer", "quantization", "lr_scheduler"} <= shown.keys()
+    found = run_settings(studio, "a cat", "better", tmp_path, by_hand(studio))
+    assert {name: found[name] for name in usual if name not in PRESET_FIELDS} == {
+        name: value for name, value in usual.items() if name not in PRESET_FIELDS
+    }
+    assert (found["max_train_steps"], found["checkpointing_steps"], found["validation_prompt"]) == (
+        800,
+        200,
+        ["a cat"],
+    )
+    TrainingConfig(**found)
+
+
+def test_every_value_can_be_chosen_by_hand(tmp_path):
+    studio = Studio(None, tmp_path / "outputs")  # the embedded base, whose usual settings are the example's
+    found = run_settings(studio, "a cat", "quick", tmp_path, by_hand(studio))
+    assert (found["with_prior_preservation"], found["train_batch_size"], found["max_train_steps"]) == (True, 5, 300)
+    hand = {"with_prior_preservation": False, "center_crop": False, "resolution": 512, "learning_rate": 5e-4, "class_prompt": "",
+            "max_train_steps": "100", "validation_prompt": "one\ntwo"}  # fmt: skip
+    found = run_settings(studio, "a cat", "quick", tmp_path, by_hand(studio, **hand))
+    expected = {**hand, "class_prompt": [], "max_train_steps": 100, "checkpointing_steps": 25}
+    expected["validation_prompt"] = ["one", "two"]
+    assert {name: found[name] for name in expected} == expected
+    TrainingConfig(**found)
+
+
+def test_captions_follow_their_pictures(studio, tmp_path):
+    tab = built(TrainTab, studio)
+    files = [str(path) for path in sorted(make_subject(tmp_path / "p", 3).iterdir())]
+    rows = tab.check(files, None)
+    rows[0][2], rows[2][2] = "the first", "the last"
+    assert [row[2] for row in tab.check(files[1:], pd.DataFrame(rows))] == ["", "the last"]  # kept when a file goes
+    table = pd.DataFrame([[None, None, None], ["2.png", "good", "the last"], ["1.png", "good", float("nan")]])
+    assert captions_of(table) == {"2.png": "the last"}
+    tab._keep(files, table, tmp_path / "data")  # the first row was deleted, one was added
+    assert {path.name: path.read_text() for path in (tmp_path / "data").glob("*.txt")} == {"002-2.txt": "the last"}
+
+
+def test_a_refused_start_touches_nothing_that_is_there(studio, place, tmp_path):
+    tab = built(TrainTab, studio)
+    files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
+    data = make_subject(studio.outputs / "datasets" / "cat", 3)
+    options = {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0}
+    trainer(place / "model", data, studio.outputs / "half", **options).run()
+    (studio.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped, and not just now
+    os.utime(studio.outputs / "half" / "metrics.jsonl", (0, 0))
+    (studio.uploads / "dog.safetensors").write_bytes((studio.outputs / "cat" / "effilora.safetensors").read_bytes())
+    before = {path: path.stat().st_mtime_ns for path in studio.outputs.rglob("*") if path.is_file()}
+    for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
+                       ("class pictures", "reserved"), ("history", "reserved")):  # fmt: skip
+        _, text = tab.begin(files, [], "a cat", name, "quick", *by_hand(studio))
+        assert word in text, name
+        *_, (_, text) = tab.check_first(files, [], "a cat", name, "quick", *by_hand(studio))
+        assert word in text, name
+    assert {path: path.stat().st_mtime_ns for path in studio.outputs.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_is_checked_before_it_is_trained(studio, tmp_path):
     tab = built(TrainTab, studio)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     before = sorted(studio.outputs.iterdir())
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "", "quick", *by_hand(rank=2))
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(studio, rank=2))
     assert text == "Nothing is in the way."
     assert "pictures    2 with 1 different captions" in report["value"]
     assert "rank 2, 3 heads" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "", "quick", *by_hand())
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(studio))
     assert text.startswith("**It would not start:**")
     assert not report["visible"]
     assert sorted(studio.outputs.iterdir()) == before
@@ -191,6 +256,11 @@ def bad_files(folder, place):
         {**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, folder / "flux.safetensors"
     )
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, folder / "loha.safetensors")
+    plain = load_file(place / "outputs" / "cat" / "pytorch_lora_weights.safetensors")
+    save_file(
+        {key: value * (0 if "lora_B" in key else 1) for key, value in plain.items()}, folder / "zero.safetensors"
+    )
+    save_file({key: value * float("nan") for key, value in plain.items()}, folder / "nan.safetensors")
     torch.save({"x": 1}, folder / "pickle.safetensors")
     return sorted(folder.iterdir())
 
@@ -204,6 +274,58 @@ def test_files_that_can_t_be_used_are_refused_in_words(studio, place, tmp_path):
         assert text.startswith("**Not taken:**"), file
         assert len(text) > 30
     assert studio.adapters() == before
+
+
+def test_files_that_lie_among_the_adapters_damaged_break_nothing(studio):
+    (studio.uploads / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    tab = built(AdaptersTab, studio)
+    _, card, _ = tab.refresh(None)
+    assert "not a readable safetensors file" in card
+    assert "Not exported" in tab.write("cut", "diffusers")[1]
+    make_page(studio)
+
+
+def test_a_file_s_words_about_itself_never_replace_what_is_measured(studio):
+    content = load_adapter_file(studio.outputs / "cat" / "effilora.safetensors")
+    lies = {"config": 5, "layers": [1], "parameters": "many", "heads_used": "all", "export_error": "none", "exact_export": True,
+            "trigger_prompt": "x`\n\n![a](http://evil.example/t.png)<img src=x>", "steps": {"a": 1}}  # fmt: skip
+    save_adapter(studio.uploads / "evil.safetensors", AdapterFile(content.adapter, lies, content.calibration))
+    card, _ = built(AdaptersTab, studio).show("evil")
+    assert "rank 4, 3 heads, token routing" in card
+    assert "of the update missing" in card
+    for tab in (built(InspectTab, studio),):
+        assert "How much each layer changes" in tab.show("evil")[0]
+    slot = Slot(studio, 1)
+    for text in (card, slot.chosen("evil")[1]):
+        assert "](" not in text
+        assert "<img" not in text
+        assert "://" not in text
+
+
+def test_a_sample_is_drawn_and_shown(studio):
+    tab = built(AdaptersTab, studio)
+    before = tab.show("cat")[1]["value"]
+    *_, (_, picture, text, *_) = tab.draw_sample(SimpleNamespace(session_hash="visitor"), "cat")
+    assert text == "The sample is kept beside the adapter."
+    assert picture["value"].size != before.size  # the new one, not the run's
+    assert (studio.outputs / "cat" / "sample.png").exists()
+
+
+def test_names_of_the_command_line_s_runs_are_taken_as_they_are(studio):
+    (studio.outputs / "cat").rename(studio.outputs / "cat v1.0")
+    assert built(TrainTab, studio).runs() == ["cat v1.0"]
+    assert "Done" in built(TrainTab, studio).look("cat v1.0")[0]
+    tab = built(AdaptersTab, studio)
+    assert "rank 4" in tab.show("cat v1.0")[0]
+    assert tab.remove("cat v1.0", True)[2] == "cat v1.0 is deleted."
+    assert "deleted" in built(TrainTab, studio).look("cat v1.0")[0]
+
+
+def test_two_adapters_of_one_name_are_told_apart(studio):
+    (studio.uploads / "cat.safetensors").write_bytes((studio.outputs / "cat" / "effilora.safetensors").read_bytes())
+    found = studio.adapters()
+    assert len(found) == 2
+    assert len({label.removesuffix(" (brought)") for label in found}) == 1
 
 
 def test_an_adapter_of_another_base_is_explained(place, tmp_path):

@@ -66,7 +66,9 @@ def served(tmp_path_factory):
              "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
              "validation_inference_steps": 4, "output_dir": str(outputs / "cat")}  # fmt: skip
     Trainer(TrainingConfig(**{**example_settings(), **short})).run()
-    page = serve(argparse.Namespace(model=None, outputs=outputs, port=None, listen=False), block=False)
+    page = serve(
+        argparse.Namespace(mixed_precision="no", model=None, outputs=outputs, port=None, listen=False), block=False
+    )
     yield page.local_url, outputs
     page.close()
 

@@ -116,7 +116,7 @@ def test_files_of_other_models_are_refused_and_leave_nothing_behind(files, stack
     plain = Wanted(files / "kohya.safetensors")
     expected = draw(stack, plain)
     for file in odd_files(tmp_path):
-        with pytest.raises(EffiLoRAError, match="made for another base"):
+        with pytest.raises(EffiLoRAError, match=r"made for another base|changes nothing"):
             draw(stack, plain, Wanted(file))
         assert np.array_equal(draw(stack), base)
         assert np.array_equal(draw(stack, plain), expected)

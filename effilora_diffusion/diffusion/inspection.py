@@ -45,6 +45,8 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
     largest = max((size for facts in layers.values() for size in facts["heads"]), default=0.0)
     used = sum(size > 0 and size >= USED_SHARE * largest for facts in layers.values() for size in facts["heads"])
     return {
+        **content.metadata,  # first: a file's words about itself never replace what is measured
+        "export_error": _number(content.metadata.get("export_error")),
         "config": model.config.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(model.sites),
@@ -54,8 +56,15 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
         "layers": layers,
         "exact_export": is_exact(model),
         "sha256": content.sha256,
-        **content.metadata,
     }
+
+
+def _number(value: Any) -> float:
+    """A number of a file's metadata; 0 if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -15,6 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from .sampling import draw_pictures
+
+_WORKERS: WeakKeyDictionary[Any, threading.Thread] = WeakKeyDictionary()
+"""The thread that draws, or drew last, with each pipeline."""
 
 PREVIEW_EDGE = 32
 """Longest edge of the latents that previews are decoded from; larger ones are shrunk, so that a preview costs little."""
@@ -69,7 +73,9 @@ def draw_live(
         pipe: a diffusers pipeline.
         prompt: of all pictures.
         seeds: one per picture.
-        stop: ends the drawing after the current step; so does closing the generator. The pipeline can be used at once.
+        stop: ends the drawing after the current step; the pipeline can be used at once. So does closing the generator, which
+            does not wait for that step, however (it may happen in a server's event loop): call :func:`settle` before
+            the pipeline is used otherwise.
         preview_every: steps between two previews; 0: none.
         options: as in :func:`~.sampling.draw_pictures`: ``steps``, ``guidance_scale``, ``negative_prompt``, sizes.
 
@@ -113,16 +119,26 @@ def _draw_one(
             events.put(error)
         events.put(None)
 
-    worker = threading.Thread(target=work, daemon=True)
+    settle(pipe)
+    worker = _WORKERS[pipe] = threading.Thread(target=work, daemon=True)
     worker.start()
+    ended = False
     try:
         while (event := events.get()) is not None:
             if isinstance(event, BaseException):
                 raise event
             yield event
+        ended = True
     finally:
-        if worker.is_alive():
+        if not ended:
             stop.set()
+    worker.join()
+
+
+def settle(pipe: Any) -> None:
+    """Wait until a drawing whose generator was closed has left ``pipe``: one step at most."""
+    worker = _WORKERS.get(pipe)
+    if worker is not None:
         worker.join()
 
 

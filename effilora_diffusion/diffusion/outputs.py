@@ -15,6 +15,7 @@ REDUCER_FILE = "reducer.jsonl"
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 COMPARISON_FILE = "before_after.png"
+SAMPLE_FILE = "sample.png"
 SAMPLES_FOLDER = "samples"
 
 
@@ -26,7 +27,16 @@ def write_adapters(output: Path, content: AdapterFile) -> None:
 
 def remove_run(output: Path) -> None:
     """Delete what a run has written to ``output``, and nothing else: pictures or other models may lie there too."""
-    for name in (ADAPTER_FILE, LORA_FILE, METRICS_FILE, REDUCER_FILE, CONFIG_FILE, CARD_FILE, COMPARISON_FILE):
+    for name in (
+        ADAPTER_FILE,
+        LORA_FILE,
+        METRICS_FILE,
+        REDUCER_FILE,
+        CONFIG_FILE,
+        CARD_FILE,
+        COMPARISON_FILE,
+        SAMPLE_FILE,
+    ):
         (output / name).unlink(missing_ok=True)
     for pattern in (SAMPLES_FOLDER, "checkpoint-*", ".checkpoint-*.tmp"):
         for folder in output.glob(pattern):

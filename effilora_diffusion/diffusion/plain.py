@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..core import EffiLoRAError
+
+logger = logging.getLogger(__name__)
 
 PLAIN_NAMES = ("lora_A", "lora_B", "lora_down", "lora.down", "lora.up", "lora_up", "lokr_w")
 """Parts of the tensor names by which a plain LoRA file is known."""
@@ -40,20 +43,37 @@ def describe_plain(path: str | Path) -> dict[str, Any]:
     ``trigger_prompt`` where its metadata (kohya's, modelspec's) name them."""
     ranks: set[int] = set()
     layers = parameters = 0
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            shape = file.get_slice(name).get_shape()
-            parameters += math.prod(shape)
-            if any(part in name for part in ("lora_A", "lora_down", "lora.down", "lokr_w1")) and shape:
-                layers += 1
-                ranks.add(int(shape[0]))
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                shape = file.get_slice(name).get_shape()
+                parameters += math.prod(shape)
+                if any(part in name for part in ("lora_A", "lora_down", "lora.down", "lokr_w1")) and shape:
+                    layers += 1
+                    ranks.add(int(shape[0]))
+    except (SafetensorError, OSError) as error:
+        raise EffiLoRAError(f"{Path(path).name} is not a readable safetensors file: get it again") from error
     named = {
         "base_model": metadata.get("ss_sd_model_name") or metadata.get("modelspec.architecture"),
         "trigger_prompt": metadata.get("modelspec.trigger_phrase"),
     }
     facts = {"layers": layers, "parameters": parameters, "ranks": sorted(ranks)}
     return {**facts, **{key: value for key, value in named.items() if value}}
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise :class:`EffiLoRAError` for a plain LoRA file whose weights are not finite, or whose update is zero."""
+    acts = False
+    with safe_open(str(path), "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise EffiLoRAError(f"{Path(path).name} holds NaN or infinite values: get it again")
+            if any(part in name for part in ("lora_B", "lora_up", "lora.up", "lokr_w2")):
+                acts = acts or bool(tensor.any())
+    if not acts:
+        raise EffiLoRAError(f"{Path(path).name} changes nothing: all its updates are zero")
 
 
 def plain_layers(pipe: Any, name: str) -> int:
@@ -70,6 +90,7 @@ def load_plain_lora(pipe: Any, path: str | Path, name: str) -> int:
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise EffiLoRAError(f"diffusers has no loader for plain LoRA in {type(pipe).__name__}")
+    check_weights(path)
     file, level = Path(path), diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # what goes wrong is raised here, in fewer words
     try:
@@ -84,6 +105,11 @@ def load_plain_lora(pipe: Any, path: str | Path, name: str) -> int:
     if layers == 0:
         remove_plain_loras(pipe)
         raise EffiLoRAError(f"{file.name} changes no layer of this model: it was made for another base")
+    held = describe_plain(path)["layers"]
+    if layers < held:
+        logger.warning(
+            "%s acts on %d layers of this model, and names %d: the others are not here", file.name, layers, held
+        )
     return layers
 
 

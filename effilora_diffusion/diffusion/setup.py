@@ -36,7 +36,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
         )
 
 
-def _used(output: Path) -> bool:
+def is_used(output: Path) -> bool:
     """Whether a run has written to ``output``."""
     return (output / ADAPTER_FILE).exists() or (output / METRICS_FILE).exists() or bool(list_checkpoints(output))
 
@@ -44,7 +44,7 @@ def _used(output: Path) -> bool:
 def check_output(config: TrainingConfig) -> None:
     """Raise :class:`EffiLoRAError` if the output folder holds an earlier run that the settings do not name."""
     output = Path(config.output_dir)
-    if _used(output) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+    if is_used(output) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
         raise EffiLoRAError(
             f"{output} holds an earlier run: give another --output_dir, continue it with "
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
@@ -65,7 +65,7 @@ def open_output(config: TrainingConfig) -> None:
     """Begin to write: an earlier run that is to be overwritten goes (its files only), the resolved settings come."""
     output = Path(config.output_dir)
     try:
-        if config.resume_from_checkpoint is None and _used(output):
+        if config.resume_from_checkpoint is None and is_used(output):
             remove_run(output)
         (output / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:

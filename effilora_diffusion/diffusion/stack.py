@@ -43,7 +43,10 @@ class AdapterStack:
         self.plain: dict[tuple[Any, ...], str] = {}
 
     def use(self, wanted: list[Wanted]) -> None:
-        """Let exactly ``wanted`` act; raises :class:`EffiLoRAError` for files that can't, the rest is then as it was."""
+        """Let exactly ``wanted`` act.
+
+        Raises :class:`EffiLoRAError` for files that can't; what acts then is not said, but the next call is right again.
+        """
         if len({one.mark() for one in wanted}) < len(wanted):
             raise EffiLoRAError("the same adapter is given twice: give it once, with another strength")
         native = {one.mark(): one for one in wanted if one.head is not None or is_native(one.path)}
@@ -73,7 +76,8 @@ class AdapterStack:
                     load_plain_lora(self.pipe, one.path, name)
                     self.plain[mark] = name
         except EffiLoRAError:
-            self.plain.clear()  # the loader has taken them all off
+            remove_plain_loras(self.pipe)
+            self.plain.clear()
             raise
         if plain:
             set_plain_strengths(self.pipe, {self.plain[mark]: one.strength for mark, one in plain.items()})
