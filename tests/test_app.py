@@ -15,6 +15,7 @@ from app.compare import CompareTab, changed, split
 from app.generate import NONE, GenerateTab
 from app.studio import Request
 from effilora_diffusion import EffiLoRAError, cli
+from effilora_diffusion.diffusion import live
 from effilora_diffusion.diffusion.sampling import read_parameters
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
@@ -314,6 +315,8 @@ def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(studio):
     began = time.monotonic()
     drawing.close()
     closed = time.monotonic() - began
+    with studio.holding():
+        assert not live._WORKERS[studio.pipe].is_alive()  # whoever holds the pipeline has it alone
     slow.remove()
     assert np.array_equal(pixels(draw(studio, steps=3)[0]), expected)
     assert closed < 0.25  # not the rest of a step
