@@ -44,13 +44,20 @@ LOG_FILE = "training.log"
 SETTINGS_FILE = "settings.yaml"
 
 WRAPPER = """
-import subprocess, sys
+import signal, subprocess, sys
 from pathlib import Path
-code = subprocess.Popen([sys.executable, "-m", "effilora_diffusion.diffusion.launch", *sys.argv[2:]])
-import signal
+child, asked = None, None
+def pass_on(number, frame):
+    global asked
+    asked = number
+    if child is not None:
+        child.send_signal(number)
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda n, frame: code.send_signal(n))
-Path(sys.argv[1]).write_text(str(code.wait()))
+    signal.signal(number, pass_on)
+child = subprocess.Popen([sys.executable, "-m", "effilora_diffusion.diffusion.launch", *sys.argv[2:]])
+if asked is not None:
+    child.send_signal(asked)
+Path(sys.argv[1]).write_text(str(child.wait()))
 """
 """Waits for the trainer and writes its exit code, so that it is known whoever looks, and whenever."""
 

@@ -1,11 +1,14 @@
 """Training runs of the web UI: processes that end well, badly, by a stop or by a kill, and are told apart."""
 
+import contextlib
 import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import build_tiny_pipeline
 from helpers import QUICK, make_subject
 
@@ -69,6 +72,56 @@ def test_a_killed_run_is_told_from_a_finished_one(settings, tmp_path):
     status = wait(run)
     assert status.state == "failed"
     assert "killed" in status.message
+
+
+def trainer_of(run):
+    """The trainer's process, the only child of the one that waits for it."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == run._state()["pid"]:
+                found.append(int(stat.parent.name))
+    return found[0] if found else None
+
+
+def test_a_trainer_that_the_system_kills_is_told_from_one_that_fails(settings, tmp_path):
+    run = Run(tmp_path / "outputs", "cat")
+    run.start({**settings, "max_train_steps": 400})
+    wait(run, lambda status: status.step >= 2 or status.state != "running")
+    os.kill(trainer_of(run), signal.SIGKILL)
+    status = wait(run)
+    assert status.state == "failed"
+    assert "lack of memory" in status.message
+    assert "no checkpoint yet" in status.message
+
+
+def test_a_run_stopped_at_once_leaves_no_trainer_behind(settings, tmp_path):
+    run = Run(tmp_path / "outputs", "cat")
+    run.start({**settings, "max_train_steps": 400})
+    while (trainer := trainer_of(run)) is None:
+        time.sleep(0.02)
+    run.stop()
+    status = wait(run)
+    assert status.state == "stopped"
+    assert "before its first step" in status.message
+    assert not Path(f"/proc/{trainer}").exists()
+
+
+def test_names_are_free_only_where_nothing_was_trained(settings, tmp_path):
+    outputs = tmp_path / "outputs"
+    (outputs / "by hand").mkdir(parents=True)
+    Run(outputs, "by hand").check_free()
+    (outputs / "by hand" / "config.yaml").write_text(yaml.safe_dump(settings))
+    (outputs / "by hand" / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "seconds": 1, "active_layers": 1}\n')
+    with pytest.raises(EffiLoRAError, match="being trained already"):
+        Run(outputs, "by hand").start(settings)
+    with pytest.raises(EffiLoRAError, match="being trained already"):
+        Run(outputs, "by hand").resume()  # a trainer of the command line is at work there
+    assert Run(outputs, "by hand").status().state == "elsewhere"
+    os.utime(outputs / "by hand" / "metrics.jsonl", (0, 0))
+    with pytest.raises(EffiLoRAError, match="unfinished run"):
+        Run(outputs, "by hand").start(settings)
 
 
 def test_a_failed_run_says_why(settings, tmp_path):

@@ -7,7 +7,16 @@ import torch
 from tiny_language import build, tokenizer
 
 from effilora_diffusion import EffiLoRAError
-from effilora_diffusion.language.data import IGNORED, Encoder, Examples, collate, collate_packed, pack, read_records
+from effilora_diffusion.language.data import (
+    IGNORED,
+    Encoder,
+    Example,
+    Examples,
+    collate,
+    collate_packed,
+    pack,
+    read_records,
+)
 
 SUM = {"instruction": "add 1 and 2", "input": "", "output": "3"}
 TURNS = (("system", "be brief"), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4"))
@@ -54,6 +63,13 @@ def test_the_alpaca_form_is_that_of_commonsense_170k():
     assert answered(encoder.encode(SUM), reader) == ["3</s>"]
     with pytest.raises(EffiLoRAError, match="no chat template"):
         Encoder(reader, "chat")
+
+
+def test_the_plain_form_is_instruction_and_answer():
+    encoder = Encoder(tokenizer(), "plain")
+    assert encoder.prompt(SUM) == "add 1 and 2\n"
+    assert encoder.prompt({**SUM, "input": "7"}) == "add 1 and 2\n7\n"
+    assert answered(encoder.encode(SUM), tokenizer()) == ["3</s>"]
 
 
 def test_long_examples_lose_their_beginning():
@@ -112,6 +128,7 @@ def test_packed_examples_do_not_see_one_another(name):
     rows = pack(items, 30)
     assert sorted(len(item.ids) for row in rows for item in row) == sorted(len(item.ids) for item in items)
     assert all(sum(len(item.ids) for item in row) <= 30 for row in rows)
+    items[1] = Example(items[1].ids[-4:], items[1].ids[-4:])  # cut so far that it begins with its answer
     model = build(name)
     with torch.no_grad():
         packed = model(**collate_packed([items])).loss

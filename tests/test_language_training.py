@@ -82,6 +82,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(place, tmp_path, reducer)
     assert main(words(place, tmp_path / "again", save_steps=4, resume_from_checkpoint=checkpoint, **options)) == 0
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
     assert logs(tmp_path / "whole")[4:] == logs(tmp_path / "again")[4:]
+    states = [(tmp_path / name / "checkpoint-8" / "reducer.json").read_text() for name in ("whole", "again")]
+    assert states[0] == states[1]
 
 
 def test_the_reducer_trains_the_layers_it_chooses(place, tmp_path):

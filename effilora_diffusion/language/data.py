@@ -107,7 +107,8 @@ class Encoder:
 
     Args:
         tokenizer: of the model.
-        template: ``chat``, ``alpaca`` or ``auto`` (``chat`` if the tokenizer has a template).
+        template: ``chat``, ``alpaca``, ``plain`` (the instruction, a line break, the answer) or ``auto`` (``chat`` if the
+            tokenizer has a template, else ``alpaca``).
         max_length: longest example in tokens; longer ones lose their beginning, never their answer's end.
     """
 
@@ -120,11 +121,13 @@ class Encoder:
 
     def segments(self, record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
         """The record's text in pieces, each with whether it is to be answered."""
-        if self.template == "alpaca":
+        if self.template != "chat":
             if "instruction" not in record or "output" not in record:
                 raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output'")
             end = self.tokenizer.eos_token or ""
-            return [(alpaca_prompt(record), False), (f"{record['output']}{end}", True)]
+            extra = f"\n{record['input']}" if record.get("input") else ""
+            prompt = alpaca_prompt(record) if self.template == "alpaca" else f"{record['instruction']}{extra}\n"
+            return [(prompt, False), (f"{record['output']}{end}", True)]
         messages = conversation(record, where)
         pieces: list[tuple[str, bool]] = []
         done = ""
@@ -158,7 +161,7 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         start = self.tokenizer.bos_token_id
-        if self.template == "alpaca" and start is not None and self.tokenizer("")["input_ids"][:1] == [start]:
+        if self.template != "chat" and start is not None and self.tokenizer("")["input_ids"][:1] == [start]:
             ids, labels = [start], [IGNORED]
         for text, answered in self.segments(record, where):
             found = self.tokens(text)

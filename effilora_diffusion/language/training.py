@@ -46,7 +46,7 @@ class DataOptions:
 
     train_file: str | None = option(None, "JSONL or JSON: instruction/input/output, or messages")
     validation_file: str | None = option(None, "the same, to be evaluated on")
-    prompt_template: str = option("auto", "form of the prompts", ("auto", "chat", "alpaca"))
+    prompt_template: str = option("auto", "form of the prompts", ("auto", "chat", "alpaca", "plain"))
     max_length: int = option(512, "longest example in tokens; longer ones lose their beginning")
     packing: bool = option(False, "several examples in one row, kept apart by their positions")
 
