@@ -69,12 +69,11 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
     """
     names = tuple(name for target in targets for name in GROUPS.get(target, (target,)))
     root = language_part(model)
-    heads = {id(part) for part in (_output_embedding(model),) if part is not None}
     found: dict[str, tuple[int, int]] = {}
     for path, module in model.named_modules():
         size = widths(module)
         inside = path.startswith(f"{root}.") if root else True
-        if size is None or not inside or id(module) in heads or layer_of(path) == path:
+        if size is None or not inside or layer_of(path) == path:  # outside the blocks: embeddings, projections of pictures
             continue
         if ALL_LINEAR in names or is_target(path, names):
             found[path] = size
@@ -83,10 +82,6 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
             f"no linear map of {type(model).__name__} ends in any of {list(targets)}: it has {_endings(model)}"
         )
     return _grouped(found)
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
 
 
 def _endings(model: nn.Module) -> list[str]:
