@@ -211,7 +211,6 @@ MISTAKES = {
     "strength is a word": [*GENERATE, "--adapter", "{place}/run:strong"],
     "strength is nan": [*GENERATE, "--adapter", "{place}/run:nan"],
     "damaged adapter": [*GENERATE, "--adapter", "{place}/damaged.safetensors"],
-    "plain LoRA as adapter": [*GENERATE, "--adapter", "{place}/run/pytorch_lora_weights.safetensors"],
     "model folder without a model": ["generate", "--model", "{place}", *GENERATE[3:]],
     "model that is nowhere": ["generate", "--model", "no-one/no-model", *GENERATE[3:]],
     "inspect nothing": ["inspect"],

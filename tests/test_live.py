@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_families import FAMILIES, build, sampling
 
-from effilora_diffusion.diffusion.live import Stop, draw_live
+from effilora_diffusion.diffusion.live import Stop, draw_live, settle
 from effilora_diffusion.diffusion.loading import component_of
 from effilora_diffusion.diffusion.sampling import draw_pictures
 
@@ -68,6 +68,7 @@ def test_leaving_the_loop_stops_the_pipeline():
     drawing = draw_live(pipe, PROMPT, [3], **options("sd15", 50))
     next(drawing)
     drawing.close()
+    settle(pipe)
     count = len(calls)
     time.sleep(0.2)
     assert len(calls) == count < 50
