@@ -73,7 +73,8 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
     for path, module in model.named_modules():
         size = widths(module)
         inside = path.startswith(f"{root}.") if root else True
-        if size is None or not inside or layer_of(path) == path:  # outside the blocks: embeddings, projections of pictures
+        in_block = layer_of(path) != path  # else an embedding, or what projects pictures
+        if size is None or not inside or not in_block:
             continue
         if ALL_LINEAR in names or is_target(path, names):
             found[path] = size
