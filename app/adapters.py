@@ -24,7 +24,6 @@ from effilora_diffusion.diffusion.stack import Wanted
 
 from .drawing import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
 from .runs import NAME, Run
-from .studio import Studio
 
 AS_IT_IS = "as it is"
 FORMATS = (*export.FORMATS, AS_IT_IS)
@@ -33,10 +32,6 @@ SAMPLE_SEEDS = (0, 1, 2)
 
 class AdaptersTab(DrawingTab):
     """Components and handlers of the tab."""
-
-    def __init__(self, studio: Studio):
-        super().__init__(studio.tickets)
-        self.studio = studio
 
     def build(self) -> None:
         """Lay the tab out and wire its events."""

@@ -16,7 +16,7 @@ from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 
 from .drawing import BUSY, IDLE, DrawingTab, plain_words, refusal
 from .slots import NONE
-from .studio import MAX_STRENGTH, Request, Studio
+from .studio import MAX_STRENGTH, Request
 
 AXES = ("strength", "checkpoint", "steps", "guidance", "seed", "prompt", "adapter")
 ADAPTER_AXES = ("adapter", "strength", "checkpoint")
@@ -30,10 +30,6 @@ RANGE = re.compile(r"(-?[\d.]+) ?- ?(-?[\d.]+) ?(?:\(\+?([\d.]+)\)|\[(\d+)\])")
 
 class CompareTab(DrawingTab):
     """Components and handlers of the tab."""
-
-    def __init__(self, studio: Studio):
-        super().__init__(studio.tickets)
-        self.studio = studio
 
     def build(self) -> None:
         """Lay the tab out and wire its events."""

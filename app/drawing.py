@@ -6,12 +6,15 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.live import Stop
+
+if TYPE_CHECKING:
+    from .studio import Studio  # which needs the tickets of this module
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +117,8 @@ class Tickets:
 class DrawingTab:
     """A tab whose button draws: the click is answered at once, then the drawing waits its turn."""
 
-    def __init__(self, tickets: Tickets):
-        self.tickets = tickets
+    def __init__(self, studio: Studio):
+        self.studio, self.tickets = studio, studio.tickets
 
     def announce(self, visit: gr.Request) -> tuple[str, Any]:
         """Say at once that a drawing waits for its turn; it can be stopped from now on."""

@@ -15,7 +15,7 @@ from effilora_diffusion.diffusion.sampling import read_parameters
 
 from .drawing import DrawingTab, plain_words, refusal
 from .slots import NONE, Slot
-from .studio import MAX_GUIDANCE, MAX_STEPS, MIN_EDGE, Request, Studio
+from .studio import MAX_GUIDANCE, MAX_STEPS, MIN_EDGE, Request
 
 SLOTS = 3
 """Adapters that can act at once."""
@@ -26,10 +26,6 @@ EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow backgroun
 
 class GenerateTab(DrawingTab):
     """Components and handlers of the tab; handlers are plain functions over the :class:`~.studio.Studio`."""
-
-    def __init__(self, studio: Studio):
-        super().__init__(studio.tickets)
-        self.studio = studio
 
     def build(self) -> None:
         """Lay the tab out and wire its events; call it within a tab of a Blocks."""

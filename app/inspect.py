@@ -18,7 +18,6 @@ from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 
 from . import figures
 from .drawing import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
-from .studio import Studio
 
 MOST_HEADS = 8
 """Heads that are drawn one at a time."""
@@ -26,10 +25,6 @@ MOST_HEADS = 8
 
 class InspectTab(DrawingTab):
     """Components and handlers of the tab."""
-
-    def __init__(self, studio: Studio):
-        super().__init__(studio.tickets)
-        self.studio = studio
 
     def build(self) -> None:
         """Lay the tab out and wire its events."""

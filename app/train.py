@@ -208,7 +208,7 @@ class TrainTab:
 
     def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
         """The run as it stands: words, curve of the loss, latest pictures, trained layers, the report before it."""
-        same, hidden = gr.update(), gr.update(visible=False)
+        hidden = gr.update(visible=False)
         if not name:
             return "No run yet.", None, None, "", hidden
         try:
@@ -224,15 +224,25 @@ class TrainTab:
             return text, None, None, "", shown
         history = run.history(status.step)
         layers = figures.active(history, status.step) + figures.importance(history) if history else ""
-        picture: Any = same
+        picture = None
         if status.sample is not None:
             with Image.open(status.sample) as opened:
                 picture = opened.copy()
         return f"{text}  \n{progress_of(status)}", curve_of(status.metrics), picture, layers, shown
 
+    def watch(self, name: str | None, seen: Any) -> tuple[Any, ...]:
+        """:meth:`look` again if the run has moved since ``seen``; a page that is left open costs the trainer nothing."""
+        try:
+            status = Run(self.studio.outputs, name or "").status()
+            now: Any = [name, status.message, status.step, str(status.sample)]
+        except EffiLoRAError:
+            now = [name]
+        if now == seen:
+            return *[gr.skip()] * len(self.shown), seen
+        return *self.look(name), now
+
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        look = (self.look, self.which, self.shown)
         self.files.change(self.check, [self.files, self.table], self.table, **hidden)
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
         form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
@@ -243,8 +253,9 @@ class TrainTab:
         self.start.click(self.begin, form, [self.which, self.note], **hidden)
         self.stop.click(self.end, self.which, self.note, **hidden)
         self.resume.click(self.go_on, self.which, self.note, **hidden)
-        self.which.change(*look, show_progress="hidden", **hidden)
-        self.timer.tick(*look, show_progress="hidden", **hidden)
+        self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
+        seen = gr.State(None)
+        self.timer.tick(self.watch, [self.which, seen], [*self.shown, seen], show_progress="hidden", **hidden)
 
     def refresh(self, name: str | None) -> tuple[Any, ...]:
         """The runs as they are on the disk now, and the chosen one (or the newest) as it stands."""

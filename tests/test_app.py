@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from helpers import make_subject, trainer
 from PIL import Image
 
 from app.compare import CompareTab, changed, split
 from app.generate import NONE, GenerateTab
-from app.studio import Request
+from app.studio import Request, Studio
 from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.diffusion import live
 from effilora_diffusion.diffusion.sampling import read_parameters
@@ -320,6 +321,12 @@ def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(studio):
     slow.remove()
     assert np.array_equal(pixels(draw(studio, steps=3)[0]), expected)
     assert closed < 0.25  # not the rest of a step
+
+
+def test_the_model_s_type_can_be_chosen(place, tmp_path):
+    found = Studio(str(place / "model"), tmp_path / "outputs", "bfloat16")
+    assert found.pipe.unet.dtype == torch.bfloat16
+    assert len(draw(found)) == 1
 
 
 def test_sizes_far_beyond_the_model_s_own_are_refused(studio):

@@ -189,6 +189,20 @@ def test_a_run_is_checked_before_it_is_trained(studio, tmp_path):
     assert sorted(studio.outputs.iterdir()) == before
 
 
+def test_an_open_page_is_sent_a_run_only_when_it_moves(studio):
+    tab = built(TrainTab, studio)
+    *first, seen = tab.watch("cat", None)
+    assert "step 4 of 4" in first[0]
+    assert first[2].width > 100
+    *again, same = tab.watch("cat", seen)
+    assert same == seen
+    assert again == [gr.skip()] * len(tab.shown)
+    shutil.rmtree(studio.outputs / "cat" / "samples")
+    *moved, _ = tab.watch("cat", seen)
+    assert moved[2] is None  # no picture of before, or of another run, is left
+    assert tab.watch(None, seen)[0] == "No run yet."
+
+
 def test_a_run_s_active_layers_are_shown(studio, place, tmp_path):
     options = {"max_train_steps": 8, "reducer": "importance", "reducer_warmup": 2, "reducer_interval": 2}
     trainer(place / "model", make_subject(tmp_path / "s", 2), studio.outputs / "dog", **options).run()

@@ -7,7 +7,7 @@ from tiny_language import LANGUAGE_MODELS, VOCAB, build, llava, rows
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.core import AdapterFile, EffiLoRA, calibrate, merge, save_adapter, to_lora, unmerge
-from effilora_diffusion.core.peft_format import write_peft
+from effilora_diffusion.core.peft_format import add_to_weights, write_peft
 from effilora_diffusion.language.attachment import attach, create_adapter, detach, find_sites, load_adapter
 
 PAPER = EffiLoRAConfig(rank=4, heads=3, target_modules=("paper",))
@@ -133,6 +133,15 @@ def test_static_gates_merge_into_the_weights_and_out_again(name):
     unmerge(model)
     detach(model)
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_plain_form_can_be_added_to_the_weights(name):
+    model, ids = build(name), rows()
+    adapter = adapted(model, EffiLoRAConfig(rank=4, heads=3, routing="static", target_modules=("paper",)))
+    merged = build(name)
+    add_to_weights(merged, to_lora(adapter))
+    torch.testing.assert_close(logits(merged, ids), logits(model, ids), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, adapters_of, load_adapter_file
-from ..core.fingerprint import model_hash
+from ..core.ready import ready
 from . import attention
-
-logger = logging.getLogger(__name__)
 
 
 def component_of(pipe: Any) -> nn.Module:
@@ -46,20 +43,7 @@ def load_adapter(pipe: Any, path: str | Path | AdapterFile, scale: float = 1.0, 
         raise EffiLoRAError("plain LoRAs are on this pipeline: load EffiLoRA adapters first, or unload_lora_weights()")
     wanted = name or ("default" if isinstance(path, AdapterFile) else Path(path).resolve().stem or "default")
     unique = unique_name(model, wanted) if name is None else name
-    adapter = content.adapter
-    adapter.eval().requires_grad_(False)
-    adapter.strength = float(scale)
-    if all(not heads.any() for heads in adapter.B):
-        logger.warning("the adapter %s changes nothing: all its heads are zero", wanted)
-    expected = content.metadata.get("base_hash")
-    found = model_hash(model) if expected and not adapters_of(model) else expected
-    if found not in (None, expected):
-        logger.warning(
-            "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
-            wanted,
-            content.metadata.get("base_model", "another model"),
-        )
-    return attention.attach(model, adapter, unique)
+    return attention.attach(model, ready(model, content, scale, wanted), unique)
 
 
 def unique_name(model: nn.Module, wanted: str) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site, adapters_of, load_adapter_file
+from ..core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site, adapters_of, load_adapter_file
 from ..core import attach as attach_maps
 from ..core import detach as detach_maps
 from ..core.attach import HOST_ATTRIBUTE, SCOPE_ATTRIBUTE, Scope
-from ..core.fingerprint import model_hash
+from ..core.ready import ready
 from ..core.sites import is_target, layer_of, widths
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "effilora.safetensors"
 
@@ -179,22 +176,4 @@ def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0, name: s
     """
     path = Path(path)
     content = load_adapter_file(path / ADAPTER_FILE if path.is_dir() else path)
-    adapter = content.adapter
-    adapter.eval().requires_grad_(False)
-    adapter.strength = float(scale)
-    if all(not heads.any() for heads in adapter.B):
-        logger.warning("the adapter %s changes nothing: all its heads are zero", path)
-    warn_of_other_base(model, content, str(path))
-    return attach(model, adapter, name)
-
-
-def warn_of_other_base(model: nn.Module, content: AdapterFile, label: str) -> None:
-    """Say so if the adapter was trained on other weights of the same shape."""
-    expected = content.metadata.get("base_hash")
-    found = model_hash(model) if expected and not adapters_of(model) else expected
-    if found not in (None, expected):
-        logger.warning(
-            "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
-            label,
-            content.metadata.get("base_model", "another model"),
-        )
+    return attach(model, ready(model, content, scale, str(path)), name)

@@ -188,23 +188,31 @@ def run(
     if validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
     metadata = {
-        "component": "language",
         "base_model": model_options.model_name_or_path,
         "gguf_file": model_options.gguf_file,
         "base_hash": base_hash,
         "steps": trainer.state.global_step,
         "examples": len(examples),
         "prompt_template": encoder.template,
-        "fan_in_fan_out": any(is_transposed(part) for part in model.modules()),
     }
-    model.eval()
     batches = [padded(examples.items[i : i + 8]) for i in range(0, 8 * CALIBRATION_BATCHES, 8) if examples.items[i:]]
+    error = _write(output, model, adapter, metadata, batches)
+    return {**figures, "export_error": error, **adapter.parameter_counts(), "trained_ever": reducer.trained_ever()}
+
+
+def _write(
+    output: Path, model: nn.Module, adapter: EffiLoRA, metadata: dict[str, Any], batches: list[dict[str, Any]]
+) -> float:
+    """Calibrate on ``batches``, write the native file and the PEFT folder; returns the plain form's relative error."""
+    model.eval()
     calibration, error = calibrate(model, adapter, lambda: _drive(model, batches))
-    content = AdapterFile(adapter, {**metadata, "export_error": error}, calibration)
+    transposed = any(is_transposed(part) for part in model.modules())
+    facts = {"component": "language", "fan_in_fan_out": transposed, "export_error": error}
+    content = AdapterFile(adapter, {**metadata, **facts}, calibration)
     content.sha256 = save_adapter(output / ADAPTER_FILE, content)
     write_peft_folder(output, content)
     (output / REDUCER_STATE).unlink(missing_ok=True)
-    return {**figures, "export_error": error, **adapter.parameter_counts(), "trained_ever": reducer.trained_ever()}
+    return error
 
 
 def _collator(padded: Any, packing: bool) -> Any:
