@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_language import save, tokenizer
+from tiny_language import VOCAB, save, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from effilora_diffusion.core import load_adapter_file
-from effilora_diffusion.language.attachment import load_adapter
+from effilora_diffusion.core import EffiLoRAConfig, load_adapter_file
+from effilora_diffusion.language.attachment import attach, create_adapter, detach, load_adapter
 from effilora_diffusion.language.launch import main
 from effilora_diffusion.language.models import load_model
 
@@ -125,6 +126,38 @@ def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, chan
     assert word in said
     assert "Traceback" not in said
     assert not (tmp_path / "out" / "effilora.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["bnb-8bit", "bnb-4bit"])
+def test_a_quantised_base_is_adapted_exactly_and_trained(tmp_path, kind):
+    wide = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+    }  # bitsandbytes' kernels take blocks
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_hidden_layers=2, **wide)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    model, _ = load_model(str(tmp_path / "model"), quantization=kind)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(input_ids=ids).logits
+    assert "bit" in type(model.model.layers[0].self_attn.q_proj).__name__
+    adapter = attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",))))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    detach(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_the_base_s_type_can_be_chosen(place, tmp_path):
+    assert load_model(str(place / "model"), dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_another_adapter_s_checkpoint_is_refused(place, tmp_path, capsys):
