@@ -14,8 +14,8 @@ from effilora_diffusion import EffiLoRAError, export_lora
 from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.core.attach import check_sites
 from effilora_diffusion.core.files import write_atomic
+from effilora_diffusion.core.inspection import inspect_adapter
 from effilora_diffusion.diffusion import export
-from effilora_diffusion.diffusion.inspection import inspect_adapter
 from effilora_diffusion.diffusion.loading import component_of
 from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
 from effilora_diffusion.diffusion.plain import describe_plain, is_plain_lora

@@ -11,7 +11,7 @@ from PIL import Image
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import AdapterFile, is_native, load_adapter_file
-from effilora_diffusion.diffusion.inspection import inspect_adapter, reducer_history
+from effilora_diffusion.core.inspection import inspect_adapter, reducer_history
 from effilora_diffusion.diffusion.outputs import METRICS_FILE, REDUCER_FILE
 from effilora_diffusion.diffusion.plain import is_plain_lora
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png

@@ -22,8 +22,8 @@ import yaml
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.core.files import write_atomic
+from effilora_diffusion.core.inspection import ReducerHistory, logged_layers, reducer_history
 from effilora_diffusion.diffusion.checkpoints import list_checkpoints
-from effilora_diffusion.diffusion.inspection import ReducerHistory, logged_layers, reducer_history
 from effilora_diffusion.diffusion.outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER
 from effilora_diffusion.diffusion.settings import TrainingConfig
 from effilora_diffusion.diffusion.setup import is_used

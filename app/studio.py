@@ -18,11 +18,11 @@ from PIL import Image
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import is_native, load_adapter_file
+from effilora_diffusion.core.files import ADAPTER_FILE
 from effilora_diffusion.core.fingerprint import model_hash
 from effilora_diffusion.diffusion.checkpoints import CONTENT, list_checkpoints
 from effilora_diffusion.diffusion.live import Progress, Stop, draw_live, settle
 from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.outputs import ADAPTER_FILE
 from effilora_diffusion.diffusion.pipelines import EMBEDDED_BASE, load_pipeline
 from effilora_diffusion.diffusion.plain import describe_plain
 from effilora_diffusion.diffusion.sampling import save_png

@@ -1,4 +1,4 @@
-"""The ``effilora`` command: ``generate``, ``export``, ``inspect`` and ``app``."""
+"""The ``effilora`` command: ``generate``, ``chat``, ``evaluate``, ``export``, ``inspect`` and ``app``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from .core import EffiLoRAError, exit_code
+from .core import EffiLoRAError, exit_code, load_adapter_file
+from .core.files import adapter_path
 
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions."""
@@ -65,10 +67,15 @@ def make_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write an adapter as plain LoRA or as a merged model")
     export.add_argument("adapter", help="native file or training folder")
     export.add_argument("output", help="file (diffusers, kohya) or folder (peft, merged)")
-    export.add_argument("--format", choices=("diffusers", "kohya", "peft", "merged"), default="diffusers")
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "kohya", "peft", "merged"),
+        help="default: diffusers, of language models peft",
+    )
     export.add_argument("--model", help="base model for --format merged (default: the adapter's own)")
     export.add_argument("--single_file_config", help="configuration and tokenizers, if the base model is one file")
 
+    _add_language(commands)
     app = commands.add_parser("app", help="the web UI")
     app.add_argument("--model", help="model folder, hub id or .safetensors checkpoint (default: the embedded base)")
     app.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="type of the weights")
@@ -82,11 +89,49 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_language(commands: Any) -> None:
+    """``chat`` and ``evaluate``, which load a language model alike."""
+    chat = commands.add_parser("chat", help="talk to a language model with adapters")
+    chat.add_argument("--prompt", help="one question, to be answered once (default: a conversation)")
+    chat.add_argument("--system", help="system message of the conversation")
+    chat.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="picture that the first question is about"
+    )
+    chat.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
+    chat.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token, more is more varied"
+    )
+    chat.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this share")
+    chat.add_argument("--seed", type=int, default=0)
+
+    evaluate = commands.add_parser("evaluate", help="multiple-choice accuracy of a language model with adapters")
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON or JSONL with choices")
+    evaluate.add_argument("--limit", type=int, help="questions per task (default: all)")
+    evaluate.add_argument("--batch_size", type=int, default=16)
+    evaluate.add_argument(
+        "--exact_match", action="store_true", help="also generate answers, and compare them word for word"
+    )
+    evaluate.add_argument("--json", action="store_true", help="as JSON")
+
+    for command in (chat, evaluate):
+        command.add_argument("--model", help="model folder, hub id or .gguf file (default: the adapter's own)")
+        command.add_argument("--gguf_file", help="name of a GGUF file in the model's folder")
+        command.add_argument(
+            "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
+        )
+        command.add_argument("--dtype", choices=tuple(DTYPES.values()), default="float32", help="type of the weights")
+        command.add_argument("--quantization", choices=("bnb-8bit", "bnb-4bit"), help="quantise; needs bitsandbytes")
+        command.add_argument(
+            "--prompt_template",
+            choices=("auto", "chat", "alpaca", "plain", "vicuna"),
+            help="default: the adapter's own",
+        )
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """Draw ``num_images`` pictures; each PNG carries its parameters."""
     import torch
 
-    from .diffusion.loading import adapter_path
     from .diffusion.pipelines import EMBEDDED_BASE, load_pipeline
     from .diffusion.sampling import draw_pictures, save_png
     from .diffusion.settings import EMBEDDED_SAMPLING
@@ -138,19 +183,41 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the adapter in another format and say how close it is."""
-    from .diffusion.export import export_lora
+    content = load_adapter_file(adapter_path(args.adapter))
+    if content.metadata.get("component") == "language":
+        from .language.export import export
 
-    error = export_lora(args.adapter, args.output, args.format, args.model, args.single_file_config)
+        form = args.format or "peft"
+        error = export(content, Path(args.output), form, args.model)
+    else:
+        from .diffusion.export import export_lora
+
+        form = args.format or "diffusers"
+        error = export_lora(content, args.output, form, args.model, args.single_file_config)
     exact = "exact" if error == 0 else f"least squares: {error:.2%} of the adapter's update is missing"
-    print(f"{args.output} ({args.format}, {exact})")
+    print(f"{args.output} ({form}, {exact})")
 
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Print what the adapter is."""
-    from .diffusion.inspection import describe, inspect_adapter
+    from .core.inspection import describe, inspect_adapter
 
     facts = inspect_adapter(args.adapter)
     print(json.dumps(facts, indent=2) if args.json else describe(facts))
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """Answer one question, or talk."""
+    from .language import commands
+
+    commands.run_chat(args, [parse_adapter(text) for text in args.adapter])
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Ask multiple-choice questions."""
+    from .language import commands
+
+    commands.run_evaluate(args, [parse_adapter(text) for text in args.adapter])
 
 
 def run_app(args: argparse.Namespace) -> None:
@@ -171,7 +238,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0, or 2 for a mistake that the message explains."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
     args = make_parser().parse_args(arguments)
-    run = {"generate": run_generate, "export": run_export, "inspect": run_inspect, "app": run_app}[args.command]
+    run = {
+        "generate": run_generate,
+        "chat": run_chat,
+        "evaluate": run_evaluate,
+        "export": run_export,
+        "inspect": run_inspect,
+        "app": run_app,
+    }[args.command]
     return exit_code(lambda: run(args))
 
 

@@ -15,7 +15,7 @@ EVERY_KIND = [
     (routing, heads, sharing)
     for routing in ("token", "static", "timestep")
     for heads in (1, 3)
-    for sharing in ("width", "slice")
+    for sharing in ("width", "slice", "none")
 ]
 
 
@@ -47,6 +47,8 @@ def reference_update(adapter, path, x, timesteps=None):
                 continue
             if adapter.config.a_sharing == "width":
                 a = adapter.A[str(site.in_features)]
+            elif adapter.config.a_sharing == "none":
+                a = adapter.A[site.name.replace(".", "/")]
             else:
                 (a,) = adapter.A.values()
                 a = a[:, : site.in_features]
@@ -130,8 +132,11 @@ def test_every_map_adds_the_gated_sum_of_its_heads(toy, x, routing, heads, shari
             torch.testing.assert_close(found.double(), base.double() + update, rtol=1e-5, atol=1e-5)
 
 
-def test_slice_sharing_keeps_one_a_and_width_sharing_one_per_width():
+def test_slice_sharing_keeps_one_a_width_sharing_one_per_width_and_no_sharing_one_per_site():
     assert sorted(make_adapter(a_sharing="width").A) == ["12", "8"]
+    alone = make_adapter(a_sharing="none")
+    assert {key.replace("/", ".") for key in alone.A} == {site.name for site in alone.sites}
+    assert len({value.sum().item() for value in alone.A.values()}) == len(alone.sites)
     assert sorted(make_adapter(a_sharing="slice").A) == ["12"]
 
 
@@ -199,12 +204,12 @@ def test_a_fresh_adapter_trains_its_heads_first(toy, x):
     assert all(value.grad.abs().max() == 0 for value in [*adapter.A.values(), *adapter.G])
 
 
-@pytest.mark.parametrize("sharing", ["width", "slice"])
+@pytest.mark.parametrize("sharing", ["width", "slice", "none"])
 def test_every_a_is_one_parameter_stored_once(toy, sharing):
     adapter = attach(toy, make_adapter(a_sharing=sharing))
     state = adapter.state_dict()
     shared = [key for key in state if key.startswith("A.")]
-    assert len(shared) == (2 if sharing == "width" else 1)
+    assert len(shared) == {"width": 2, "slice": 1, "none": len(adapter.sites)}[sharing]
     assert len(state) == len(shared) + len(adapter.B) + len(adapter.G)
     assert len({value.data_ptr() for value in state.values()}) == len(state)
     inside = [name for name, _ in toy.named_parameters(remove_duplicate=False) if "effilora" in name]

@@ -14,7 +14,7 @@ BAD = [
     *[("heads", value) for value in (0, 65, 2.0, False)],
     *[("alpha", value) for value in (0, -1.0, NAN, INF)],
     *[("routing", value) for value in ("", "Token", None, "soft")],
-    *[("a_sharing", value) for value in ("none", None)],
+    *[("a_sharing", value) for value in ("layer", None)],
     *[("scaling", value) for value in ("rsLoRA", "")],
     *[("dropout", value) for value in (-0.1, 1, 1.0, NAN)],
     *[("target_modules", value) for value in ("to_q", (), [], ("to_q", ""), ("to_q", 3))],

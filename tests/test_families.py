@@ -10,11 +10,11 @@ from tiny_families import FAMILIES, build, draw
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, export_lora, load_adapter
 from effilora_diffusion.core import adapters_of
+from effilora_diffusion.core.inspection import inspect_adapter
 from effilora_diffusion.core.sites import is_target
 from effilora_diffusion.diffusion import families
 from effilora_diffusion.diffusion.attention import attach, create_adapter, detach
 from effilora_diffusion.diffusion.families import family_class, make_family
-from effilora_diffusion.diffusion.inspection import inspect_adapter
 from effilora_diffusion.diffusion.loading import component_of
 from effilora_diffusion.diffusion.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training import CALIBRATION_BATCHES

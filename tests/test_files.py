@@ -65,7 +65,7 @@ def assert_refused(path, match=None):
 
 
 @pytest.mark.parametrize("routing", ["token", "static", "timestep"])
-@pytest.mark.parametrize(("heads", "sharing"), [(1, "width"), (3, "width"), (2, "slice")])
+@pytest.mark.parametrize(("heads", "sharing"), [(1, "width"), (3, "width"), (2, "slice"), (2, "none")])
 def test_a_saved_adapter_loads_bit_for_bit(tmp_path, routing, heads, sharing):
     reducer = ReducerConfig(mode="importance", active=0.3)
     adapter = make_adapter(routing=routing, heads=heads, a_sharing=sharing, rank=2, alpha=3.0, reducer=reducer)
@@ -95,13 +95,14 @@ def test_calibration_is_kept(tmp_path):
     assert all(torch.equal(loaded[name], calibration[name]) for name in calibration)
 
 
-@pytest.mark.parametrize("sharing", ["width", "slice"])
+@pytest.mark.parametrize("sharing", ["width", "slice", "none"])
 def test_every_tensor_is_stored_once_under_a_name_no_lora_reader_takes(tmp_path, sharing):
     adapter = make_adapter(a_sharing=sharing)
     save_adapter(tmp_path / "a", AdapterFile(adapter))
     header, tensors = read_raw(tmp_path / "a")
     assert sum(value.numel() for value in tensors.values()) == adapter.parameter_counts()["stored"]
-    assert sum(name.startswith("shared_A.") for name in tensors) == (2 if sharing == "width" else 1)
+    expected = {"width": 2, "slice": 1, "none": len(adapter.sites)}[sharing]
+    assert sum(name.startswith("shared_A.") for name in tensors) == expected
     assert not [name for name in tensors if "lora" in name.lower()]
     assert header["format_version"] == 1
     assert is_native(tmp_path / "a")

@@ -10,7 +10,7 @@ from helpers import make_subject, trainer
 from app import figures
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import AdapterFile, attach, calibrate, detach, load_adapter_file
-from effilora_diffusion.diffusion.inspection import (
+from effilora_diffusion.core.inspection import (
     head_usage,
     inspect_adapter,
     logged_layers,

@@ -29,6 +29,22 @@ def timestep_features(timesteps: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def a_widths(config: EffiLoRAConfig, sites: Iterable[Site]) -> dict[str, int]:
+    """The matrices A of an adapter by key, each with its width: one per input width, one of the largest, or one per site.
+
+    A site's own A is HydraLoRA's (2404.19245), where only the heads share it.
+    """
+    if config.a_sharing == "none":
+        return {a_key(config, site): site.in_features for site in sites}
+    found = sorted({site.in_features for site in sites})
+    return {str(width): width for width in (found if config.a_sharing == "width" else found[-1:])}
+
+
+def a_key(config: EffiLoRAConfig, site: Site) -> str:
+    """Key of the A that reads the input of ``site``, but with ``slice``, where there is only one."""
+    return site.name.replace(".", "/") if config.a_sharing == "none" else str(site.in_features)
+
+
 class EffiLoRA(nn.Module):
     """Owner of every A, head and router of one adapter (paper equations 1 and 2).
 
@@ -37,8 +53,8 @@ class EffiLoRA(nn.Module):
     start at random: from equal gates all heads would receive the same gradient and stay copies of one another.
 
     Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the heads of all maps of the site stacked;
-    ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head; ``A`` maps a width
-    to ``(r, width)``.
+    ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head; ``A`` maps the keys of
+    :func:`a_widths` to ``(r, width)``.
 
     Args:
         config: the adapter's configuration.
@@ -65,10 +81,10 @@ class EffiLoRA(nn.Module):
         self.hooks: list[Any] = []
         self.A = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
-        for width in self._a_widths():
+        for key, width in a_widths(config, self.sites).items():
             bound = math.sqrt(3 / width) / math.sqrt(3)  # kaiming_uniform with a = sqrt(5), as LoRA's A
             start = (torch.rand(config.rank, width, generator=generator) * 2 - 1) * bound
-            self.A[str(width)] = nn.Parameter(start)
+            self.A[key] = nn.Parameter(start)
         self.B = nn.ParameterList(
             nn.Parameter(torch.zeros(site.out_features, config.heads, config.rank)) for site in self.sites
         )
@@ -76,16 +92,12 @@ class EffiLoRA(nn.Module):
         routed = self.sites if config.heads > 1 else ()
         self.G = nn.ParameterList(nn.Parameter(torch.randn(config.heads, *shape, generator=generator)) for _ in routed)
 
-    def _a_widths(self) -> list[int]:
-        found = sorted({site.in_features for site in self.sites})
-        return found if self.config.a_sharing == "width" else found[-1:]
-
     def shared_a(self, site: Site) -> Tensor:
-        """The A that reads this site's input, ``(r, in_features)``: its width's own, or the first columns of one."""
-        if self.config.a_sharing == "width":
-            return self.A[str(site.in_features)]
-        (single,) = self.A.values()
-        return single[:, : site.in_features]
+        """The A that reads this site's input, ``(r, in_features)``; with ``slice`` the first columns of the only one."""
+        if self.config.a_sharing == "slice":
+            (single,) = self.A.values()
+            return single[:, : site.in_features]
+        return self.A[a_key(self.config, site)]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -188,9 +200,10 @@ class EffiLoRA(nn.Module):
         """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
         stored = sum(p.numel() for p in self.parameters())
         active = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        if len(self.G):  # routers of cut layers ask for gradients, but none reaches them
-            pairs = zip(self.sites, self.G, strict=True)
-            active -= sum(router.numel() for site, router in pairs if site.layer in self.cut_layers)
+        for index, site in enumerate(self.sites):  # what only cut layers use asks for gradients, but none reaches it
+            if site.layer in self.cut_layers:
+                active -= self.G[index].numel() if len(self.G) else 0
+                active -= self.shared_a(site).numel() if self.config.a_sharing == "none" else 0
         return {"trained_per_step": active, "trained_ever": stored, "stored": stored}
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 """Version of the configuration's JSON form, and of the native file that carries it."""
 
 ROUTINGS = ("token", "static", "timestep")
-A_SHARINGS = ("width", "slice")
+A_SHARINGS = ("width", "slice", "none")
 SCALINGS = ("standard", "rslora")
 REDUCER_MODES = ("importance", "random", "off")
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
@@ -97,7 +97,8 @@ class EffiLoRAConfig:
         heads: N, number of B matrices per adapted linear map.
         routing: ``"token"`` softmax(G A x) per token (the paper), ``"static"`` learned gates without input,
             ``"timestep"`` gates from the noise level only.
-        a_sharing: ``"width"`` one A per input width, ``"slice"`` one A of the largest width whose columns are sliced.
+        a_sharing: ``"width"`` one A per input width, ``"slice"`` one A of the largest width whose columns are sliced,
+            ``"none"`` an A of its own for every layer and input, shared by its heads only (HydraLoRA, 2404.19245).
         target_modules: what to adapt: groups (:data:`TARGET_GROUPS`) and name endings of linear layers; ``*`` stands for
             any part of a name between two dots.
         dropout: probability of dropping an element of the adapter's input while training.

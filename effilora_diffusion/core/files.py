@@ -1,9 +1,9 @@
 """The native file: one ``.safetensors`` with each tensor once, checked by content and checksum, never a pickle.
 
-Names: ``shared_A.<width>``, ``<map path>.stacked_B`` ``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration``
-``(N + 1, r, r)``; none contains "lora", so that a reader of plain LoRA refuses the file. The header's single key
-``effilora`` holds JSON: format version, configuration, sites, base model, trigger prompt, library version, and the
-SHA-256 of the tensors and of itself.
+Names: ``shared_A.<width>`` (or, unshared, ``shared_A.<site>`` with "/" for "."), ``<map path>.stacked_B``
+``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration`` ``(N + 1, r, r)``; none contains "lora", so that a
+reader of plain LoRA refuses the file. The header's single key ``effilora`` holds JSON: format version, configuration, sites,
+base model, trigger prompt, library version, and the SHA-256 of the tensors and of itself.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter import EffiLoRA
+from .adapter import EffiLoRA, a_widths
 from .config import FORMAT_VERSION, EffiLoRAConfig
 from .errors import EffiLoRAError
 from .sites import Site
+
+ADAPTER_FILE = "effilora.safetensors"
+"""Name of the native file in a run's folder."""
 
 HEADER_KEY = "effilora"
 MAX_BYTES = 8 << 30
@@ -79,7 +82,7 @@ def write_atomic(path: Path, write: Any) -> None:
 
 def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
     """The trained tensors under their names in the native file."""
-    tensors = {f"shared_A.{width}": value for width, value in adapter.A.items()}
+    tensors = {f"shared_A.{key}": value for key, value in adapter.A.items()}
     for index, site in enumerate(adapter.sites):
         for path, _ in site.maps:
             tensors[f"{path}.stacked_B"] = adapter.B[index][site.rows(path)]
@@ -117,6 +120,12 @@ def save_adapter(path: str | Path, content: AdapterFile, dtype: torch.dtype | No
     return str(header["sha256"])
 
 
+def adapter_path(path: str | Path) -> Path:
+    """The native file that ``path`` means: itself, or the one in a training run's folder."""
+    path = Path(path)
+    return path / ADAPTER_FILE if path.is_dir() else path
+
+
 def is_native(path: str | Path) -> bool:
     """Whether ``path`` is a safetensors file written by :func:`save_adapter` (judged by its header)."""
     try:
@@ -141,8 +150,7 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     if not sites:
         raise EffiLoRAError(f"{path}: its header names no layer: get the file again")
     held = sum(tensor.numel() for tensor in tensors.values())
-    widths = {site.in_features for site in sites}
-    stated = config.rank * (sum(widths) if config.a_sharing == "width" else max(widths))
+    stated = config.rank * sum(a_widths(config, sites).values())
     stated += sum(config.rank * config.heads * site.out_features for site in sites)
     if stated > held:  # before allocating what a forged header asks for
         raise EffiLoRAError(f"{path}: its header promises {stated} parameters of A and heads, the file holds {held}")
@@ -198,8 +206,8 @@ def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str
             raise EffiLoRAError(f"{path}: {name} holds NaN or infinite values")
         return tensor
 
-    for width, parameter in adapter.A.items():
-        parameter.copy_(take(f"shared_A.{width}", tuple(parameter.shape)))
+    for key, parameter in adapter.A.items():
+        parameter.copy_(take(f"shared_A.{key}", tuple(parameter.shape)))
     calibration = {}
     for index, site in enumerate(adapter.sites):
         for map_path, out_features in site.maps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import EffiLoRAConfig, ReducerConfig
+from .config import A_SHARINGS, EffiLoRAConfig, ReducerConfig
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -25,7 +25,7 @@ class AdapterOptions:
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
     heads: int = option(3, "B heads per adapted layer; 1 is plain LoRA with a shared A")
     routing: str = option("token", "what the gates of the heads depend on", ("token", "static", "timestep"))
-    a_sharing: str = option("width", "one A per input width, or one sliced A", ("width", "slice"))
+    a_sharing: str = option("width", "one A per input width, one sliced A, or one per layer (HydraLoRA)", A_SHARINGS)
     target_modules: list[str] = option(["attention"], "groups (attention, feed_forward) and name endings to adapt")
     adapt_feed_forward: bool = option(False, "adapt the feed-forward layers too")
     reducer: str = option("off", "which layers' heads are trained", ("importance", "random", "off"))

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file, to_lora
 from ..core.attach import check_sites
 from ..core.convert import PlainLoRA
+from ..core.files import adapter_path
 from ..core.peft_format import add_to_weights, origin, write_peft, write_tensors
-from .loading import adapter_path, component_of
+from .loading import component_of
 from .pipelines import EMBEDDED_BASE, load_pipeline
 
 FORMATS = ("diffusers", "kohya", "peft", "merged")

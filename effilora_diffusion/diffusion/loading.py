@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, adapters_of, load_adapter_file
+from ..core.files import adapter_path
 from ..core.ready import ready
 from . import attention
 
@@ -53,12 +54,6 @@ def unique_name(model: nn.Module, wanted: str) -> str:
     while name in adapters_of(model):
         name, number = f"{base}_{number}", number + 1
     return name
-
-
-def adapter_path(path: str | Path) -> Path:
-    """The native file that ``path`` means: itself, or ``effilora.safetensors`` in a training run's folder."""
-    path = Path(path)
-    return path / "effilora.safetensors" if path.is_dir() else path
 
 
 def remove_adapter(pipe: Any, name: str | EffiLoRA | None = None) -> None:

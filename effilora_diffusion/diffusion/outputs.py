@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from ..core import AdapterFile, save_adapter
+from ..core.files import ADAPTER_FILE
 from .export import export_lora
 
-ADAPTER_FILE = "effilora.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METRICS_FILE = "metrics.jsonl"
 REDUCER_FILE = "reducer.jsonl"

@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from ..core import EffiLoRA, EffiLoRAError
+from ..core.files import ADAPTER_FILE
 from ..core.fingerprint import model_hash
 from .checkpoints import list_checkpoints
 from .data import Example
-from .outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, remove_run
+from .outputs import CONFIG_FILE, METRICS_FILE, remove_run
 from .plan import Plan
 from .settings import TrainingConfig
 

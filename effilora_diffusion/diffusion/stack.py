@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, is_native, load_adapter_file
-from .inspection import single_head
+from ..core.files import ADAPTER_FILE
+from ..core.inspection import single_head
 from .loading import component_of, load_adapter, remove_adapter, unique_name
-from .outputs import ADAPTER_FILE
 from .plain import is_plain_lora, load_plain_lora, remove_plain_loras, set_plain_strengths
 
 

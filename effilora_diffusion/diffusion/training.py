@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..core import AdapterFile, EffiLoRAError, Reducer, calibrate
+from ..core.files import ADAPTER_FILE
 from .batches import Batch, BatchDrawer, ExampleSource, batch_loss
 from .checkpoints import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from .counters import counter_seed
 from .data import Example
-from .outputs import ADAPTER_FILE, METRICS_FILE, REDUCER_FILE, write_adapters
+from .outputs import METRICS_FILE, REDUCER_FILE, write_adapters
 from .pipelines import EMBEDDED_BASE
 from .plan import check_hardware, make_plan, place
 from .preflight import preflight

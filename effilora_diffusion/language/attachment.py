@@ -12,10 +12,9 @@ from ..core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site, adapters_of, l
 from ..core import attach as attach_maps
 from ..core import detach as detach_maps
 from ..core.attach import HOST_ATTRIBUTE, SCOPE_ATTRIBUTE, Scope
+from ..core.files import adapter_path
 from ..core.ready import ready
 from ..core.sites import is_target, layer_of, widths
-
-ADAPTER_FILE = "effilora.safetensors"
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -174,6 +173,5 @@ def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0, name: s
 
     Raises :class:`EffiLoRAError`: the file is damaged, no EffiLoRA adapter, or made for another architecture.
     """
-    path = Path(path)
-    content = load_adapter_file(path / ADAPTER_FILE if path.is_dir() else path)
+    content = load_adapter_file(adapter_path(path))
     return attach(model, ready(model, content, scale, str(path)), name)

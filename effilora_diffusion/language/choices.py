@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import EffiLoRAError
-from .data import IGNORED, Encoder, Example, collate
+from .data import IGNORED, Encoder, Example
 
 ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 """The end of every question of the commonsense tasks, as in ``Answer format: answer1/answer2/answer3``."""
@@ -73,7 +73,7 @@ def likelihoods(
 
 def _scores(model: nn.Module, encoder: Encoder, items: list[Example]) -> list[float]:
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in collate(items, encoder.tokenizer.pad_token_id or 0).items()}
+    batch = {name: value.to(device) for name, value in encoder.collate(items).items()}
     labels: Tensor = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1].float()
     answered = labels != IGNORED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,16 @@ ALPACA = (
 
 @dataclass
 class Example:
-    """One training example as token ids: what is read, and what of it is to be answered (``labels``)."""
+    """One training example as token ids: what is read, and what of it is to be answered (``labels``).
+
+    ``per_token`` holds what a processor says of every token besides, ``pictures`` what it makes of the pictures: tensors
+    whose first dimension counts pictures, or parts of them.
+    """
 
     ids: list[int]
     labels: list[int]
+    per_token: dict[str, list[int]] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def answered(self) -> int:
@@ -118,17 +124,18 @@ class Encoder:
             raise EffiLoRAError("--prompt_template chat: this tokenizer has no chat template; use alpaca")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template = ("chat" if has_template else "alpaca") if template == "auto" else template
+        self.in_turns = self.template == "chat"
 
     def segments(self, record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
         """The record's text in pieces, each with whether it is to be answered."""
-        if self.template != "chat":
+        if not self.in_turns:
             if "instruction" not in record or "output" not in record:
                 raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output'")
             end = self.tokenizer.eos_token or ""
             extra = f"\n{record['input']}" if record.get("input") else ""
             prompt = alpaca_prompt(record) if self.template == "alpaca" else f"{record['instruction']}{extra}\n"
             return [(prompt, False), (f"{record['output']}{end}", True)]
-        messages = conversation(record, where)
+        messages = self.messages(record, where)
         pieces: list[tuple[str, bool]] = []
         done = ""
         for index, message in enumerate(messages):
@@ -144,25 +151,47 @@ class Encoder:
             done = closed
         return pieces
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+    def messages(self, record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        """The record as the chat template takes it."""
+        return conversation(record, where)
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
     def prompt(self, record: dict[str, Any], where: str = "the question") -> str:
-        """The text that a model answers: everything before the last answer."""
-        pieces = self.segments({"output": "", **record} if "instruction" in record else record, where)
-        return "".join(text for text, _ in pieces[:-1])
+        """The text that a model answers: everything before the last answer, which need not be there."""
+        if not self.in_turns:
+            return "".join(text for text, answered in self.segments({"output": "", **record}, where) if not answered)
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages and messages[-1].get("role") != "assistant":
+            record = {**record, "messages": [*messages, {"role": "assistant", "content": ""}]}
+        elif messages is None and "conversations" not in record:
+            record = {**record, "output": ""}
+        return self._render(self.messages(record, where)[:-1], True)
+
+    def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
+        """:meth:`prompt` in tokens; like examples, long ones lose their beginning."""
+        ids = [*self._start(), *self.tokens(self.prompt(record, where))][-self.max_length :]
+        return Example(ids, [IGNORED] * len(ids))
+
+    def collate(self, items: list[Example], left: bool = False) -> dict[str, Tensor]:
+        """:func:`collate` with the tokenizer's padding."""
+        return collate(items, self.tokenizer.pad_token_id or 0, left)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a piece, without special tokens of the tokenizer's own."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _start(self) -> list[int]:
+        """The beginning-of-text token, where the tokenizer sets one and no chat template does."""
+        start = self.tokenizer.bos_token_id
+        wanted = not self.in_turns and start is not None and self.tokenizer("")["input_ids"][:1] == [start]
+        return [start] if wanted else []
+
     def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
         """One record as an :class:`Example`."""
-        ids: list[int] = []
-        labels: list[int] = []
-        start = self.tokenizer.bos_token_id
-        if self.template != "chat" and start is not None and self.tokenizer("")["input_ids"][:1] == [start]:
-            ids, labels = [start], [IGNORED]
+        ids = self._start()
+        labels = [IGNORED] * len(ids)
         for text, answered in self.segments(record, where):
             found = self.tokens(text)
             ids += found
@@ -212,15 +241,30 @@ class PackedExamples(Dataset[list[Example]]):
         return self.rows[index]
 
 
-def collate(items: list[Example], padding: int) -> dict[str, Tensor]:
-    """A batch padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, tokens)``."""
+def collate(items: list[Example], padding: int, left: bool = False) -> dict[str, Tensor]:
+    """A padded batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, tokens)``, and the pictures.
+
+    Padded on the right, or on the left for generation.
+    """
     longest = max(len(item.ids) for item in items)
-    fill = lambda values, value: [*values, *[value] * (longest - len(values))]  # noqa: E731
-    return {
-        "input_ids": torch.tensor([fill(item.ids, padding) for item in items]),
-        "attention_mask": torch.tensor([fill([1] * len(item.ids), 0) for item in items]),
-        "labels": torch.tensor([fill(item.labels, IGNORED) for item in items]),
+
+    def rows(values: Iterable[list[int]], fill: int) -> Tensor:
+        padded = []
+        for row in values:
+            pad = [fill] * (longest - len(row))
+            padded.append(pad + row if left else row + pad)
+        return torch.tensor(padded)
+
+    batch = {
+        "input_ids": rows((item.ids for item in items), padding),
+        "attention_mask": rows(([1] * len(item.ids) for item in items), 0),
+        "labels": rows((item.labels for item in items), IGNORED),
     }
+    for name in dict.fromkeys(name for item in items for name in item.per_token):
+        batch[name] = rows((item.per_token.get(name, [0] * len(item.ids)) for item in items), 0)
+    for name in dict.fromkeys(name for item in items for name in item.pictures):
+        batch[name] = torch.cat([item.pictures[name] for item in items if name in item.pictures])
+    return batch
 
 
 def collate_packed(rows: list[list[Example]]) -> dict[str, Any]:

@@ -1,11 +1,24 @@
-"""Adapters of language models for other programs: PEFT's folder."""
+"""Adapters of language models for other programs: PEFT's folder, and a merged checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from ..core import AdapterFile, is_exact, to_lora
-from ..core.peft_format import write_peft
+from ..core import AdapterFile, EffiLoRAError, is_exact, to_lora
+from ..core.attach import check_sites
+from ..core.peft_format import add_to_weights, write_peft
+from .models import load_model
+
+COMPONENT = "language"
+"""What a native file says it was trained on."""
+
+FORMATS = ("peft", "merged")
+
+
+def is_language(content: AdapterFile) -> bool:
+    """Whether the adapter was trained on a language model."""
+    return bool(content.metadata.get("component") == COMPONENT)
 
 
 def export_error(content: AdapterFile) -> float:
@@ -20,3 +33,35 @@ def write_peft_folder(output: Path, content: AdapterFile) -> float:
     transposed = bool(content.metadata.get("fan_in_fan_out"))
     write_peft(output, factors, content, error, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
     return error
+
+
+def base_of(content: AdapterFile, model: str | None = None) -> tuple[Any, Any]:
+    """The adapter's base (or ``model`` in its place) with its tokenizer or processor."""
+    name = model or content.metadata.get("base_model")
+    if not name:
+        raise EffiLoRAError("the adapter names no base model: give one with --model")
+    gguf = None if model else content.metadata.get("gguf_file")
+    return load_model(str(name), gguf, pictures=bool(content.metadata.get("pictures")))
+
+
+def write_merged(output: Path, content: AdapterFile, model: str | None = None) -> float:
+    """Write the base with the plain form added to its weights, as ``from_pretrained`` reads it; returns the error."""
+    if output.exists() and any(output.iterdir()):
+        raise EffiLoRAError(f"{output} is not empty: give a new folder for the merged model")
+    factors = to_lora(content.adapter, content.calibration)
+    base, reader = base_of(content, model)
+    check_sites(base, content.adapter.sites)
+    add_to_weights(base, factors)
+    base.save_pretrained(output)
+    reader.save_pretrained(output)
+    return export_error(content)
+
+
+def export(content: AdapterFile, output: Path, format: str, model: str | None = None) -> float:
+    """Write ``content`` in one of :data:`FORMATS`; returns the relative output error, 0 where the form is exact."""
+    if format not in FORMATS:
+        raise EffiLoRAError(f"an adapter of a language model is exported as {' or '.join(FORMATS)}, not as {format}")
+    try:
+        return write_peft_folder(output, content) if format == "peft" else write_merged(output, content, model)
+    except OSError as problem:
+        raise EffiLoRAError(f"{output} could not be written: {problem}") from problem

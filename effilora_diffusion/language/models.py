@@ -16,18 +16,24 @@ QUANTIZATIONS = ("bnb-8bit", "bnb-4bit")
 
 
 def load_model(
-    name: str, gguf_file: str | None = None, dtype: str = "float32", quantization: str | None = None, **options: Any
+    name: str,
+    gguf_file: str | None = None,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    pictures: bool = False,
+    **options: Any,
 ) -> tuple[nn.Module, Any]:
-    """A causal language model with frozen weights, in evaluation mode, and its tokenizer.
+    """A language model with frozen weights, in evaluation mode, and its tokenizer (with ``pictures`` its processor).
 
     Args:
         name: model folder, hub id, or path of a ``.gguf`` file.
         gguf_file: name of a GGUF file in ``name``, as in transformers.
         dtype: of the weights.
         quantization: ``bnb-8bit`` or ``bnb-4bit``.
+        pictures: whether pictures will be shown to it: it must be a vision-language model.
         options: further ones of ``from_pretrained``, as ``revision``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     if name.endswith(".gguf") and gguf_file is None:
         name, gguf_file = str(Path(name).parent), Path(name).name
@@ -38,17 +44,37 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, getattr(torch, dtype))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_tokenizer_options(options))
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
+        reader = (AutoProcessor if pictures else AutoTokenizer).from_pretrained(name, **_reader_options(options))
+        loader = _model_class(name, pictures, options)
+        model = loader.from_pretrained(name, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
+    if gguf_file is not None:  # its weights are plain numbers by now, which transformers would not train or save
+        model.hf_quantizer.remove_quantization_config(model)
+    if pictures and not hasattr(reader, "image_processor"):
+        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no pictures")
+    tokenizer = reader.tokenizer if pictures else reader
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), reader
 
 
-def _tokenizer_options(options: dict[str, Any]) -> dict[str, Any]:
+def _model_class(name: str, pictures: bool, options: dict[str, Any]) -> Any:
+    """The loader of a model's class: a vision-language model that has no text-only class is loaded whole."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as TEXT
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as PICTURES
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if "gguf_file" in options:
+        return AutoModelForCausalLM
+    kind = type(AutoConfig.from_pretrained(name, **_reader_options(options)))
+    if pictures and kind not in PICTURES:
+        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no pictures")
+    return AutoModelForImageTextToText if kind in PICTURES and (pictures or kind not in TEXT) else AutoModelForCausalLM
+
+
+def _reader_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in ("gguf_file", "revision")}
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file
-from .loading import adapter_path
+from .convert import is_exact
+from .errors import EffiLoRAError
+from .files import AdapterFile, adapter_path, load_adapter_file
 
 USED_SHARE = 0.01
 """A head counts as used if its norm is at least this share of the largest head's norm in the adapter."""
@@ -181,7 +182,9 @@ def describe(facts: dict[str, Any]) -> str:
     export = "exact" if facts["exact_export"] else f"least squares, relative error {facts.get('export_error', 0):.2%}"
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
-        f"trigger prompt  {facts.get('trigger_prompt', 'unknown')}",
+        f"prompt form     {facts['prompt_template']}"
+        if "prompt_template" in facts
+        else f"trigger prompt  {facts.get('trigger_prompt', 'unknown')}",
         f"adapter         rank {config['rank']}, alpha {alpha}, {config['heads']} heads, {config['routing']} routing",
         f"parameters      {facts['parameters']:,} in {facts['maps']} linear maps",
         f"heads used      {facts['heads_used']} of {facts['heads_total']}",

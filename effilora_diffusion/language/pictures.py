@@ -1,0 +1,194 @@
+"""Conversations about pictures, in LLaVA's format, as tokens and what a model's processor makes of the pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..core import EffiLoRAError
+from .data import IGNORED, Encoder, Example, conversation
+
+MARK = "<image>"
+"""Where a picture belongs, in the texts of LLaVA's format."""
+
+VICUNA = (
+    "{% for message in messages %}{% if loop.first %}{% if message['role'] == 'system' %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %} {% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions. {% endif %}{% endif %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['role'] != 'system' %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+"""The chat template of LLaVA-1.5, for processors without one."""
+
+
+def picture_paths(record: dict[str, Any], folder: Path, where: str) -> list[Path]:
+    """The files of a record's ``image`` (a name, or a list of names), inside ``folder``."""
+    named = record.get("image") or record.get("images") or []
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise EffiLoRAError(f"{where}: 'image' must be a file name or a list of them")
+    paths = [folder / name for name in names]
+    for path in paths:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise EffiLoRAError(f"{where}: the picture {path} is outside --image_folder {folder}")
+    return paths
+
+
+def open_picture(path: Path, where: str) -> Image.Image:
+    """A picture as RGB; one that can't be read is named."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+        raise EffiLoRAError(f"{where}: the picture {path} can't be read ({error})") from error
+
+
+def with_pictures(messages: list[dict[str, str]], pictures: int, where: str) -> list[dict[str, Any]]:
+    """Chat messages in parts, ``{"type": "image"}`` where the texts say ``<image>``.
+
+    One picture comes first in its message, as LLaVA trains it, wherever its mark stands; pictures without any mark belong to the
+    first question.
+    """
+    marks = sum(message["content"].count(MARK) for message in messages)
+    if marks not in (0, pictures):
+        raise EffiLoRAError(f"{where}: its texts have {marks} times {MARK}, but it names {pictures} pictures")
+    missing = pictures - marks
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        pieces = message["content"].split(MARK)
+        if len(pieces) == 2 and pictures == 1:
+            pieces = ["", " ".join(piece.strip() for piece in pieces if piece.strip())]
+        parts: list[dict[str, str]] = []
+        if missing and message["role"] == "user":
+            parts, missing = [{"type": "image"}] * missing, 0
+        for place, piece in enumerate(pieces):
+            parts = [*parts, {"type": "image"}] if place else parts
+            text = piece.strip() if len(pieces) > 1 else piece
+            parts = [*parts, {"type": "text", "text": text}] if text or len(pieces) == 1 else parts
+        found.append({"role": message["role"], "content": parts})
+    return found
+
+
+class PictureEncoder(Encoder):
+    """Turns records with pictures into examples, by a model's processor.
+
+    Args:
+        processor: of the model: its tokenizer, what prepares pictures, and how many tokens stand for one.
+        image_folder: where the records' pictures are.
+        template: ``chat`` (the processor's), ``vicuna`` (LLaVA-1.5's), or ``auto``: the processor's if it has one.
+        max_length: longest example in tokens; longer ones lose their end, never a part of their pictures.
+    """
+
+    def __init__(self, processor: Any, image_folder: Path, template: str = "auto", max_length: int = 2048):
+        own = getattr(processor, "chat_template", None)
+        if template == "chat" and not own:
+            raise EffiLoRAError("--prompt_template chat: this model's processor has no chat template; use vicuna")
+        self.processor, self.tokenizer, self.image_folder = processor, processor.tokenizer, image_folder
+        self.max_length = max_length
+        self.chat_template = own if own and template != "vicuna" else VICUNA
+        self.template = "chat" if self.chat_template == own else "vicuna"
+        self.in_turns = True
+
+    def messages(self, record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        """The record's messages in parts, as processors take them."""
+        paths = picture_paths(record, self.image_folder, where)
+        return with_pictures(conversation(record, where), len(paths), where)
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": self.chat_template}
+        return str(self.processor.apply_chat_template(messages, **options))
+
+    def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
+        """One record as an :class:`Example`; its pictures are read."""
+        return self._example(self.segments(record, where), record, where)
+
+    def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
+        """The record's question, with its pictures."""
+        return self._example([(self.prompt(record, where), False)], record, where)
+
+    def _example(self, segments: list[tuple[str, bool]], record: dict[str, Any], where: str) -> Example:
+        paths = picture_paths(record, self.image_folder, where)
+        pictures = [open_picture(path, where) for path in paths]
+        mark = getattr(self.processor, "image_token", MARK)
+        example = Example([], [])
+        start = self.tokenizer.bos_token
+        if start and segments and not segments[0][0].startswith(start) and self.tokenizer("")["input_ids"][:1]:
+            segments = [(start, False), *segments]
+        for text, answered in segments:
+            count = text.count(mark)
+            used, pictures = pictures[:count], pictures[count:]
+            ids, per_token, features = self._piece(text, used, where)
+            for name in {**per_token, **example.per_token}:
+                before = example.per_token.get(name, [0] * len(example.ids))
+                example.per_token[name] = before + per_token.get(name, [0] * len(ids))
+            example.ids += ids
+            example.labels += ids if answered else [IGNORED] * len(ids)
+            for name, value in features.items():
+                known = example.pictures.get(name)
+                example.pictures[name] = value if known is None else torch.cat([known, value])
+        return self._shortened(example, where)
+
+    def _piece(
+        self, text: str, pictures: list[Image.Image], where: str
+    ) -> tuple[list[int], dict[str, list[int]], dict[str, Tensor]]:
+        """Token ids of one piece, what else there is for every token, and what belongs to its pictures."""
+        if not pictures:
+            return self.tokens(text), {}, {}
+        try:
+            found = self.processor(images=pictures, text=[text], add_special_tokens=False, return_tensors="pt")
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise EffiLoRAError(f"{where}: the model's processor can't take its pictures: {error}") from error
+        size = found["input_ids"].shape
+        others = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
+        per_token = {name: value[0].tolist() for name, value in others.items() if value.shape == size}
+        return found["input_ids"][0].tolist(), per_token, {k: v for k, v in others.items() if k not in per_token}
+
+    def _shortened(self, example: Example, where: str) -> Example:
+        cut = example.ids[self.max_length :]
+        token = getattr(self.processor, "image_token_id", None)
+        if cut and example.pictures and (token in cut or token is None):
+            raise EffiLoRAError(
+                f"{where}: its pictures alone are longer than --max_length {self.max_length}: raise it"
+            )
+        per_token = {name: values[: self.max_length] for name, values in example.per_token.items()}
+        return Example(example.ids[: self.max_length], example.labels[: self.max_length], per_token, example.pictures)
+
+
+class PictureExamples(Dataset[Example]):
+    """Records that are encoded when they are asked for; what can be wrong with them is found at once."""
+
+    def __init__(self, records: list[dict[str, Any]], encoder: PictureEncoder, where: str):
+        self.records, self.encoder, self.where = records, encoder, where
+        for number, record in enumerate(records, 1):
+            place = f"{where}, record {number}"
+            if not encoder.messages(record, place)[-1]["content"]:
+                raise EffiLoRAError(f"{place}: its answer is empty")
+            for path in picture_paths(record, encoder.image_folder, place):
+                _check_picture(path, place)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        where = f"{self.where}, record {index + 1}"
+        example = self.encoder.encode(self.records[index], where)
+        if example.answered == 0:
+            raise EffiLoRAError(f"{where}: its answer is empty, or cut off by --max_length {self.encoder.max_length}")
+        return example
+
+
+def _check_picture(path: Path, where: str) -> None:
+    """Whether there is a picture at all, by its header: decoding thousands of them would take minutes."""
+    try:
+        Image.open(path).close()
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise EffiLoRAError(f"{where}: the picture {path} can't be read ({error})") from error
