@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import randomise
-from tiny_language import LANGUAGE_MODELS, VOCAB, build, llava, rows
+from tiny_language import LANGUAGE_MODELS, build, rows
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.core import AdapterFile, EffiLoRA, calibrate, merge, save_adapter, to_lora, unmerge
@@ -182,23 +182,3 @@ def test_targets_are_groups_names_or_all():
         find_sites(model, ["to_q"])
     with pytest.raises(EffiLoRAError, match="no timestep"):
         create_adapter(model, EffiLoRAConfig(routing="timestep", target_modules=("paper",)))
-
-
-def test_of_a_vision_language_model_only_the_language_model_is_adapted(tmp_path):
-    model = llava()
-    ids = rows(1, 6)
-    ids[0, 1:5] = VOCAB - 1  # four patches of one picture
-    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    before = logits(model, ids, pixel_values=pixels)
-    adapter = adapted(model)
-    assert all("language_model" in path for site in adapter.sites for path, _ in site.maps)
-    changed = logits(model, ids, pixel_values=pixels)
-    assert not torch.allclose(changed, before, atol=1e-3)
-    save_adapter(tmp_path / "effilora.safetensors", AdapterFile(adapter))
-    fresh = llava()
-    load_adapter(fresh, tmp_path)
-    assert torch.equal(logits(fresh, ids, pixel_values=pixels), changed)
-    cached = generated(fresh, ids, pixel_values=pixels, use_cache=True)
-    assert torch.equal(cached, generated(fresh, ids, pixel_values=pixels, use_cache=False))
-    detach(fresh)
-    assert torch.equal(logits(fresh, ids, pixel_values=pixels), before)

@@ -1,4 +1,4 @@
-"""Tiny random language models of many architectures, and a vision-language one, in their real transformers classes."""
+"""Tiny random language models of many architectures, in their real transformers classes, with a tokenizer."""
 
 import torch
 import transformers as t
@@ -10,18 +10,18 @@ WIDTH = 32
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
            "intermediate_size": 48, "max_position_embeddings": 64, **_SPECIAL}  # fmt: skip
-_GQA = {**_COMMON, "num_key_value_heads": 2}
+GQA = {**_COMMON, "num_key_value_heads": 2}
 _GPT2 = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64, **_SPECIAL}
 _BLOOM = {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
 
 _TABLE = {
-    "llama": (t.LlamaForCausalLM, lambda: t.LlamaConfig(**_GQA)),
-    "mistral": (t.MistralForCausalLM, lambda: t.MistralConfig(**_GQA, sliding_window=None)),
-    "qwen2": (t.Qwen2ForCausalLM, lambda: t.Qwen2Config(**_GQA)),
-    "qwen3": (t.Qwen3ForCausalLM, lambda: t.Qwen3Config(**_GQA, head_dim=8)),
-    "gemma2": (t.Gemma2ForCausalLM, lambda: t.Gemma2Config(**_GQA, head_dim=8)),
-    "smollm3": (t.SmolLM3ForCausalLM, lambda: t.SmolLM3Config(**_GQA)),
-    "phi3": (t.Phi3ForCausalLM, lambda: t.Phi3Config(**_GQA)),
+    "llama": (t.LlamaForCausalLM, lambda: t.LlamaConfig(**GQA)),
+    "mistral": (t.MistralForCausalLM, lambda: t.MistralConfig(**GQA, sliding_window=None)),
+    "qwen2": (t.Qwen2ForCausalLM, lambda: t.Qwen2Config(**GQA)),
+    "qwen3": (t.Qwen3ForCausalLM, lambda: t.Qwen3Config(**GQA, head_dim=8)),
+    "gemma2": (t.Gemma2ForCausalLM, lambda: t.Gemma2Config(**GQA, head_dim=8)),
+    "smollm3": (t.SmolLM3ForCausalLM, lambda: t.SmolLM3Config(**GQA)),
+    "phi3": (t.Phi3ForCausalLM, lambda: t.Phi3Config(**GQA)),
     "gpt2": (t.GPT2LMHeadModel, lambda: t.GPT2Config(**_GPT2)),
     "gpt_neox": (t.GPTNeoXForCausalLM, lambda: t.GPTNeoXConfig(**_COMMON)),
     "opt": (t.OPTForCausalLM, lambda: t.OPTConfig(**{**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": WIDTH})),
@@ -47,16 +47,6 @@ def build(name, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def llava(seed=0):
-    """A LLaVA of a tiny CLIP vision tower and a tiny LLaMA."""
-    torch.manual_seed(seed)
-    vision = t.CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                image_size=16, patch_size=8, projection_dim=WIDTH)  # fmt: skip
-    config = t.LlavaConfig(vision_config=vision, text_config=t.LlamaConfig(**_GQA), image_token_index=VOCAB - 1,
-                           image_seq_length=4, vision_feature_layer=-1)  # fmt: skip
-    return t.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-
-
 def rows(count=2, tokens=9, seed=1):
     """Token ids ``(count, tokens)`` without special ones."""
     return torch.randint(3, VOCAB - 2, (count, tokens), generator=torch.Generator().manual_seed(seed))
@@ -70,14 +60,14 @@ CHAT = (
 
 
 def tokenizer(chat=True):
-    """A tokenizer of single characters, roles and the end of a turn, which also ends the text."""
+    """A tokenizer of single characters, roles, the end of a turn, which also ends the text, and a picture's place."""
     special = ["<pad>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
-    letters = [chr(code) for code in range(32, 32 + VOCAB - len(special))]
-    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    letters = [chr(code) for code in range(32, 32 + VOCAB - len(special)) if chr(code) != "`"]
+    vocabulary = {token: index for index, token in enumerate([*special, *letters, "<image>"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     inner.decoder = decoders.Fuse()
-    inner.add_special_tokens(special)
+    inner.add_special_tokens([*special, "<image>"])
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "?"}
     return t.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT if chat else None, **names)
 

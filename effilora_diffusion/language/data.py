@@ -263,8 +263,19 @@ def collate(items: list[Example], padding: int, left: bool = False) -> dict[str,
     for name in dict.fromkeys(name for item in items for name in item.per_token):
         batch[name] = rows((item.per_token.get(name, [0] * len(item.ids)) for item in items), 0)
     for name in dict.fromkeys(name for item in items for name in item.pictures):
-        batch[name] = torch.cat([item.pictures[name] for item in items if name in item.pictures])
+        batch[name] = join([item.pictures[name] for item in items if name in item.pictures])
     return batch
+
+
+def join(values: list[Tensor]) -> Tensor:
+    """Tensors one after the other; smaller ones (pictures cut into fewer parts) are filled up with zeros, as processors do."""
+    sizes = [max(value.shape[place] for value in values) for place in range(1, values[0].ndim)]
+    filled = []
+    for value in values:
+        missing = [size - own for size, own in zip(sizes, value.shape[1:], strict=True)]
+        pads = [amount for size in reversed(missing) for amount in (0, size)]
+        filled.append(torch.nn.functional.pad(value, pads) if any(missing) else value)
+    return torch.cat(filled)
 
 
 def collate_packed(rows: list[list[Example]]) -> dict[str, Any]:

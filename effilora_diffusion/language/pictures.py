@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
-from .data import IGNORED, Encoder, Example, conversation
+from .data import IGNORED, Encoder, Example, conversation, join
 
 MARK = "<image>"
 """Where a picture belongs, in the texts of LLaVA's format."""
@@ -134,7 +133,7 @@ class PictureEncoder(Encoder):
             example.labels += ids if answered else [IGNORED] * len(ids)
             for name, value in features.items():
                 known = example.pictures.get(name)
-                example.pictures[name] = value if known is None else torch.cat([known, value])
+                example.pictures[name] = value if known is None else join([known, value])
         return self._shortened(example, where)
 
     def _piece(
@@ -170,7 +169,7 @@ class PictureExamples(Dataset[Example]):
         self.records, self.encoder, self.where = records, encoder, where
         for number, record in enumerate(records, 1):
             place = f"{where}, record {number}"
-            if not encoder.messages(record, place)[-1]["content"]:
+            if not any(part.get("text") for part in encoder.messages(record, place)[-1]["content"]):
                 raise EffiLoRAError(f"{place}: its answer is empty")
             for path in picture_paths(record, encoder.image_folder, place):
                 _check_picture(path, place)

@@ -1,0 +1,241 @@
+"""Conversations about pictures: LLaVA's format as tokens, training on it, talking about a picture, what is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import randomise
+from PIL import Image
+from tiny_language import VOCAB, save
+from tiny_vision import VISION_MODELS, build_vision, save_vision
+
+from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.cli import main as cli
+from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, load_adapter_file, save_adapter
+from effilora_diffusion.language.attachment import attach, create_adapter, detach, load_adapter
+from effilora_diffusion.language.data import IGNORED
+from effilora_diffusion.language.generation import answers
+from effilora_diffusion.language.launch import main
+from effilora_diffusion.language.pictures import PictureEncoder, PictureExamples, picture_paths
+
+IMAGE = VOCAB - 1
+COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 220, 20), "white": (250, 250, 250)}
+
+
+def processor(chat=True):
+    return build_vision(chat=chat)[1]
+
+
+def talk(*turns, **more):
+    names = ("human", "gpt")
+    return {**more, "conversations": [{"from": names[i % 2], "value": text} for i, text in enumerate(turns)]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder, pictures of four colours in two shades, and questions about them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    save_vision(folder / "model")
+    (folder / "images").mkdir()
+    records = []
+    for name, colour in COLOURS.items():
+        for shade in (0, 30):
+            file = f"{name}{shade}.png"
+            Image.new("RGB", (24, 20), tuple(max(0, c - shade) for c in colour)).save(folder / "images" / file)
+            records.append(talk("which?\n<image>", name[0], image=file))
+    (folder / "train.json").write_text(json.dumps(records[::2]))
+    (folder / "held.json").write_text(json.dumps(records[1::2]))
+    return folder
+
+
+@pytest.fixture
+def encoder(place):
+    return PictureEncoder(processor(), place / "images")
+
+
+def text_of(encoder, ids):
+    return encoder.tokenizer.decode(ids)
+
+
+def test_a_picture_comes_first_in_its_question_and_only_answers_are_learned(encoder):
+    example = encoder.encode(talk("what is\n<image>", "red", "sure?", "yes", image="red0.png"))
+    assert text_of(encoder, example.ids) == (
+        "<user>" + "<image>" * 4 + "what is</s><assistant>red</s><user>sure?</s><assistant>yes</s>"
+    )
+    learned = [token for token in example.labels if token != IGNORED]
+    assert text_of(encoder, learned) == "red</s>yes</s>"
+    assert example.pictures["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_pictures_without_a_mark_belong_to_the_first_question_and_several_keep_their_places(encoder):
+    bare = encoder.encode(talk("what", "a", image="red0.png"))
+    marked = encoder.encode(talk("<image>what", "a", image="red0.png"))
+    assert bare.ids == marked.ids
+    two = encoder.encode(talk("<image>or<image>?", "a", image=["red0.png", "blue0.png"]))
+    assert text_of(encoder, two.ids).startswith("<user>" + "<image>" * 4 + "or" + "<image>" * 4 + "?</s>")
+    assert two.pictures["pixel_values"].shape == (2, 3, 16, 16)
+    alone = encoder.encode(talk("<image>", "a", image="blue0.png"))
+    assert torch.equal(two.pictures["pixel_values"][1], alone.pictures["pixel_values"][0])
+    plain = encoder.encode(talk("hi", "a"))
+    assert plain.pictures == {}
+    batch = encoder.collate([bare, plain, two])
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert int((batch["input_ids"] == IMAGE).sum()) == 12
+    assert "pixel_values" not in encoder.collate([plain])
+
+
+@pytest.fixture(scope="module")
+def mixed(place):
+    """Pictures that processors cut into different numbers of parts, with and without a further turn, and a text."""
+    for name, size in (("wide", (64, 20)), ("tall", (18, 40)), ("square", (30, 30))):
+        Image.effect_noise(size, 90).convert("RGB").save(place / "images" / f"{name}.png")
+    return [
+        talk("<image>which", "red", image="wide.png"),
+        talk("<image>", "b", "and?", "no", image="tall.png"),
+        talk("hi", "you"),
+        talk("a<image>or<image>", "me", image=["square.png", "tall.png"]),
+    ]
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_tokens_are_those_of_the_processor(name, place, mixed):
+    _, reader = build_vision(name)
+    encoder = PictureEncoder(reader, place / "images")
+    for record in mixed:
+        item = encoder.encode(record)
+        text = reader.apply_chat_template(encoder.messages(record, "here"), tokenize=False)
+        pictures = [Image.open(path) for path in picture_paths(record, place / "images", "here")]
+        found = reader(images=[pictures] if pictures else None, text=[text], add_special_tokens=False)
+        assert item.ids == found["input_ids"][0]
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_every_relative_is_adapted_and_batches_are_their_examples(name, place, mixed, tmp_path):
+    model, reader = build_vision(name)
+    encoder = PictureEncoder(reader, place / "images")
+    items = [
+        encoder.encode(record) for record in mixed[: 2 if name == "idefics3" else 4]
+    ]  # it wants pictures everywhere
+    with torch.no_grad():
+        base = model(**encoder.collate(items)).logits
+    adapter = attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",))))
+    assert all("language_model" in site.name or "text_model" in site.name for site in adapter.sites)
+    with torch.no_grad():
+        assert torch.equal(model(**encoder.collate(items)).logits, base)
+        randomise(adapter)
+        adapted = model(**encoder.collate(items)).logits
+        assert not torch.allclose(adapted, base, atol=1e-3)
+        together = model(**encoder.collate(items)).loss
+        single = [model(**encoder.collate([item])).loss * item.answered for item in items]
+    torch.testing.assert_close(together, sum(single) / sum(item.answered for item in items), atol=1e-4, rtol=1e-4)
+    said = answers(model, encoder, mixed[:2], 6)
+    assert said == answers(model, encoder, mixed[:2], 6, batch_size=1)
+    assert said == answers(model, encoder, mixed[:2], 6, use_cache=False)
+    save_adapter(tmp_path / "effilora.safetensors", AdapterFile(adapter))
+    detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(**encoder.collate(items)).logits, base)
+        load_adapter(model, tmp_path)
+        assert torch.equal(model(**encoder.collate(items)).logits, adapted)
+
+
+def test_processors_without_a_template_speak_as_llava_does(place):
+    encoder = PictureEncoder(processor(chat=False), place / "images")
+    assert encoder.template == "vicuna"
+    record = talk("what?\n<image>", "red", "sure?", "yes", image="red0.png")
+    parts = encoder.segments(record, "here")
+    assert parts == [
+        ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+         "polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: ", False),
+        ("red</s>", True),
+        ("USER: sure? ASSISTANT: ", False),
+        ("yes</s>", True),
+    ]  # fmt: skip
+    with pytest.raises(EffiLoRAError, match="no chat template"):
+        PictureEncoder(processor(chat=False), place / "images", "chat")
+
+
+@pytest.mark.parametrize(
+    ("record", "word"),
+    [
+        (talk("<image>", "a", image="none.png"), "none.png can't be read"),
+        (talk("<image>", "a", image="../train.json"), "outside --image_folder"),
+        (talk("<image>", "a", image=5), "file name or a list"),
+        (talk("<image><image>", "a", image="red0.png"), "2 times <image>, but it names 1"),
+        (talk("<image>", "a"), "1 times <image>, but it names 0"),
+        (talk("<image>", "", image="red0.png"), "answer is empty"),
+        (talk("<image>", image="red0.png"), "last one the assistant"),
+    ],
+)
+def test_records_that_can_t_be_learned_are_named_at_once(encoder, record, word):
+    with pytest.raises(EffiLoRAError, match=f"data, record 2: .*{word}"):
+        PictureExamples([talk("hi", "a"), record], encoder, "data")
+
+
+def test_damaged_pictures_are_named(place, encoder):
+    whole = (place / "images" / "red0.png").read_bytes()
+    (place / "images" / "half.png").write_bytes(whole[: len(whole) - 30])
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: the picture .*half\.png can't be read"):
+        PictureExamples([talk("<image>", "a", image="half.png")], encoder, "data")[0]
+
+
+def test_long_examples_lose_their_end_but_no_part_of_a_picture(place):
+    record = talk("<image>which", "red", image="red0.png")
+    cut = PictureEncoder(processor(), place / "images", max_length=14).encode(record)
+    assert (len(cut.ids), len(cut.labels)) == (14, 14)
+    assert cut.ids.count(IMAGE) == 4
+    short = PictureEncoder(processor(), place / "images", max_length=4)
+    with pytest.raises(EffiLoRAError, match="longer than --max_length 4"):
+        short.encode(record)
+    with pytest.raises(EffiLoRAError, match="cut off by --max_length 10"):
+        PictureExamples([record], PictureEncoder(processor(), place / "images", max_length=10), "data")[0]
+
+
+def words(place, output, **options):
+    base = {"model_name_or_path": place / "model", "train_file": place / "train.json", "validation_file": place / "held.json",
+            "image_folder": place / "images", "output_dir": output, "max_steps": 40, "learning_rate": 2e-2, "rank": 4,
+            "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
+            "save_strategy": "no"}  # fmt: skip
+    return [f"--{name}={value}" for name, value in {**base, **options}.items()]
+
+
+def test_a_run_learns_to_tell_pictures_apart(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out"), pictures=True) == 0
+    content = load_adapter_file(tmp_path / "out" / "effilora.safetensors")
+    assert content.metadata["pictures"] is True
+    assert all("language_model" in site.name for site in content.adapter.sites)
+    model, encoder = build_vision()[0], PictureEncoder(processor(), place / "images")
+    records = json.loads((place / "held.json").read_text())
+    wanted = [record["conversations"][-1]["value"] for record in records]
+    assert answers(model, encoder, records, 3) != wanted
+    load_adapter(model, tmp_path / "out")
+    assert answers(model, encoder, records, 3, batch_size=3) == wanted
+    capsys.readouterr()
+    for name, answer in (("red30.png", "r"), ("white30.png", "w")):
+        picture = str(place / "images" / name)
+        assert cli(["chat", "--adapter", str(tmp_path / "out"), "--image", picture, "--prompt", "which?"]) == 0
+        assert capsys.readouterr().out.strip() == answer
+    assert cli(["export", str(tmp_path / "out"), str(tmp_path / "merged"), "--format", "merged"]) == 0
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists() or (
+        tmp_path / "merged" / "processor_config.json"
+    ).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"image_folder": "/nowhere"}, "--image_folder /nowhere: no such folder"),
+        ({"image_folder": "."}, "can't be read"),
+        ({"train_file": "/nowhere.json"}, "--train_file /nowhere.json can't be read"),
+        ({"max_length": 3}, "longer than --max_length 3"),
+        ({"prompt_template": "chat", "model_name_or_path": "text"}, "is no vision-language model"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, change, word):
+    if "model_name_or_path" in change:
+        change = {**change, "model_name_or_path": save(tmp_path / "text")}
+    assert main(words(place, tmp_path / "out", **change), pictures=True) == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "effilora.safetensors").exists()
