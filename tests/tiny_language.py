@@ -1,5 +1,7 @@
 """Tiny random language models of many architectures, in their real transformers classes, with a tokenizer."""
 
+import gguf
+import numpy
 import torch
 import transformers as t
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -77,3 +79,44 @@ def save(folder, name="llama", chat=True):
     build(name).save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder
+
+
+def write_gguf(path, seed=0):
+    """A tiny LLaMA with weights of 8 bits and a tokenizer of single characters, as llama.cpp keeps them; returns some weights."""
+    width, layers, hidden = 32, 2, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, layers), (writer.add_context_length, 64), (writer.add_embedding_length, width),
+        (writer.add_feed_forward_length, hidden), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_dimension_count, 8), (writer.add_vocab_size, VOCAB),
+    ):  # fmt: skip
+        add(value)
+    special = ["<pad>", "<s>", "</s>"]
+    letters = ["Ġ" if code == 32 else chr(code) for code in range(32, 32 + VOCAB - len(special) - 1)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*special, *letters, "ab"])
+    writer.add_token_types([3] * len(special) + [1] * (VOCAB - len(special)))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    shapes = {"token_embd": (VOCAB, width), "output_norm": (width,), "output": (VOCAB, width)}
+    for block in range(layers):
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in {
+            "attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_k": (width // 2, width),
+            "attn_v": (width // 2, width), "attn_output": (width, width), "ffn_gate": (hidden, width),
+            "ffn_up": (hidden, width), "ffn_down": (width, hidden),
+        }.items()}  # fmt: skip
+    rng, kept = numpy.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        values = numpy.ones(shape, numpy.float32) if len(shape) == 1 else rng.normal(0, 0.15, shape).astype("float32")
+        kind = gguf.GGMLQuantizationType.F32 if len(shape) == 1 else gguf.GGMLQuantizationType.Q8_0
+        packed = gguf.quants.quantize(values, kind)
+        kept[name] = gguf.quants.dequantize(packed, kind)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept

@@ -127,6 +127,8 @@ def _record(encoder: Encoder, turns: list[dict[str, str]], images: list[str]) ->
 
 def run_evaluate(args: argparse.Namespace, adapters: list[tuple[str, float]]) -> None:
     """Print the share of right answers by task."""
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise EffiLoRAError("--batch_size and --limit must be at least 1")
     tasks = read_tasks([Path(path) for path in args.data], args.limit)
     speaker = load_speaker(args, adapters)
     found = evaluate(speaker, tasks, args.batch_size, args.exact_match)

@@ -1,0 +1,197 @@
+"""Answers in words, and the commands of language models: chat, evaluate, export, inspect."""
+
+import io
+import json
+
+import pytest
+import torch
+from conftest import randomise
+from tiny_language import build, save, tokenizer
+
+from effilora_diffusion import EffiLoRAConfig
+from effilora_diffusion.cli import main
+from effilora_diffusion.core import AdapterFile, calibrate, save_adapter
+from effilora_diffusion.language.attachment import attach, create_adapter, load_adapter
+from effilora_diffusion.language.data import Encoder
+from effilora_diffusion.language.generation import answers, stream
+from effilora_diffusion.language.models import load_model
+
+PAIRS = {"ab": "u", "bc": "yy", "cdef": "x", "d": "www"}
+CHOICES = [*PAIRS.values(), "v"]
+
+
+def trained(folder, template="chat"):
+    """An adapter that knows the answers of :data:`PAIRS`, in ``folder``, and a base that does not, beside it."""
+    save(folder / "model")
+    model, encoder = build("llama"), Encoder(tokenizer(), template)
+    adapter = attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",))))
+    optimizer = torch.optim.AdamW(adapter.parameters(), 3e-2)
+    items = [encoder.encode({"instruction": key, "output": value}) for key, value in PAIRS.items()]
+    for _ in range(60):
+        model(**encoder.collate(items)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    inputs = encoder.collate(items)
+    calibration, error = calibrate(model, adapter, lambda: model(input_ids=inputs["input_ids"]))
+    metadata = {"base_model": str(folder / "model"), "component": "language", "prompt_template": template,
+                "export_error": error}  # fmt: skip
+    save_adapter(folder / "run" / "effilora.safetensors", AdapterFile(adapter, metadata, calibration))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = trained(tmp_path_factory.mktemp("commands"))
+    records = [{"instruction": key, "choices": CHOICES, "answer": value} for key, value in PAIRS.items()]
+    (folder / "letters.jsonl").write_text("\n".join(map(json.dumps, records)))
+    boolq = {"instruction": "is it? Answer format: true/false", "input": "", "answer": "true"}
+    (folder / "boolq").mkdir()
+    (folder / "boolq" / "test.json").write_text(json.dumps([boolq, {**boolq, "answer": "false"}]))
+    return folder
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_answers_of_a_batch_are_those_of_its_questions_and_of_a_stream(template):
+    model, encoder = build("llama"), Encoder(tokenizer(), template)
+    randomise(attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",)))), 4)
+    records = [{"instruction": text} for text in ("a", "what is it", "hm?", "one more")]
+    single = [answers(model, encoder, [record], 6)[0] for record in records]
+    assert answers(model, encoder, records, 6, batch_size=3) == single
+    assert ["".join(stream(model, encoder, record, max_new_tokens=6)).strip() for record in records] == single
+    assert len(set(single)) > 1
+
+
+def test_an_answer_ends_with_its_turn(place):
+    model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
+    load_adapter(model, place / "run")
+    assert answers(model, encoder, [{"instruction": key} for key in PAIRS], 30) == list(PAIRS.values())
+    turns = [{"role": "user", "content": "ab"}]
+    asked = [{"messages": turns}, {"messages": [*turns, {"role": "assistant", "content": "no"}]}]
+    assert answers(model, encoder, asked, 30) == ["u", "u"]  # an answer that is there already is left out
+
+
+def test_sampling_follows_its_seed(place):
+    model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
+    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 12}
+    said = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        said += answers(model, encoder, [{"instruction": "ab"}], **options)
+    assert said[0] == said[1] != said[2]
+
+
+def test_an_error_while_streaming_is_not_swallowed(place):
+    model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
+    with pytest.raises(ValueError, match="temperature"):
+        list(stream(model, encoder, {"instruction": "ab"}, do_sample=True, temperature=-1.0))
+
+
+def test_chat_answers_one_question(place, capsys):
+    assert main(["chat", "--adapter", str(place / "run"), "--prompt", "bc"]) == 0
+    assert capsys.readouterr().out == "yy\n"
+    assert main(["chat", "--adapter", f"{place / 'run'}:0", "--prompt", "bc"]) == 0
+    base = capsys.readouterr().out
+    assert main(["chat", "--model", str(place / "model"), "--prompt", "bc"]) == 0
+    assert capsys.readouterr().out == base != "yy\n"
+
+
+def test_chat_talks_until_the_input_ends(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\n/reset\nd\n/quit\nbc\n"))
+    assert main(["chat", "--adapter", str(place / "run")]) == 0
+    assert capsys.readouterr().out == "u\nwww\n"
+
+
+def test_chat_keeps_the_conversation_until_it_is_reset(place, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "effilora_diffusion.language.commands.stream",
+        lambda model, encoder, record, **options: seen.append(json.loads(json.dumps(record))) or iter(["ok"]),
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nd\n/reset\nbc\n"))
+    assert main(["chat", "--adapter", str(place / "run"), "--system", "be brief"]) == 0
+    roles = [[f"{turn['role']}:{turn['content']}" for turn in record["messages"]] for record in seen]
+    assert roles == [
+        ["system:be brief", "user:ab"],
+        ["system:be brief", "user:ab", "assistant:ok", "user:d"],
+        ["system:be brief", "user:bc"],
+    ]
+
+
+def test_evaluate_counts_right_answers_by_task(place, capsys):
+    data = ["--data", str(place / "letters.jsonl"), str(place / "boolq" / "test.json"), "--exact_match", "--json"]
+    assert main(["evaluate", "--adapter", str(place / "run"), *data]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["letters"] == {"questions": 4, "choice": 1.0, "exact match": 1.0}
+    assert found["boolq"]["questions"] == 2
+    assert found["boolq"]["choice"] == 0.5  # the same question with both answers
+    assert main(["evaluate", "--model", str(place / "model"), *data]) == 0
+    assert json.loads(capsys.readouterr().out)["letters"]["exact match"] == 0.0
+    assert main(["evaluate", "--adapter", str(place / "run"), *data[:-1], "--limit", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["questions", "letters", "boolq", "mean"]
+    assert lines[1].split()[1:] == ["1", "100.0%", "100.0%"]
+
+
+def test_a_merged_model_needs_no_adapter(place, tmp_path, capsys):
+    output = tmp_path / "merged"
+    assert main(["export", str(place / "run"), str(output), "--format", "merged"]) == 0
+    assert "least squares" in capsys.readouterr().out
+    merged, reader = load_model(str(output))
+    assert merged.config.model_type == "llama"
+    assert not [key for key in merged.state_dict() if "effilora" in key]
+    said = answers(merged, Encoder(reader), [{"instruction": key} for key in PAIRS], 6)
+    before = answers(build("llama"), Encoder(tokenizer()), [{"instruction": key} for key in PAIRS], 6)
+    assert sum(map(str.__eq__, said, PAIRS.values())) > sum(map(str.__eq__, before, PAIRS.values()))
+    assert main(["export", str(place / "run"), str(output), "--format", "merged"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_export_writes_the_folder_of_peft_unless_told_otherwise(place, tmp_path, capsys):
+    from peft import PeftModel
+
+    assert main(["export", str(place / "run"), str(tmp_path / "peft")]) == 0
+    assert "(peft, least squares" in capsys.readouterr().out
+    plain = PeftModel.from_pretrained(build("llama"), tmp_path / "peft")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert not torch.allclose(plain(ids).logits, build("llama")(ids).logits, atol=1e-2)
+    assert main(["export", str(place / "run"), str(tmp_path / "a.safetensors"), "--format", "kohya"]) == 2
+    assert "peft or merged" in capsys.readouterr().err
+
+
+def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
+    assert main(["inspect", str(place / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "prompt form     chat" in said
+    assert "model.layers.1" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chat", "--prompt", "a"], "--model is missing"),
+        (["chat", "--model", "/nowhere", "--prompt", "a"], "can't be loaded"),
+        (["chat", "--adapter", "/nowhere", "--prompt", "a"], "no such file"),
+        (["chat", "--adapter", "RUN", "--prompt", " "], "--prompt is empty"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--temperature", "nan"], "--temperature"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--top_p", "0"], "--top_p"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--image", "/nowhere.png"], "--image /nowhere.png"),
+        (["chat", "--adapter", "PICTURES", "--prompt", "a"], "is for pictures"),
+        (["evaluate", "--adapter", "RUN", "--data", "/nowhere.json"], "--data /nowhere.json can't be read"),
+        (["evaluate", "--adapter", "RUN", "--data", "BAD"], "record 1: it needs 'choices'"),
+        (["evaluate", "--adapter", "RUN", "--data", "BAD", "--batch_size", "0"], "--batch_size"),
+        (["evaluate", "--adapter", "RUN", "--data", "BAD", "--limit", "0"], "--limit"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, words, message):
+    content = AdapterFile(create_adapter(build("llama"), EffiLoRAConfig(target_modules=("paper",))))
+    save_adapter(tmp_path / "pictures.safetensors", content)
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "why?"}')
+    stand_ins = {"RUN": str(place / "run"), "PICTURES": str(tmp_path / "pictures.safetensors"),
+                 "BAD": str(tmp_path / "bad.jsonl")}  # fmt: skip
+    assert main([stand_ins.get(word, word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
