@@ -1,4 +1,4 @@
-"""Denoisers to measure cost on: the embedded base's, and real architectures with random weights.
+"""Models to measure cost on: the embedded base's denoiser, and real architectures with random weights.
 
 What a step costs does not depend on the weights' values.
 """
@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from effilora_diffusion import EffiLoRAConfig
+from effilora_diffusion.core import EffiLoRA
+from effilora_diffusion.diffusion import attention
 from effilora_diffusion.diffusion.pipelines import load_pipeline
+from effilora_diffusion.language import attachment
 
 Built = tuple[nn.Module, dict[str, Any]]
-"""A denoiser and the keyword arguments of one call."""
+"""A denoiser or language model and the keyword arguments of one call."""
 
 TOKENS = 77
 """Tokens of a CLIP prompt."""
@@ -67,16 +72,27 @@ def flux(batch: int, resolution: int) -> Built:
     }
 
 
+def smollm2(batch: int, tokens: int) -> Built:
+    """SmolLM2-135M at full size, with the loss of a row of tokens."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    ids = torch.randint(0, config.vocab_size, (batch, tokens))
+    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
 ARCHITECTURES: dict[str, Callable[[int, int], Built]] = {
     "embedded": embedded,
     "sd15": sd15,
     "sdxl": sdxl,
     "flux": flux,
+    "smollm2": smollm2,
 }
 
 
 def build(name: str, batch: int, resolution: int, device: torch.device) -> Built:
-    """A frozen denoiser on ``device`` (bfloat16 on a GPU, as it is trained there) and the inputs of one call."""
+    """A frozen model on ``device`` (bfloat16 on a GPU, as it is trained there) and the inputs of one call."""
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch.set_default_dtype(dtype)
@@ -89,9 +105,20 @@ def build(name: str, batch: int, resolution: int, device: torch.device) -> Built
     def move(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: move(item) for key, item in value.items()}
+        if isinstance(value, bool):
+            return value
         return value.to(device, dtype if value.is_floating_point() else None)
 
     return model.to(device, dtype).requires_grad_(False), move(inputs)
+
+
+def fresh_adapter(model: nn.Module, attached: bool = True, **options: Any) -> EffiLoRA:
+    """An adapter for a built model, on its usual targets; ``options`` are those of the configuration."""
+    if isinstance(model, PreTrainedModel):
+        adapter = attachment.create_adapter(model, EffiLoRAConfig(target_modules=("paper",), **options))
+        return attachment.attach(model, adapter) if attached else adapter
+    adapter = attention.create_adapter(model, EffiLoRAConfig(**options))
+    return attention.attach(model, adapter) if attached else adapter
 
 
 def _unet_inputs(unet: nn.Module, batch: int, size: int, tokens: int) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from effilora_diffusion import EffiLoRAConfig, ReducerConfig
+from effilora_diffusion import ReducerConfig
 from effilora_diffusion.core import Reducer, exit_code
-from effilora_diffusion.diffusion import attention
 
-from .architectures import ARCHITECTURES, build
+from .architectures import ARCHITECTURES, build, fresh_adapter
 from .peft_baseline import inject
 
 Step = Callable[[int], float]
@@ -72,22 +71,24 @@ def make_step(
 def method(name: str, base: nn.Module, inputs: dict[str, Any], rank: int) -> Step:
     """The step of one method on a copy of ``base``; a Reducer is past its warm-up."""
     model = shared_copy(base)
-    chosen: dict[str, Any] = CONFIGS.get(name, {})
-    config = EffiLoRAConfig(rank=rank, **chosen)
     if name == PEFT:
-        targets = [path for site in attention.find_sites(model, config) for path, _ in site.maps]
+        sites = fresh_adapter(model, attached=False).sites
+        targets = [path for site in sites for path, _ in site.maps]
         return make_step(model, inject(model, rank, targets=targets), inputs, None)
-    adapter = attention.attach(model, attention.create_adapter(model, config))
+    chosen: dict[str, Any] = CONFIGS[name]
+    adapter = fresh_adapter(model, rank=rank, **chosen)
     before = None
-    if config.reducer.mode != "off":
+    if adapter.config.reducer.mode != "off":
         reducer = Reducer(adapter)
-        before = lambda index: reducer.begin_step(config.reducer.warmup + index)  # noqa: E731
+        before = reducer.begin_step
     return make_step(model, list(adapter.parameters()), inputs, before)
 
 
 def compare(args: argparse.Namespace, names: list[str], device: torch.device) -> dict[str, list[float]]:
     """Seconds of ``steps`` paired steps by name, after ``warmup`` that do not count."""
     base, inputs = build(args.model, args.batch, args.resolution, device)
+    if args.model == "smollm2":  # has no timestep
+        names = [name for name in names if "timestep" not in name]
     runs = {name: method(name, base, inputs, args.rank) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(args.warmup + args.steps):
@@ -123,7 +124,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=tuple(ARCHITECTURES), default="embedded")
-    parser.add_argument("--resolution", type=int, default=64, help="pixels; 256 gives SD 1.5 latents of 32x32")
+    parser.add_argument("--resolution", type=int, default=64, help="pixels (256: SD 1.5 latents of 32x32), or tokens")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--batch", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -140,7 +141,9 @@ def main() -> None:
     seconds = compare(args, [PEFT, *args.methods], device)
     memory = {name: measured_apart(args, name) for name in seconds} if args.memory else {}
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.model}, {args.resolution} pixels, batch {args.batch}, rank {args.rank}, {args.steps} steps, {where}")
+    print(
+        f"{args.model}, {args.resolution} {'tokens' if args.model == 'smollm2' else 'pixels'}, batch {args.batch}, rank {args.rank}, {args.steps} steps, {where}"
+    )
     print(f"{'':38} ms a step  ratio to PEFT (quartiles)" + ("    peak MB  ratio" if memory else ""))
     table: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
