@@ -141,9 +141,8 @@ def main() -> None:
     seconds = compare(args, [PEFT, *args.methods], device)
     memory = {name: measured_apart(args, name) for name in seconds} if args.memory else {}
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(
-        f"{args.model}, {args.resolution} {'tokens' if args.model == 'smollm2' else 'pixels'}, batch {args.batch}, rank {args.rank}, {args.steps} steps, {where}"
-    )
+    size = f"{args.resolution} {'tokens' if args.model == 'smollm2' else 'pixels'}"
+    print(f"{args.model}, {size}, batch {args.batch}, rank {args.rank}, {args.steps} steps, {where}")
     print(f"{'':38} ms a step  ratio to PEFT (quartiles)" + ("    peak MB  ratio" if memory else ""))
     table: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():

@@ -204,6 +204,41 @@ def test_the_base_s_type_can_be_chosen(place, tmp_path):
     assert load_model(str(place / "model"), dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
+def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_path, capsys):
+    output = tmp_path / "out"
+    options = {"reducer": "random", "reducer_warmup": 1}
+    assert main(words(place, output, max_steps=3, **options)) == 0
+    first = weights(output)
+    (output / "notes.txt").write_text("mine")
+    assert main(words(place, output, max_steps=6, **options)) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert same(weights(output), first)
+    assert main(words(place, output, max_steps=6, resume_from_checkpoint="latest", **options)) == 0
+    steps = [json.loads(line)["step"] for line in (output / "reducer.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    told = {"overwrite_output_dir": True, "save_strategy": "no", "reducer": "off", "max_steps": 3}
+    assert main(words(place, output, **told)) == 0
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "effilora.safetensors", "notes.txt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"learning_rate": 0}, "learned nothing"),
+        ({"learning_rate": 1e30, "max_grad_norm": 0}, "no longer finite"),
+        ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
+        ({"resume_from_checkpoint": "/nowhere"}, "no folder with a checkpoint"),
+    ],
+)
+def test_a_run_without_a_result_is_no_success(place, tmp_path, capsys, change, word):
+    assert main(words(place, tmp_path / "out", save_strategy="no", **change)) == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "out" / "effilora.safetensors").exists()
+
+
 def test_another_adapter_s_checkpoint_is_refused(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out")) == 0
     capsys.readouterr()

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..core import AdapterFile, EffiLoRAError, Reducer, calibrate
-from ..core.files import ADAPTER_FILE
+from ..core.files import ADAPTER_FILE, trim_log
 from .batches import Batch, BatchDrawer, ExampleSource, batch_loss
 from .checkpoints import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from .counters import counter_seed
@@ -48,14 +48,6 @@ class Interrupted(Exception):
     def __init__(self, code: int, folder: Path):
         super().__init__(f"stopped by signal {code - 128}; continue with --resume_from_checkpoint latest ({folder})")
         self.code = code
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinite for one that a killed run has not finished."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class Trainer:
@@ -162,13 +154,8 @@ class Trainer:
 
     def _trim_logs(self) -> None:
         """Drop log lines of steps after the checkpoint: they are about to be done again."""
-        for name in (METRICS_FILE, REDUCER_FILE):
-            path = self.output / name
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                limit = self.step + (1 if name == METRICS_FILE else 0)
-                kept = [line for line in lines if _step_of(line) < limit]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        trim_log(self.output / METRICS_FILE, self.step + 1)
+        trim_log(self.output / REDUCER_FILE, self.step)
 
     def _optimizer_step(self) -> dict[str, float]:
         c, step = self.config, self.step

@@ -56,11 +56,13 @@ class LanguageAdapterOptions(AdapterOptions):
 
 @dataclass
 class LanguageTrainingArguments(TrainingArguments):
-    """transformers' own, without a mandatory folder."""
+    """transformers' own, with an adapter's learning rate."""
 
     output_dir: str = field(
         default="effilora-language-model", metadata={"help": "folder for everything the run writes"}
     )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete an earlier run found in output_dir"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate; small models take more"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "our batches have no columns to remove"})
 
 

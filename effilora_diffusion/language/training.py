@@ -11,17 +11,16 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, Reducer, calibrate, load_adapter_file, save_adapter
-from ..core.files import ADAPTER_FILE
+from ..core.files import ADAPTER_FILE, trim_log
 from ..core.fingerprint import model_hash
 from ..core.sites import is_transposed
 from .attachment import attach, create_adapter
 from .export import COMPONENT, write_peft_folder
 from .lessons import Lessons, check_files, prepare
 from .models import load_model
-from .options import DataOptions, LanguageAdapterOptions, ModelOptions, PictureDataOptions
+from .options import DataOptions, LanguageAdapterOptions, LanguageTrainingArguments, ModelOptions, PictureDataOptions
+from .outputs import REDUCER_FILE, REDUCER_STATE, check_output, find_checkpoint, open_output, step_of
 
-REDUCER_FILE = "reducer.jsonl"
-REDUCER_STATE = "reducer.json"
 MEASURED = 16
 """Examples on which the Reducer measures importance."""
 
@@ -95,27 +94,32 @@ class LanguageTrainer(Trainer):
         except (OSError, ValueError) as error:
             raise EffiLoRAError(f"--resume_from_checkpoint {folder}: {REDUCER_STATE} can't be read") from error
         self.reducer.load_state_dict(state)
+        if self.reducer.log is not None:  # later steps are about to be done again
+            trim_log(self.reducer.log, step_of(folder))
 
 
 def run(
     model_options: ModelOptions,
     data: DataOptions | PictureDataOptions,
     options: LanguageAdapterOptions,
-    args: TrainingArguments,
+    args: LanguageTrainingArguments,
 ) -> dict[str, Any]:
     """Train, evaluate and write an adapter; returns the figures of the run (of a process that writes none: nothing)."""
     if not model_options.model_name_or_path:
         raise EffiLoRAError("--model_name_or_path is missing: a model folder, hub id or .gguf file")
     config = options.adapter_config()
+    output = Path(args.output_dir)
+    checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
+    check_output(output, args.overwrite_output_dir, resumed=checkpoint is not None)
     check_files(data)
     pictures = isinstance(data, PictureDataOptions)
     model, reader = _load(model_options, pictures)
     lessons = prepare(data, reader)
     base_hash = model_hash(model)
     adapter = attach(model, create_adapter(model, config, args.seed))
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     writes = args.process_index == 0
+    if writes:
+        open_output(output, resumed=checkpoint is not None)
     reducer = Reducer(adapter, args.seed, output / REDUCER_FILE if writes else None)
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = config.reducer.mode != "off"  # frozen layers have no gradient to wait for
@@ -129,12 +133,13 @@ def run(
         data_collator=lessons.collator,
         callbacks=[ReducerCallback(reducer, model, lessons.batch(MEASURED))],
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     figures = {"loss": trainer.state.log_history[-1].get("train_loss"), "steps": trainer.state.global_step}
     if lessons.validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
     if not writes:
         return {}
+    _check_learned(adapter)
     metadata = {
         "base_model": model_options.model_name_or_path,
         "gguf_file": model_options.gguf_file,
@@ -153,6 +158,14 @@ def _load(options: ModelOptions, pictures: bool) -> tuple[nn.Module, Any]:
     more = {"revision": options.model_revision} if options.model_revision else {}
     name = str(options.model_name_or_path)
     return load_model(name, options.gguf_file, options.dtype, options.quantization, pictures, **more)
+
+
+def _check_learned(adapter: EffiLoRA) -> None:
+    """Raise :class:`EffiLoRAError` if the run has learned nothing, or broken its weights: that is no success."""
+    if not all(bool(value.isfinite().all()) for value in adapter.parameters()):
+        raise EffiLoRAError("the adapter's weights are no longer finite: lower --learning_rate; nothing was written")
+    if not any(bool(heads.any()) for heads in adapter.B):
+        raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
 
 
 def _write(output: Path, model: nn.Module, adapter: EffiLoRA, metadata: dict[str, Any], lessons: Lessons) -> float:

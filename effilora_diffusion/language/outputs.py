@@ -1,0 +1,69 @@
+"""What a run writes, where it may write, and where it goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..core import EffiLoRAError
+from ..core.files import ADAPTER_FILE
+
+REDUCER_FILE = "reducer.jsonl"
+REDUCER_STATE = "reducer.json"
+"""The Reducer in a checkpoint."""
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CHECKPOINTS = "checkpoint-*"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in ``output``, the earliest first."""
+    found = [path for path in output.glob(CHECKPOINTS) if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means: a folder, or ``latest`` of ``output``; ``None`` for none."""
+    if wanted is None:
+        return None
+    if wanted.lower() in ("latest", "true"):  # the latter as in transformers' examples
+        found = checkpoints(output)
+        if not found:
+            raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: {output} holds no checkpoint")
+        return found[-1]
+    if not (Path(wanted) / ADAPTER_FILE).is_file():
+        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: no folder with a checkpoint of this trainer")
+    step_of(Path(wanted))
+    return Path(wanted)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps behind a checkpoint."""
+    try:
+        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EffiLoRAError(f"--resume_from_checkpoint {checkpoint}: its trainer_state.json can't be read") from error
+
+
+def check_output(output: Path, overwrite: bool, resumed: bool) -> None:
+    """Refuse a folder that holds another run, unless it is continued or to be overwritten."""
+    used = (output / ADAPTER_FILE).exists() or bool(checkpoints(output))
+    if used and not overwrite and not resumed:
+        raise EffiLoRAError(
+            f"{output} holds an earlier run: give another --output_dir, continue it with "
+            "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        )
+
+
+def open_output(output: Path, resumed: bool) -> None:
+    """Make the folder; an earlier run that is not continued goes, its own files only."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            for name in (ADAPTER_FILE, *PEFT_FILES, REDUCER_FILE):
+                (output / name).unlink(missing_ok=True)
+            for folder in checkpoints(output):
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error
