@@ -1,7 +1,7 @@
 """Mixed tasks on a small language model: ``python -m benchmarks.language --work WORK``.
 
 SmolLM2-135M-Instruct learns the tasks of ``language_data.py``. PEFT's LoRA, HydraLoRA
-(our core with an A per layer) and EffiLoRA have nearly the same number of trained parameters, see the same batches in the same
+(our core with an A per layer; the router reads A x, as ours) and EffiLoRA have nearly the same number of trained parameters, see the same batches in the same
 ``Trainer``, and are each shown at their best of several learning rates, chosen by the loss on validation concepts. Judged on
 concepts that nobody trained on:
 
@@ -33,7 +33,7 @@ from transformers import Trainer, TrainingArguments
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig
 from effilora_diffusion.core import EffiLoRA, Reducer, exit_code
 from effilora_diffusion.language.attachment import attach, create_adapter, detach
-from effilora_diffusion.language.choices import likelihoods, question
+from effilora_diffusion.language.choices import choose, question
 from effilora_diffusion.language.data import Encoder, Example, Examples, read_records
 from effilora_diffusion.language.generation import answers
 from effilora_diffusion.language.models import load_model
@@ -114,13 +114,12 @@ class Bench:
         records = [record for record in self.records["held_out"] if task in (None, record["task"])]
         with self.autocast():
             said = answers(model, self.encoder, records, ANSWER_TOKENS, batch_size=64)
-            scores = likelihoods(model, self.encoder, [question(record) for record in records], batch_size=64)
+            right = choose(model, self.encoder, [question(record) for record in records], batch_size=64)
         found: dict[str, dict[str, list[bool]]] = {}
-        for record, text, row in zip(records, said, scores, strict=True):
+        for record, text, chosen in zip(records, said, right, strict=True):
             figures = found.setdefault(record["task"], {"exact": [], "choice": []})
             figures["exact"].append(text == record["output"])
-            likeliest = max(range(len(row)), key=row.__getitem__)
-            figures["choice"].append(record["choices"][likeliest] == record["answer"])
+            figures["choice"].append(chosen)
         return {task: {name: statistics.mean(values) for name, values in of.items()} for task, of in found.items()}
 
     def done(self) -> list[dict[str, Any]]:
@@ -154,7 +153,7 @@ def _reducer(bench: Bench, adapter: EffiLoRA, seed: int) -> list[Any]:
     if adapter.config.reducer.mode == "off":
         return []
     measured = bench.encoder.collate(bench.examples("train", None)[:16])
-    return [ReducerCallback(Reducer(adapter, seed), bench.model, measured)]
+    return [ReducerCallback(Reducer(adapter, seed), bench.model, [measured])]
 
 
 def run(
@@ -165,6 +164,7 @@ def run(
     It is judged on the held-out questions only if its validation loss is below ``worth``.
     """
     key = {"method": method, "rate": rate, "seed": seed, "task": task, "steps": bench.args.steps}
+    key["bf16"] = bench.args.bf16
     for line in bench.done():
         if all(line[name] == value for name, value in key.items()):
             return line
@@ -199,7 +199,8 @@ def work_through(bench: Bench) -> None:
     args = bench.args
     if "base" in args.methods and not any(line["method"] == "base" for line in bench.done()):
         items = bench.examples("validation", None)
-        bench.write({"method": "base", "rate": 0, "seed": 0, "task": None, "steps": args.steps, "trained": 0,
+        bench.write({"method": "base", "rate": 0, "seed": 0, "task": None, "steps": args.steps,
+                     "bf16": args.bf16, "trained": 0,
                      "loss": bench.loss(bench.model, items), "held_out": bench.judge(bench.model)})  # fmt: skip
     for method in args.methods:
         if method == "base":

@@ -14,6 +14,8 @@ from typing import Any
 
 from .core import EffiLoRAError, exit_code, load_adapter_file
 from .core.files import adapter_path
+from .language.models import DTYPES as LANGUAGE_DTYPES
+from .language.models import QUANTIZATIONS
 
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions."""
@@ -106,6 +108,7 @@ def _add_language(commands: Any) -> None:
 
     evaluate = commands.add_parser("evaluate", help="multiple-choice accuracy of a language model with adapters")
     evaluate.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON or JSONL with choices")
+    evaluate.add_argument("--image_folder", default=".", help="folder that the records' pictures are in")
     evaluate.add_argument("--limit", type=int, help="questions per task (default: all)")
     evaluate.add_argument("--batch_size", type=int, default=16)
     evaluate.add_argument(
@@ -119,8 +122,8 @@ def _add_language(commands: Any) -> None:
         command.add_argument(
             "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
         )
-        command.add_argument("--dtype", choices=tuple(DTYPES.values()), default="float32", help="type of the weights")
-        command.add_argument("--quantization", choices=("bnb-8bit", "bnb-4bit"), help="quantise; needs bitsandbytes")
+        command.add_argument("--dtype", choices=LANGUAGE_DTYPES, default="float32", help="type of the weights")
+        command.add_argument("--quantization", choices=QUANTIZATIONS, help="quantise; needs bitsandbytes")
         command.add_argument(
             "--prompt_template",
             choices=("auto", "chat", "alpaca", "plain", "vicuna"),

@@ -7,7 +7,7 @@ from tiny_language import build, tokenizer
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import EffiLoRAConfig
 from effilora_diffusion.language.attachment import attach, create_adapter
-from effilora_diffusion.language.choices import Question, accuracy, likelihoods, question
+from effilora_diffusion.language.choices import Question, choose, likelihoods, question
 from effilora_diffusion.language.data import Encoder, collate
 
 PIQA = {"instruction": "How do you cut? Solution1: with a knife Solution2: with a spoon Answer format: solution1/solution2",
@@ -62,8 +62,8 @@ def test_a_model_that_has_learned_the_answers_chooses_them():
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert accuracy(model, encoder, questions) == 1.0
+    assert choose(model, encoder, questions) == [True] * 4
     adapter.strength = 0
-    assert accuracy(model, encoder, questions) < 1.0
+    assert not all(choose(model, encoder, questions))
     with pytest.raises(EffiLoRAError, match="no questions"):
-        accuracy(model, encoder, [])
+        choose(model, encoder, [])

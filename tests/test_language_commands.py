@@ -10,7 +10,7 @@ from tiny_language import build, save, tokenizer
 
 from effilora_diffusion import EffiLoRAConfig
 from effilora_diffusion.cli import main
-from effilora_diffusion.core import AdapterFile, calibrate, save_adapter
+from effilora_diffusion.core import AdapterFile, calibrate, load_adapter_file, save_adapter
 from effilora_diffusion.language.attachment import attach, create_adapter, load_adapter
 from effilora_diffusion.language.data import Encoder
 from effilora_diffusion.language.generation import answers, stream
@@ -132,6 +132,49 @@ def test_evaluate_counts_right_answers_by_task(place, capsys):
     assert lines[1].split()[1:] == ["1", "100.0%", "100.0%"]
 
 
+def test_choices_replace_the_answer_of_a_conversation(place, capsys):
+    turns = [{"role": "user", "content": "bc"}, {"role": "assistant", "content": "x"}]
+    records = [
+        {"messages": turns, "choices": ["x", " yy "], "answer": " yy "},
+        {"messages": turns[:1], "choices": ["u", "yy"], "answer": "yy"},
+    ]
+    (place / "turns.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert (
+        main(
+            [
+                "evaluate",
+                "--adapter",
+                str(place / "run"),
+                "--data",
+                str(place / "turns.jsonl"),
+                "--exact_match",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["turns"] == {"questions": 2, "choice": 1.0, "exact match": 1.0}
+
+
+def test_ctrl_c_ends_a_chat(place, capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin.readline", interrupted, raising=False)
+    assert main(["chat", "--adapter", str(place / "run")]) == 0
+
+
+def test_merging_into_another_base_is_told(place, tmp_path, caplog):
+    build("llama", seed=5).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
+    content = load_adapter_file(place / "run" / "effilora.safetensors")
+    content.metadata["base_hash"] = "0123456789abcdef"
+    save_adapter(tmp_path / "a.safetensors", content)
+    command = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "merged"), "--format", "merged", "--model"]
+    assert main([*command, str(tmp_path / "other")]) == 0
+    assert "another model of the same shape" in caplog.text
+
+
 def test_a_merged_model_needs_no_adapter(place, tmp_path, capsys):
     output = tmp_path / "merged"
     assert main(["export", str(place / "run"), str(output), "--format", "merged"]) == 0
@@ -179,6 +222,8 @@ def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
         (["chat", "--adapter", "RUN", "--prompt", "a", "--top_p", "0"], "--top_p"),
         (["chat", "--adapter", "RUN", "--prompt", "a", "--image", "/nowhere.png"], "--image /nowhere.png"),
         (["chat", "--adapter", "PICTURES", "--prompt", "a"], "is for pictures"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--prompt_template", "plain", "--system", "b"], "--system"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--prompt_template", "vicuna"], "is for pictures"),
         (["evaluate", "--adapter", "RUN", "--data", "/nowhere.json"], "--data /nowhere.json can't be read"),
         (["evaluate", "--adapter", "RUN", "--data", "BAD"], "record 1: it needs 'choices'"),
         (["evaluate", "--adapter", "RUN", "--data", "BAD", "--batch_size", "0"], "--batch_size"),

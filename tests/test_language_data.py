@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny_language import build, tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.language.data import (
@@ -108,11 +109,95 @@ def test_files_that_are_no_data_are_named_with_their_line(tmp_path, text, word):
         ({"messages": [{"role": "user"}]}, "a role and a content"),
         ({"messages": [{"role": "assistant", "content": None}]}, "must be texts"),
         ({"messages": 5}, "a role and a content"),
+        ({"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}, "the role 'tool'"),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "nobody asks"),
+        ({**SUM, "history": [["a", "b"]]}, "'history'"),
+        ({**CHAT, "tools": [{}]}, "'tools'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]},
+            "'weight'",
+        ),
+        ({**LLAVA, "image": "a.png"}, "train_vlm_effilora.py"),
     ],
 )
 def test_records_that_can_t_be_learned_are_named(record, word):
     with pytest.raises(EffiLoRAError, match=f"data, record 2: .*{word}"):
         Examples([SUM, record], Encoder(tokenizer()), "data")
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+@pytest.mark.parametrize(
+    "record", [{**SUM, "output": None}, {**SUM, "output": ["a"]}, {**SUM, "instruction": None}, CHAT]
+)
+def test_forms_without_turns_want_texts(template, record):
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*'instruction' and 'output' as texts"):
+        Examples([record], Encoder(tokenizer(), template), "data")
+    with pytest.raises(EffiLoRAError, match="vicuna is for pictures"):
+        Encoder(tokenizer(), "vicuna")
+
+
+def test_a_system_text_and_early_greetings_are_understood():
+    encoder = Encoder(tokenizer())
+    assert encoder.prompt({**SUM, "system": "be brief"}) == "<system>be brief</s><user>add 1 and 2</s><assistant>"
+    greeted = {"conversations": [{"from": "gpt", "value": "hello"}, *LLAVA["conversations"]], "system": "be brief"}
+    assert tokenizer().decode(encoder.encode(greeted).ids) == "<system>be brief</s><user>1+1</s><assistant>2</s>"
+
+
+THINKING = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and not loop.last %}"
+    "{{ m['content'].split('=')[-1] }}{% else %}{{ m['content'] }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A template that drops what was thought in earlier answers."""
+
+
+def test_where_a_template_rewrites_answers_the_last_one_is_learned():
+    reader = tokenizer()
+    reader.chat_template = THINKING
+    turns = [("user", "1+1"), ("assistant", "hm=2"), ("user", "2+2"), ("assistant", "so=4")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    with pytest.warns(UserWarning, match="only the last answers"):
+        example = Encoder(reader).encode(record)
+    assert reader.decode(example.ids) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>so=4</s>"
+    assert answered(example, reader) == ["so=4</s>"]
+    assert Encoder(reader).prompt(record) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>"
+    reader.chat_template = CHAT_OPENED
+    with pytest.warns(UserWarning, match="only the last answers"):
+        example = Encoder(reader).encode(SUM)
+    assert answered(example, reader) == ["<assistant>3</s>"]
+
+
+CHAT_OPENED = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>[think]{% endif %}"
+)
+"""A template whose prompt opens a thought that the trained answer does not have."""
+
+
+def test_a_template_s_refusal_names_the_record():
+    reader = tokenizer()
+    reader.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*refuses its messages: no system here"):
+        Examples([CHAT], Encoder(reader), "data")
+
+
+def test_the_beginning_of_text_is_set_once_and_kept():
+    reader = tokenizer(chat=False)
+    reader.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    assert reader("a")["input_ids"][0] == 1
+    encoder = Encoder(reader, "plain", max_length=9)
+    assert reader.decode(encoder.encode({"instruction": "abc", "output": "d"}).ids) == "<s>abc?d</s>"
+    long = encoder.encode({"instruction": "x" * 30, "output": "d"})
+    assert (len(long.ids), len(long.labels), long.cut) == (9, 9, True)
+    assert reader.decode(long.ids) == "<s>xxxxx?d</s>"
+    assert encoder.ask({"instruction": "y" * 30}).ids[0] == 1
+    reader.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert Encoder(reader).encode(SUM).ids.count(1) == 1
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**SUM, "output": "a\u2028b\u0085c"}, ensure_ascii=False) + "\r\n")
+    assert read_records(tmp_path / "a.jsonl")[0]["output"] == "a\u2028b\u0085c"
 
 
 def test_json_lists_and_lines_are_the_same(tmp_path):
@@ -128,6 +213,7 @@ def test_packed_examples_do_not_see_one_another(name):
     rows = pack(items, 30)
     assert sorted(len(item.ids) for row in rows for item in row) == sorted(len(item.ids) for item in items)
     assert all(sum(len(item.ids) for item in row) <= 30 for row in rows)
+    assert len(rows) < len(items)
     items[1] = Example(items[1].ids[-4:], items[1].ids[-4:])  # cut so far that it begins with its answer
     model = build(name)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from effilora_diffusion.language.attachment import attach, create_adapter, detac
 from effilora_diffusion.language.data import IGNORED
 from effilora_diffusion.language.generation import answers
 from effilora_diffusion.language.launch import main
-from effilora_diffusion.language.pictures import PictureEncoder, PictureExamples, picture_paths
+from effilora_diffusion.language.pictures import PictureEncoder, PictureExamples, open_picture, picture_paths
 
 IMAGE = VOCAB - 1
 COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 220, 20), "white": (250, 250, 250)}
@@ -139,6 +139,58 @@ def test_every_relative_is_adapted_and_batches_are_their_examples(name, place, m
         assert torch.equal(model(**encoder.collate(items)).logits, adapted)
 
 
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""In the manner of the processors of LLaVA-1.5 on the hub: no answer has an end."""
+
+
+def test_a_model_is_taught_to_stop_where_its_template_marks_no_end(place):
+    reader = processor()
+    reader.chat_template = LLAVA_HF
+    encoder = PictureEncoder(reader, place / "images")
+    record = talk("<image>which", "red", "sure?", "no", image="red0.png")
+    assert encoder.segments(record, "here") == [
+        ("USER: <image>\nwhich ASSISTANT:", False), (" red</s>", True), ("USER: sure? ASSISTANT:", False), (" no</s>", True),
+    ]  # fmt: skip
+    asked = talk("<image>which", "red", "sure?", "", image="red0.png")
+    assert encoder.prompt(asked) == "USER: <image>\nwhich ASSISTANT: red</s>USER: sure? ASSISTANT:"
+
+
+def test_templates_that_lose_pictures_are_refused(place):
+    reader, record = processor(), talk("<image>which", "red", image="red0.png")
+    reader.chat_template = LLAVA_HF.replace("<image>", "<picture>")
+    with pytest.raises(EffiLoRAError, match="leaves out 1 of its pictures"):
+        PictureEncoder(reader, place / "images").encode(record)
+    reader.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(EffiLoRAError, match="--prompt_template vicuna"):
+        PictureEncoder(reader, place / "images").encode(record)
+
+
+def test_pictures_are_upright_and_may_lie_behind_a_link(place, tmp_path):
+    turned = Image.new("RGB", (24, 12), (200, 30, 30))
+    turned.paste((30, 30, 200), (0, 0, 12, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg", "here").size == (12, 24)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "linked").symlink_to(place / "images")
+    assert (
+        PictureEncoder(processor(), tmp_path / "folder").encode(talk("<image>", "a", image="linked/red0.png")).pictures
+    )
+
+
+def test_a_question_that_no_longer_fits_is_refused(place):
+    encoder = PictureEncoder(processor(), place / "images", max_length=20)
+    turns = talk("<image>what is it", "red", "and the colour of the rest", "", image="red0.png")
+    with pytest.raises(EffiLoRAError, match="longer than 20 tokens"):
+        encoder.ask(turns)
+
+
 def test_processors_without_a_template_speak_as_llava_does(place):
     encoder = PictureEncoder(processor(chat=False), place / "images")
     assert encoder.template == "vicuna"
@@ -146,11 +198,16 @@ def test_processors_without_a_template_speak_as_llava_does(place):
     parts = encoder.segments(record, "here")
     assert parts == [
         ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-         "polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: ", False),
-        ("red</s>", True),
-        ("USER: sure? ASSISTANT: ", False),
-        ("yes</s>", True),
+         "polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT:", False),
+        (" red</s>", True),
+        ("USER: sure? ASSISTANT:", False),
+        (" yes</s>", True),
     ]  # fmt: skip
+    asked = {
+        **record,
+        "conversations": [*record["conversations"], {"from": "human", "value": "why?"}, {"from": "gpt", "value": ""}],
+    }
+    assert encoder.prompt(asked) == "".join(text for text, _ in parts) + "USER: why? ASSISTANT:"
     with pytest.raises(EffiLoRAError, match="no chat template"):
         PictureEncoder(processor(chat=False), place / "images", "chat")
 
@@ -215,6 +272,16 @@ def test_a_run_learns_to_tell_pictures_apart(place, tmp_path, capsys):
         picture = str(place / "images" / name)
         assert cli(["chat", "--adapter", str(tmp_path / "out"), "--image", picture, "--prompt", "which?"]) == 0
         assert capsys.readouterr().out.strip() == answer
+    question = {"instruction": "<image>which?", "image": "red30.png", "choices": ["r", "b", "g", "w"], "answer": "r"}
+    other = {**question, "image": "blue30.png", "answer": "b"}
+    (tmp_path / "choices.json").write_text(json.dumps([question, other]))
+    data = ["--data", str(tmp_path / "choices.json"), "--image_folder", str(place / "images"), "--json"]
+    assert cli(["evaluate", "--adapter", str(tmp_path / "out"), *data]) == 0
+    assert json.loads(capsys.readouterr().out)["choices"] == {"questions": 2, "choice": 1.0}
+    assert (
+        cli(["chat", "--adapter", str(tmp_path / "out"), "--prompt", "which?"]) == 0
+    )  # without a picture: still asked
+    assert capsys.readouterr().out.strip()
     assert cli(["export", str(tmp_path / "out"), str(tmp_path / "merged"), "--format", "merged"]) == 0
     assert (tmp_path / "merged" / "preprocessor_config.json").exists() or (
         tmp_path / "merged" / "processor_config.json"

@@ -11,6 +11,7 @@ import torch
 from tiny_language import VOCAB, save, tokenizer, write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from effilora_diffusion.cli import main as cli
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.language.attachment import detach, load_adapter
 from effilora_diffusion.language.launch import main
@@ -41,7 +42,8 @@ def words(place, output, **options):
     base = {"model_name_or_path": place / "model", "train_file": place / "train.jsonl", "output_dir": output, "max_steps": 6,
             "learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "logging_steps": 1,
             "save_steps": 3, "disable_tqdm": True}  # fmt: skip
-    return [f"--{name}={value}" for name, value in {**base, **options}.items()]
+    words = [f"--{name}={value}" for name, value in {**base, **options}.items()]
+    return [part for word in words for part in (word.replace("=", " ", 1).split() if " " in word else [word])]
 
 
 def logs(output):
@@ -116,8 +118,34 @@ def test_the_reducer_trains_the_layers_it_chooses(place, tmp_path):
 
 
 def test_packing_trains_on_every_example(place, tmp_path):
-    assert main(words(place, tmp_path / "out", packing=True, max_length=64, validation_file=place / "held.jsonl")) == 0
-    assert logs(tmp_path / "out")[-1][1] > 0
+    options = {"packing": True, "max_length": 64, "validation_file": place / "held.jsonl", "per_device_train_batch_size": 1,
+               "num_train_epochs": 1, "max_steps": -1}  # fmt: skip
+    assert main(words(place, tmp_path / "out", **options)) == 0
+    reader = tokenizer()
+    tokens = sum(len(reader(f"<user>{r['instruction']}</s><assistant>{r['output']}</s>")["input_ids"])
+                 for r in map(json.loads, (place / "train.jsonl").read_text().splitlines()))  # fmt: skip
+    steps = len(logs(tmp_path / "out"))
+    assert tokens / 64 <= steps <= tokens / 64 + 2  # rows are nearly full
+    assert main(words(place, tmp_path / "more", **{**options, "max_steps": 60, "num_train_epochs": 3})) == 0
+    assert logs(tmp_path / "more")[-1][1] < 0.7 * logs(tmp_path / "more")[0][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept_apart"), [("llama", True), ("gpt2", True), ("opt", False), ("bloom", False), ("falcon", False)]
+)
+def test_packing_is_refused_where_examples_would_see_one_another(place, tmp_path, capsys, name, kept_apart):
+    save(tmp_path / "model", name)
+    options = {"model_name_or_path": tmp_path / "model", "packing": True, "max_length": 48, "max_steps": 1}
+    assert main(words(place, tmp_path / "out", **options)) == (0 if kept_apart else 2)
+    assert ("would see one another" in capsys.readouterr().err) != kept_apart
+
+
+def test_long_examples_are_counted_and_fit_the_model(place, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a" * 500, "output": "b"}))
+    save(tmp_path / "model", "gpt2")  # 64 positions
+    options = {"model_name_or_path": tmp_path / "model", "train_file": tmp_path / "long.jsonl", "max_steps": 1}
+    assert main(words(place, tmp_path / "out", **options)) == 0
+    assert "cut_examples       1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -126,10 +154,22 @@ def test_packing_trains_on_every_example(place, tmp_path):
         ({"model_name_or_path": "/nowhere"}, "can't be loaded"),
         ({"train_file": "/nowhere.jsonl"}, "--train_file /nowhere.jsonl can't be read"),
         ({"validation_file": "/nowhere.jsonl"}, "--validation_file"),
-        ({"target_modules": "to_q"}, "ends in any of"),
+        ({"target_modules": "to_q"}, "ends in to_q"),
         ({"routing": "timestep"}, "no timestep"),
         ({"rank": 0}, "rank"),
         ({"gguf_file": "none.gguf"}, "can't be loaded"),
+        ({"max_length": 0}, "--max_length must be at least 2"),
+        ({"lora_r": 8}, "--lora_r=8 is no flag of this command: here it is --rank"),
+        ({"nonsense": 8}, "--help lists"),
+        ({"eval_strategy": "steps"}, "don't go together"),
+        ({"save_strategy": "best"}, "don't go together"),
+        ({"warmup_steps": -1}, "don't go together"),
+        ({"report_to": "nothing_known"}, "don't go together"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"do_eval": True}, "effilora evaluate"),
+        ({"fsdp": "full_shard"}, "FSDP"),
+        ({"target_modules": "q_proj upp_proj"}, "upp_proj"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, change, word):
@@ -243,6 +283,11 @@ def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_pa
     steps = [json.loads(line)["step"] for line in (output / "reducer.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    capsys.readouterr()
+    assert main(words(place, output, max_steps=6, resume_from_checkpoint="latest", **options)) == 2
+    assert "6 steps behind it, of 6" in capsys.readouterr().err
+    assert main(words(place, output, max_steps=3, overwrite_output_dir=True, report_to="nothing_known")) == 2
+    assert (output / "effilora.safetensors").exists()  # refused before anything is deleted
     told = {"overwrite_output_dir": True, "save_strategy": "no", "reducer": "off", "max_steps": 3}
     assert main(words(place, output, **told)) == 0
     assert sorted(path.name for path in output.iterdir()) == [
@@ -263,6 +308,44 @@ def test_a_run_without_a_result_is_no_success(place, tmp_path, capsys, change, w
     assert main(words(place, tmp_path / "out", save_strategy="no", **change)) == 2
     assert word in capsys.readouterr().err
     assert not (tmp_path / "out" / "effilora.safetensors").exists()
+
+
+def test_a_folder_with_other_files_of_the_same_names_is_left_alone(place, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("mine")
+    assert main(words(place, tmp_path)) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
+def test_resuming_from_elsewhere_overwrites_no_other_run(place, tmp_path, capsys):
+    for name, steps in (("one", 3), ("two", 6)):
+        assert main(words(place, tmp_path / name, max_steps=steps)) == 0
+    kept = weights(tmp_path / "one")
+    again = {"max_steps": 9, "resume_from_checkpoint": tmp_path / "two" / "checkpoint-6"}
+    assert main(words(place, tmp_path / "one", **again)) == 2
+    assert same(weights(tmp_path / "one"), kept)
+    assert main(words(place, tmp_path / "three", **again)) == 0
+    (tmp_path / "two" / "checkpoint-6" / "optimizer.pt").unlink()
+    assert main(words(place, tmp_path / "four", **again)) == 2
+    assert "optimizer.pt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_knows_what_it_was_trained_on(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", max_steps=3)) == 0
+    capsys.readouterr()
+    assert (
+        cli(["chat", "--adapter", str(tmp_path / "out" / "checkpoint-3"), "--prompt", "ab", "--max_new_tokens", "2"])
+        == 0
+    )
+    metadata = load_adapter_file(tmp_path / "out" / "checkpoint-3" / "effilora.safetensors").metadata
+    final = load_adapter_file(tmp_path / "out" / "effilora.safetensors").metadata
+    assert metadata == {name: value for name, value in final.items() if name != "export_error"}
+
+
+def test_an_evaluation_in_half_precision_leaves_the_result_whole(place, tmp_path):
+    options = {"max_steps": 3, "validation_file": place / "held.jsonl", "bf16_full_eval": True}
+    assert main(words(place, tmp_path / "out", **options)) == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "out" / "checkpoint-3"))
 
 
 def test_another_adapter_s_checkpoint_is_refused(place, tmp_path, capsys):

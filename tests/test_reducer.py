@@ -254,13 +254,28 @@ def test_begin_step_freezes_what_select_leaves_out():
 
 def test_trained_ever_counts_the_layers_drawn_so_far():
     reducer = make_reducer(mode="random", active=0.17)
-    shared = sum(value.numel() for value in [*reducer.adapter.A.values(), *reducer.adapter.G])
-    per_layer = sum(value.numel() for value in reducer.adapter.B) // BLOCKS
+    shared = sum(value.numel() for value in reducer.adapter.A.values())
+    per_layer = sum(value.numel() for value in [*reducer.adapter.B, *reducer.adapter.G]) // BLOCKS
     drawn = set()
     for step in range(4):
         reducer.begin_step(step)
         drawn.update(reducer.select(step))
         assert reducer.trained_ever() == shared + per_layer * len(drawn)
+
+
+@pytest.mark.parametrize("train_shared", [False, True])
+def test_an_a_of_a_layer_s_own_counts_with_its_layer(train_shared):
+    config = ReducerConfig(mode="random", active=0.17, warmup=0, train_shared=train_shared)
+    adapter = make_adapter(BLOCKS, a_sharing="none", reducer=config)
+    reducer = Reducer(adapter)
+    reducer.begin_step(0)
+    (drawn,) = reducer.active
+    counted = reducer.trained_ever()
+    attach(make_toy(BLOCKS), adapter)
+    own = [index for index, site in enumerate(adapter.sites) if train_shared or site.layer == drawn]
+    expected = sum(adapter.G[i].numel() + adapter.shared_a(adapter.sites[i]).numel() for i in own)
+    expected += sum(heads.numel() for heads in adapter.B if heads.requires_grad)
+    assert counted == expected == adapter.parameter_counts()["trained_per_step"]
 
 
 def test_a_saved_state_continues_as_if_never_interrupted():

@@ -128,11 +128,20 @@ class Reducer:
             self.adapter.layer_strength.clear()
 
     def trained_ever(self) -> int:
-        """Parameters that have been trained in at least one step: A, routers and the heads of every layer drawn."""
+        """Parameters that have been trained in at least one step: shared A, and what belongs to a layer that was drawn.
+
+        With ``train_shared``, routers and an A of a layer's own are trained whether it is drawn or not.
+        """
         adapter = self.adapter
-        shared = sum(p.numel() for p in [*adapter.A.parameters(), *adapter.G.parameters()])
-        pairs = zip(adapter.sites, adapter.B, strict=True)
-        return shared + sum(heads.numel() for site, heads in pairs if site.layer in self.ever_active)
+        own_a = adapter.config.a_sharing == "none"
+        total = 0 if own_a else sum(p.numel() for p in adapter.A.parameters())
+        for index, site in enumerate(adapter.sites):
+            drawn = site.layer in self.ever_active
+            total += adapter.B[index].numel() if drawn else 0
+            if drawn or self.config.train_shared:
+                total += adapter.G[index].numel() if len(adapter.G) else 0
+                total += adapter.shared_a(site).numel() if own_a else 0
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state for a checkpoint."""

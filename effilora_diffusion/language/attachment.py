@@ -63,6 +63,7 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
 
     Maps that read one input (q, k and v; gate and up) share a site. Raises :class:`EffiLoRAError` if none is found.
     """
+    targets = tuple(targets)
     names = tuple(name for target in targets for name in GROUPS.get(target, (target,)))
     root = language_part(model)
     found: dict[str, tuple[int, int]] = {}
@@ -74,10 +75,12 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
             continue
         if ALL_LINEAR in names or is_target(path, names):
             found[path] = size
-    if not found:
-        raise EffiLoRAError(
-            f"no linear map of {type(model).__name__} ends in any of {list(targets)}: it has {_endings(model)}"
-        )
+    for target in targets:
+        if target != ALL_LINEAR and not any(is_target(path, GROUPS.get(target, (target,))) for path in found):
+            raise EffiLoRAError(
+                f"no linear map of {type(model).__name__} ends in {target}: --target_modules has {', '.join(GROUPS)}, "
+                f"{ALL_LINEAR}, or of {_endings(model)}"
+            )
     return _grouped(found)
 
 

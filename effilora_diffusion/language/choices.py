@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import EffiLoRAError
 from .data import IGNORED, Encoder, Example
+from .turns import with_answer
 
 ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 """The end of every question of the commonsense tasks, as in ``Answer format: answer1/answer2/answer3``."""
@@ -60,7 +61,7 @@ def likelihoods(
     model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16
 ) -> list[list[float]]:
     """For every question the log-likelihood of each answer, the end of the turn included, per answered token."""
-    items = [encoder.encode({**one.record, "output": answer}) for one in questions for answer in one.answers]
+    items = [encoder.encode(with_answer(one.record, answer)) for one in questions for answer in one.answers]
     order = sorted(range(len(items)), key=lambda index: len(items[index].ids))  # rows of like length: little padding
     found = [0.0] * len(items)
     for start in range(0, len(order), batch_size):
@@ -82,12 +83,10 @@ def _scores(model: nn.Module, encoder: Encoder, items: list[Example]) -> list[fl
     return [float(value) for value in sums]
 
 
-def accuracy(model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16) -> float:
-    """Share of the questions whose most likely answer is the right one."""
+def choose(model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16) -> list[bool]:
+    """For every question whether its most likely answer is the right one."""
     if not questions:
         raise EffiLoRAError("there are no questions to be answered")
     scores = likelihoods(model, encoder, questions, batch_size)
-    right = [
-        max(range(len(row)), key=row.__getitem__) == one.correct for row, one in zip(scores, questions, strict=True)
-    ]
-    return sum(right) / len(right)
+    likeliest = [max(range(len(row)), key=row.__getitem__) for row in scores]
+    return [place == one.correct for place, one in zip(likeliest, questions, strict=True)]

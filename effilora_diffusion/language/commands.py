@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -17,12 +18,16 @@ from ..core import EffiLoRAError, load_adapter_file
 from ..core.files import adapter_path
 from ..core.ready import ready
 from .attachment import attach
-from .choices import Question, likelihoods, question
+from .choices import Question, choose, question
 from .data import Encoder, read_records
 from .export import is_language
 from .generation import answers, stream
+from .lessons import positions
 from .models import load_model
 from .pictures import PictureEncoder
+
+LONGEST = 32768
+"""Tokens of a conversation, where the model itself sets no limit below."""
 
 
 @dataclass
@@ -33,8 +38,11 @@ class Speaker:
     encoder: Encoder
 
 
-def load_speaker(args: argparse.Namespace, adapters: list[tuple[str, float]], pictures: bool = False) -> Speaker:
-    """Load the base (``--model``, else the first adapter's own) and attach ``adapters``, pairs of path and strength."""
+def load_speaker(args: argparse.Namespace, adapters: list[tuple[str, float]], image_folder: str | None) -> Speaker:
+    """Load the base (``--model``, else the first adapter's own) and attach ``adapters``, pairs of path and strength.
+
+    ``image_folder`` is where pictures are, ``None`` if nothing is asked about any.
+    """
     contents = [load_adapter_file(adapter_path(path)) for path, _ in adapters]
     for (path, _), content in zip(adapters, contents, strict=True):
         if not is_language(content):
@@ -43,22 +51,27 @@ def load_speaker(args: argparse.Namespace, adapters: list[tuple[str, float]], pi
     name = args.model or facts.get("base_model")
     if not name:
         raise EffiLoRAError("--model is missing: a model folder, hub id or .gguf file")
-    gguf = args.gguf_file or (None if args.model else facts.get("gguf_file"))
-    model, reader = load_model(str(name), gguf, args.dtype, args.quantization, pictures)
-    if torch.cuda.is_available() and args.quantization is None:
+    own = {} if args.model else facts
+    more = {"revision": own["model_revision"]} if own.get("model_revision") else {}
+    pictures = image_folder is not None or bool(facts.get("pictures"))
+    gguf = args.gguf_file or own.get("gguf_file")
+    model, reader = load_model(str(name), gguf, args.dtype, args.quantization, pictures, **more)
+    if torch.cuda.is_available() and not getattr(model, "is_quantized", False):
         model.to("cuda")
     for index, ((path, strength), content) in enumerate(zip(adapters, contents, strict=True)):
-        adapter = attach(model, ready(model, content, strength, path), f"adapter{index}")
-        adapter.to(next(model.parameters()).device)
-    return Speaker(model, _encoder(args.prompt_template, reader, facts, pictures))
+        attach(model, ready(model, content, strength, path), f"adapter{index}")
+    return Speaker(model, _encoder(args.prompt_template, model, reader, facts, image_folder if pictures else None))
 
 
-def _encoder(template: str | None, reader: Any, facts: dict[str, Any], pictures: bool) -> Encoder:
+def _encoder(
+    template: str | None, model: nn.Module, reader: Any, facts: dict[str, Any], image_folder: str | None
+) -> Encoder:
     """In the form that is asked for, else that of the training."""
     template = template or str(facts.get("prompt_template", "auto"))
-    length = max(4096, int(facts.get("max_length", 0)))  # questions may be longer than what was trained on
-    if pictures:
-        return PictureEncoder(reader, Path("/"), "vicuna" if template == "vicuna" else "auto", length)
+    length = min(LONGEST, positions(model))  # questions may be longer than what was trained on
+    if hasattr(reader, "image_processor"):
+        form = template if template in ("chat", "vicuna") else "auto"
+        return PictureEncoder(reader, Path(image_folder or "."), form, length)
     return Encoder(reader, template, length)
 
 
@@ -68,17 +81,20 @@ def run_chat(args: argparse.Namespace, adapters: list[tuple[str, float]]) -> Non
     for path in args.image:
         if not Path(path).is_file():
             raise EffiLoRAError(f"--image {path}: no such file")
-    speaker = load_speaker(args, adapters, bool(args.image))
+    speaker = load_speaker(args, adapters, "/" if args.image else None)
+    if args.system and not speaker.encoder.in_turns:
+        raise EffiLoRAError(f"--system: prompts of the form {speaker.encoder.template} have no system message")
     torch.manual_seed(args.seed)
     turns: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     started = list(turns)
-    for line in [args.prompt] if args.prompt is not None else _lines():
-        if line == "/reset":
-            turns = list(started)
-            continue
-        turns.append({"role": "user", "content": line})
-        said = "".join(_say(speaker, turns, args))
-        turns.append({"role": "assistant", "content": said})
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in [args.prompt] if args.prompt is not None else _lines():
+            if line == "/reset":
+                turns = list(started)
+                continue
+            turns.append({"role": "user", "content": line})
+            said = "".join(_say(speaker, turns, args))
+            turns.append({"role": "assistant", "content": said})
 
 
 def _check_sampling(args: argparse.Namespace) -> None:
@@ -130,7 +146,8 @@ def run_evaluate(args: argparse.Namespace, adapters: list[tuple[str, float]]) ->
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise EffiLoRAError("--batch_size and --limit must be at least 1")
     tasks = read_tasks([Path(path) for path in args.data], args.limit)
-    speaker = load_speaker(args, adapters)
+    pictured = any(one.record.get("image") for questions in tasks.values() for one in questions)
+    speaker = load_speaker(args, adapters, args.image_folder if pictured else None)
     found = evaluate(speaker, tasks, args.batch_size, args.exact_match)
     if args.json:
         print(json.dumps(found, indent=2))
@@ -163,12 +180,10 @@ def evaluate(
     """By task: number of questions, share answered right by likelihood and, asked for, word for word in greedy generation."""
     found: dict[str, dict[str, Any]] = {}
     for task, questions in tasks.items():
-        scores = likelihoods(speaker.model, speaker.encoder, questions, batch_size)
-        likeliest = [max(range(len(row)), key=row.__getitem__) for row in scores]
-        right = [place == one.correct for place, one in zip(likeliest, questions, strict=True)]
+        right = choose(speaker.model, speaker.encoder, questions, batch_size)
         found[task] = {"questions": len(questions), "choice": sum(right) / len(right)}
         if exact_match:
-            wanted = [one.answers[one.correct] for one in questions]
+            wanted = [one.answers[one.correct].strip() for one in questions]
             longest = max(len(speaker.encoder.tokens(text)) for text in wanted) + 2
             said = answers(speaker.model, speaker.encoder, [one.record for one in questions], longest, batch_size)
             found[task]["exact match"] = sum(map(str.__eq__, said, wanted)) / len(wanted)

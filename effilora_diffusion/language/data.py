@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,9 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
+from .turns import check_record, conversation, prompt_text, refusals, special_tokens, turn_segments, with_answer
 
 IGNORED = -100
 """Label of tokens that the loss leaves out, as in transformers."""
+
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
+"""Forms of prompts for texts."""
 
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request."
@@ -29,13 +35,14 @@ class Example:
     """One training example as token ids: what is read, and what of it is to be answered (``labels``).
 
     ``per_token`` holds what a processor says of every token besides, ``pictures`` what it makes of the pictures: tensors
-    whose first dimension counts pictures, or parts of them.
+    whose first dimension counts pictures, or parts of them. ``cut`` says that the text was longer than was allowed.
     """
 
     ids: list[int]
     labels: list[int]
     per_token: dict[str, list[int]] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
+    cut: bool = False
 
     @property
     def answered(self) -> int:
@@ -65,39 +72,12 @@ def read_records(path: Path, flag: str = "--train_file") -> list[dict[str, Any]]
 
 
 def _lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a JSON text
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise EffiLoRAError(f"{where}, line {number}: no JSON ({error})") from error
-
-
-def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """A record as chat messages ``{"role": ..., "content": ...}`` that end with an answer.
-
-    Understood are ``messages`` (roles system, user, assistant), LLaVA's ``conversations`` (``from`` human or gpt, ``value``),
-    and ``instruction``, maybe ``input``, and ``output``.
-    """
-    if "messages" in record or "conversations" in record:
-        names = {"human": "user", "gpt": "assistant", "system": "system"}
-        try:
-            if "messages" in record:
-                turns = [(str(turn["role"]), turn["content"]) for turn in record["messages"]]
-            else:
-                turns = [
-                    (names.get(turn["from"], str(turn["from"])), turn["value"]) for turn in record["conversations"]
-                ]
-        except (KeyError, TypeError) as error:
-            raise EffiLoRAError(f"{where}: a message needs a role and a content") from error
-        if not turns or turns[-1][0] != "assistant" or not all(isinstance(text, str) for _, text in turns):
-            raise EffiLoRAError(f"{where}: the messages must be texts, and the last one the assistant's")
-        return [{"role": role, "content": text} for role, text in turns]
-    if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
-        raise EffiLoRAError(f"{where}: it needs 'messages', or 'instruction' and 'output' as texts")
-    extra = str(record.get("input") or "")
-    question = f"{record['instruction']}\n{extra}" if extra else record["instruction"]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 
 
 def alpaca_prompt(record: dict[str, Any]) -> str:
@@ -122,56 +102,59 @@ class Encoder:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
             raise EffiLoRAError("--prompt_template chat: this tokenizer has no chat template; use alpaca")
+        if template not in TEMPLATES:
+            raise EffiLoRAError(f"--prompt_template {template} is for pictures; texts take one of {TEMPLATES}")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template = ("chat" if has_template else "alpaca") if template == "auto" else template
         self.in_turns = self.template == "chat"
 
     def segments(self, record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
         """The record's text in pieces, each with whether it is to be answered."""
-        if not self.in_turns:
-            if "instruction" not in record or "output" not in record:
-                raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output'")
-            end = self.tokenizer.eos_token or ""
-            extra = f"\n{record['input']}" if record.get("input") else ""
-            prompt = alpaca_prompt(record) if self.template == "alpaca" else f"{record['instruction']}{extra}\n"
-            return [(prompt, False), (f"{record['output']}{end}", True)]
-        messages = self.messages(record, where)
-        pieces: list[tuple[str, bool]] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            opened = self._render(messages[:index], True)
-            closed = self._render(messages[: index + 1], False)
-            if not (opened.startswith(done) and closed.startswith(opened)):
-                raise EffiLoRAError(
-                    f"{where}: the chat template rewrites earlier turns, so answers can't be told apart"
-                )
-            pieces += [(opened[len(done) :], False), (closed[len(opened) :], True)]
-            done = closed
-        return pieces
+        if self.in_turns:
+            messages = self.messages(record, where)
+            with refusals(where):
+                return turn_segments(messages, self.render, self.ended, where)
+        if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
+            raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output' as texts")
+        check_record(record, where)
+        end = self.tokenizer.eos_token or ""
+        extra = f"\n{record['input']}" if record.get("input") else ""
+        prompt = alpaca_prompt(record) if self.template == "alpaca" else f"{record['instruction']}{extra}\n"
+        return [(prompt, False), (f"{record['output']}{end}", True)]
 
     def messages(self, record: dict[str, Any], where: str) -> list[dict[str, Any]]:
         """The record as the chat template takes it."""
+        check_record(record, where)
         return conversation(record, where)
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+    def render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+        """Messages as one text, with ``prompt`` up to where the next answer begins."""
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+    def ended(self, text: str) -> str:
+        """An answer's text with its end: the mark of the template, else the end of text.
+
+        Where a template writes none (LLaVA-1.5's), a model would else unlearn to stop.
+        """
+        end = self.tokenizer.eos_token
+        return text if not end or any(mark in text for mark in self._marks) else text.rstrip() + end
+
+    @functools.cached_property
+    def _marks(self) -> frozenset[str]:
+        return special_tokens(self.tokenizer)
 
     def prompt(self, record: dict[str, Any], where: str = "the question") -> str:
         """The text that a model answers: everything before the last answer, which need not be there."""
+        record = with_answer(record, "")
         if not self.in_turns:
-            return "".join(text for text, answered in self.segments({"output": "", **record}, where) if not answered)
-        messages = record.get("messages")
-        if isinstance(messages, list) and messages and messages[-1].get("role") != "assistant":
-            record = {**record, "messages": [*messages, {"role": "assistant", "content": ""}]}
-        elif messages is None and "conversations" not in record:
-            record = {**record, "output": ""}
-        return self._render(self.messages(record, where)[:-1], True)
+            return self.segments(record, where)[0][0]
+        messages = self.messages(record, where)[:-1]
+        with refusals(where):
+            return prompt_text(messages, self.render, self.ended, where)
 
     def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
         """:meth:`prompt` in tokens; like examples, long ones lose their beginning."""
-        ids = [*self._start(), *self.tokens(self.prompt(record, where))][-self.max_length :]
+        ids = self._within([*self._start(), *self.tokens(self.prompt(record, where))])
         return Example(ids, [IGNORED] * len(ids))
 
     def collate(self, items: list[Example], left: bool = False) -> dict[str, Tensor]:
@@ -188,6 +171,13 @@ class Encoder:
         wanted = not self.in_turns and start is not None and self.tokenizer("")["input_ids"][:1] == [start]
         return [start] if wanted else []
 
+    def _within(self, values: list[int]) -> list[int]:
+        """At most ``max_length`` values: what is too much is missing after the beginning-of-text token."""
+        if len(values) <= self.max_length:
+            return values
+        kept = len(self._start())
+        return values[:kept] + values[kept - self.max_length :]
+
     def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
         """One record as an :class:`Example`."""
         ids = self._start()
@@ -196,7 +186,7 @@ class Encoder:
             found = self.tokens(text)
             ids += found
             labels += found if answered else [IGNORED] * len(found)
-        return Example(ids[-self.max_length :], labels[-self.max_length :])
+        return Example(self._within(ids), self._within(labels), cut=len(ids) > self.max_length)
 
 
 class Examples(Dataset[Example]):
@@ -216,16 +206,19 @@ class Examples(Dataset[Example]):
 
 
 def pack(items: Iterable[Example], max_length: int) -> list[list[Example]]:
-    """Examples in rows of at most ``max_length`` tokens, the longest first into the first row with room for it."""
-    rows: list[tuple[int, list[Example]]] = []
+    """Examples in rows of at most ``max_length`` tokens, the longest first, each into the fullest row with room for it."""
+    rows: list[list[Example]] = []
+    free: list[tuple[int, int]] = []  # tokens left in a row, and its place, in order
     for item in sorted(items, key=lambda one: len(one.ids), reverse=True):
-        for index, (used, row) in enumerate(rows):
-            if used + len(item.ids) <= max_length:
-                rows[index] = (used + len(item.ids), [*row, item])
-                break
+        place = bisect.bisect_left(free, (len(item.ids), 0))
+        if place < len(free):
+            room, row = free.pop(place)
         else:
-            rows.append((len(item.ids), [item]))
-    return [row for _, row in rows]
+            room, row = max_length, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        bisect.insort(free, (room - len(item.ids), row))
+    return rows
 
 
 class PackedExamples(Dataset[list[Example]]):

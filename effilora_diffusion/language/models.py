@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..core import EffiLoRAError
@@ -47,8 +48,8 @@ def load_model(
         reader = (AutoProcessor if pictures else AutoTokenizer).from_pretrained(name, **_reader_options(options))
         loader = _model_class(name, pictures, options)
         model = loader.from_pretrained(name, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
     if gguf_file is not None:  # its weights are plain numbers by now, which transformers would not train or save
         model.hf_quantizer.remove_quantization_config(model)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..core import EffiLoRAError
 from ..core.options import AdapterOptions, option
 from .models import DTYPES, QUANTIZATIONS
 
@@ -69,10 +74,57 @@ class LanguageTrainingArguments(TrainingArguments):
 Options = tuple[ModelOptions, DataOptions | PictureDataOptions, LanguageAdapterOptions, LanguageTrainingArguments]
 
 
+FOREIGN = {
+    "lora_r": "rank", "lora_rank": "rank", "lora_target": "target_modules", "lora_target_modules": "target_modules",
+    "cutoff_len": "max_length", "max_seq_length": "max_length", "max_seq_len": "max_length", "model_max_length": "max_length",
+    "template": "prompt_template", "data_path": "train_file", "dataset": "train_file", "base_model": "model_name_or_path",
+    "load_in_4bit": "quantization bnb-4bit", "load_in_8bit": "quantization bnb-8bit", "torch_dtype": "dtype",
+}  # fmt: skip
+"""Flags of other trainers, and what says the same here."""
+
+
 def parse_arguments(arguments: list[str] | None = None, pictures: bool = False) -> Options:
-    """All settings from the command line."""
+    """All settings from the command line; raises :class:`EffiLoRAError` for what they can't be."""
     data = PictureDataOptions if pictures else DataOptions
     kinds: Any = (ModelOptions, data, LanguageAdapterOptions, LanguageTrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__, allow_abbrev=False)
-    found: Any = parser.parse_args_into_dataclasses(arguments)
-    return found
+    words = sys.argv[1:] if arguments is None else arguments
+    with as_mistakes():
+        *found, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        hint = f"here it is --{FOREIGN[name]}" if name in FOREIGN else "--help lists what there is"
+        raise EffiLoRAError(f"{unknown[0]} is no flag of this command: {hint}")
+    if not {"--do_train", "--do_train=True"} & set(words) and any(
+        word.startswith(("--do_eval", "--do_predict")) for word in words
+    ):
+        raise EffiLoRAError("this command trains: evaluate an adapter with 'effilora evaluate'")
+    options: Any = tuple(found)
+    _check(options[3])
+    return options
+
+
+@contextmanager
+def as_mistakes() -> Iterator[None]:
+    """What transformers finds wrong with settings, as a sentence instead of a traceback."""
+    try:
+        yield
+    except (ValueError, ImportError, ZeroDivisionError) as error:
+        if isinstance(error, EffiLoRAError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EffiLoRAError(f"the settings don't go together: {reason[:300]}") from error
+
+
+def _check(args: LanguageTrainingArguments) -> None:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise EffiLoRAError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.fsdp or args.deepspeed or {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ):
+        raise EffiLoRAError(
+            "FSDP and DeepSpeed shard the adapter, which this trainer can't save: use several processes without"
+        )
+    if args.n_gpu > 1:
+        raise EffiLoRAError(
+            "several GPUs need a process each: start with torchrun or accelerate launch, or show one GPU"
+        )

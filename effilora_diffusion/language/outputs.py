@@ -32,10 +32,16 @@ def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
         if not found:
             raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: {output} holds no checkpoint")
         return found[-1]
-    if not (Path(wanted) / ADAPTER_FILE).is_file():
+    folder = Path(wanted)
+    if not (folder / ADAPTER_FILE).is_file():
         raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: no folder with a checkpoint of this trainer")
-    step_of(Path(wanted))
-    return Path(wanted)
+    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
+    if missing:
+        raise EffiLoRAError(
+            f"--resume_from_checkpoint {wanted}: it has no {missing}, so the run can't go on as it was"
+        )
+    step_of(folder)
+    return folder
 
 
 def step_of(checkpoint: Path) -> int:
@@ -46,24 +52,28 @@ def step_of(checkpoint: Path) -> int:
         raise EffiLoRAError(f"--resume_from_checkpoint {checkpoint}: its trainer_state.json can't be read") from error
 
 
-def check_output(output: Path, overwrite: bool, resumed: bool) -> None:
-    """Refuse a folder that holds another run, unless it is continued or to be overwritten."""
-    used = (output / ADAPTER_FILE).exists() or bool(checkpoints(output))
-    if used and not overwrite and not resumed:
+def own_files(output: Path) -> list[Path]:
+    """What a run has written to ``output``, or writes there."""
+    names = (ADAPTER_FILE, *PEFT_FILES, REDUCER_FILE)
+    return [*(output / name for name in names if (output / name).exists()), *checkpoints(output)]
+
+
+def check_output(output: Path, overwrite: bool, checkpoint: Path | None) -> None:
+    """Refuse a folder that holds such files already, unless that run is continued or to be overwritten."""
+    resumed = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+    if own_files(output) and not overwrite and not resumed:
         raise EffiLoRAError(
             f"{output} holds an earlier run: give another --output_dir, continue it with "
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
 
 
-def open_output(output: Path, resumed: bool) -> None:
-    """Make the folder; an earlier run that is not continued goes, its own files only."""
+def open_output(output: Path, checkpoint: Path | None) -> None:
+    """Make the folder; an earlier run that is to be overwritten goes, its own files only."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            for name in (ADAPTER_FILE, *PEFT_FILES, REDUCER_FILE):
-                (output / name).unlink(missing_ok=True)
-            for folder in checkpoints(output):
-                shutil.rmtree(folder)
+        if checkpoint is None:
+            for path in own_files(output):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise EffiLoRAError(f"--output_dir {output} can't be written: {error}") from error

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
-from .data import IGNORED, Encoder, Example, conversation, join
+from .data import IGNORED, Encoder, Example, join
+from .turns import check_record, conversation
 
 MARK = "<image>"
 """Where a picture belongs, in the texts of LLaVA's format."""
@@ -20,13 +22,13 @@ VICUNA = (
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %} {% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
     "polite answers to the user's questions. {% endif %}{% endif %}"
-    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %} ASSISTANT: {% endif %}"
     "{% if message['role'] != 'system' %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
-"""The chat template of LLaVA-1.5, for processors without one."""
+"""The chat template of LLaVA-1.5, for processors without one; the space before an answer belongs to it."""
 
 
 def picture_paths(record: dict[str, Any], folder: Path, where: str) -> list[Path]:
@@ -35,18 +37,18 @@ def picture_paths(record: dict[str, Any], folder: Path, where: str) -> list[Path
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise EffiLoRAError(f"{where}: 'image' must be a file name or a list of them")
-    paths = [folder / name for name in names]
-    for path in paths:
-        if not path.resolve().is_relative_to(folder.resolve()):
+    paths = [Path(os.path.normpath(folder / name)) for name in names]
+    for path in paths:  # by its name: the folder may hold links, as LLaVA's data usually does
+        if not path.is_relative_to(os.path.normpath(folder)):
             raise EffiLoRAError(f"{where}: the picture {path} is outside --image_folder {folder}")
     return paths
 
 
 def open_picture(path: Path, where: str) -> Image.Image:
-    """A picture as RGB; one that can't be read is named."""
+    """A picture as RGB and upright, as transformers opens them; one that can't be read is named."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise EffiLoRAError(f"{where}: the picture {path} can't be read ({error})") from error
 
@@ -93,18 +95,24 @@ class PictureEncoder(Encoder):
             raise EffiLoRAError("--prompt_template chat: this model's processor has no chat template; use vicuna")
         self.processor, self.tokenizer, self.image_folder = processor, processor.tokenizer, image_folder
         self.max_length = max_length
-        self.chat_template = own if own and template != "vicuna" else VICUNA
+        self.mark = str(getattr(processor, "image_token", MARK))
+        self.chat_template = own if own and template != "vicuna" else VICUNA.replace(MARK, self.mark)
         self.template = "chat" if self.chat_template == own else "vicuna"
         self.in_turns = True
 
     def messages(self, record: dict[str, Any], where: str) -> list[dict[str, Any]]:
         """The record's messages in parts, as processors take them."""
+        check_record(record, where, pictures=True)
         paths = picture_paths(record, self.image_folder, where)
         return with_pictures(conversation(record, where), len(paths), where)
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+    def render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+        """Messages in parts as one text."""
         options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": self.chat_template}
-        return str(self.processor.apply_chat_template(messages, **options))
+        text = str(self.processor.apply_chat_template(messages, **options))
+        if "{'type': " in text:  # the parts themselves, printed
+            raise EffiLoRAError("this model's chat template takes texts only: give --prompt_template vicuna")
+        return text
 
     def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
         """One record as an :class:`Example`; its pictures are read."""
@@ -112,18 +120,20 @@ class PictureEncoder(Encoder):
 
     def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
         """The record's question, with its pictures."""
-        return self._example([(self.prompt(record, where), False)], record, where)
+        example = self._example([(self.prompt(record, where), False)], record, where)
+        if example.cut:  # its end is the question itself
+            raise EffiLoRAError(f"{where}: with its pictures it is longer than {self.max_length} tokens: begin anew")
+        return example
 
     def _example(self, segments: list[tuple[str, bool]], record: dict[str, Any], where: str) -> Example:
         paths = picture_paths(record, self.image_folder, where)
         pictures = [open_picture(path, where) for path in paths]
-        mark = getattr(self.processor, "image_token", MARK)
         example = Example([], [])
         start = self.tokenizer.bos_token
         if start and segments and not segments[0][0].startswith(start) and self.tokenizer("")["input_ids"][:1]:
             segments = [(start, False), *segments]
         for text, answered in segments:
-            count = text.count(mark)
+            count = text.count(self.mark)
             used, pictures = pictures[:count], pictures[count:]
             ids, per_token, features = self._piece(text, used, where)
             for name in {**per_token, **example.per_token}:
@@ -134,6 +144,10 @@ class PictureEncoder(Encoder):
             for name, value in features.items():
                 known = example.pictures.get(name)
                 example.pictures[name] = value if known is None else join([known, value])
+        if pictures:
+            raise EffiLoRAError(
+                f"{where}: the chat template leaves out {len(pictures)} of its pictures: {self.mark} is not in its text"
+            )
         return self._shortened(example, where)
 
     def _piece(
@@ -159,11 +173,15 @@ class PictureEncoder(Encoder):
                 f"{where}: its pictures alone are longer than --max_length {self.max_length}: raise it"
             )
         per_token = {name: values[: self.max_length] for name, values in example.per_token.items()}
-        return Example(example.ids[: self.max_length], example.labels[: self.max_length], per_token, example.pictures)
+        ids, labels = example.ids[: self.max_length], example.labels[: self.max_length]
+        return Example(ids, labels, per_token, example.pictures, cut=bool(cut))
 
 
 class PictureExamples(Dataset[Example]):
-    """Records that are encoded when they are asked for; what can be wrong with them is found at once."""
+    """Records that are encoded when they are asked for: thousands of pictures at once would not fit in memory.
+
+    Their form and the pictures' headers are checked at once, and the first record whole.
+    """
 
     def __init__(self, records: list[dict[str, Any]], encoder: PictureEncoder, where: str):
         self.records, self.encoder, self.where = records, encoder, where
@@ -173,6 +191,7 @@ class PictureExamples(Dataset[Example]):
                 raise EffiLoRAError(f"{place}: its answer is empty")
             for path in picture_paths(record, encoder.image_folder, place):
                 _check_picture(path, place)
+        self[0]  # template and processor, before anything is trained
 
     def __len__(self) -> int:
         return len(self.records)

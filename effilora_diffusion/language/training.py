@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,21 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, Reducer, calibrate, load_adapter_file, save_adapter
-from ..core.files import ADAPTER_FILE, trim_log
+from ..core.files import ADAPTER_FILE, trim_log, write_atomic
 from ..core.fingerprint import model_hash
 from ..core.sites import is_transposed
 from .attachment import attach, create_adapter
 from .export import COMPONENT, write_peft_folder
-from .lessons import Lessons, check_files, prepare
+from .lessons import Collator, Lessons, prepare, read_files
 from .models import load_model
-from .options import DataOptions, LanguageAdapterOptions, LanguageTrainingArguments, ModelOptions, PictureDataOptions
+from .options import (
+    DataOptions,
+    LanguageAdapterOptions,
+    LanguageTrainingArguments,
+    ModelOptions,
+    PictureDataOptions,
+    as_mistakes,
+)
 from .outputs import REDUCER_FILE, REDUCER_STATE, check_output, find_checkpoint, open_output, step_of
 
 MEASURED = 16
@@ -28,20 +36,27 @@ CALIBRATION_EXAMPLES = 128
 
 
 class ReducerCallback(TrainerCallback):
-    """Chooses the layers that every optimizer step trains, and measures their importance when it is due."""
+    """Chooses the layers that every optimizer step trains, and measures their importance when it is due.
 
-    def __init__(self, reducer: Reducer, model: nn.Module, batch: dict[str, Any]):
-        self.reducer, self.model, self.batch = reducer, model, batch
+    ``batches`` are always the same, and nothing in their loss is random: every measurement is comparable.
+    """
+
+    def __init__(self, reducer: Reducer, model: nn.Module, batches: list[dict[str, Any]]):
+        self.reducer, self.model, self.batches = reducer, model, batches
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The loss on the fixed batch; nothing in it is random, so every call is comparable."""
+        """The mean loss on the batches; with several processes the first one's, lest they choose different layers."""
         training = self.model.training
         self.model.eval()
         device = next(self.model.parameters()).device
-        found = self.model(**{name: value.to(device) for name, value in self.batch.items()}).loss
+        found = torch.zeros((), device=device)
+        for batch in self.batches:
+            found += self.model(**{name: value.to(device) for name, value in batch.items()}).loss.float()
         self.model.train(training)
-        return float(found)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(found, 0)
+        return float(found) / len(self.batches)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,7 +70,7 @@ class ReducerCallback(TrainerCallback):
 class LanguageTrainer(Trainer):
     """A ``Trainer`` whose checkpoints hold the adapter and the Reducer instead of the whole model."""
 
-    def __init__(self, adapter: EffiLoRA, reducer: Reducer, **options: Any):
+    def __init__(self, adapter: EffiLoRA, reducer: Reducer, metadata: dict[str, Any], **options: Any):
         model = options["model"]
         quantized = getattr(model, "is_quantized", False)
         model.is_quantized = False  # the trainer takes adapters on a quantised base, but knows only PEFT's
@@ -63,7 +78,7 @@ class LanguageTrainer(Trainer):
             super().__init__(**options)
         finally:
             model.is_quantized = quantized
-        self.adapter, self.reducer = adapter, reducer
+        self.adapter, self.reducer, self.metadata = adapter, reducer, metadata
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer over the whole adapter, whatever the Reducer has frozen at the moment."""
@@ -75,11 +90,14 @@ class LanguageTrainer(Trainer):
         super().log({**logs, "active_layers": len(self.reducer.active)}, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(folder / ADAPTER_FILE, AdapterFile(self.adapter))
+        save_adapter(
+            folder / ADAPTER_FILE, AdapterFile(self.adapter, {**self.metadata, "steps": self.state.global_step})
+        )
         text = json.dumps(self.reducer.state_dict())
-        (folder / REDUCER_STATE).write_text(text, encoding="utf-8")
+        write_atomic(folder / REDUCER_STATE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -116,54 +134,93 @@ def run(
     config = options.adapter_config()
     output = Path(args.output_dir)
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
-    check_output(output, args.overwrite_output_dir, resumed=checkpoint is not None)
-    check_files(data)
+    check_output(output, args.overwrite_output_dir, checkpoint)
+    records, held = read_files(data)
     pictures = isinstance(data, PictureDataOptions)
     model, reader = _load(model_options, pictures)
-    lessons = prepare(data, reader)
-    base_hash = model_hash(model)
+    lessons = prepare(data, records, held, model, reader)
+    metadata = _metadata(model_options, data, lessons, model)
     adapter = attach(model, create_adapter(model, config, args.seed))
-    writes = args.process_index == 0
-    if writes:
-        open_output(output, resumed=checkpoint is not None)
-    reducer = Reducer(adapter, args.seed, output / REDUCER_FILE if writes else None)
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = config.reducer.mode != "off"  # frozen layers have no gradient to wait for
-    trainer = LanguageTrainer(
-        adapter,
-        reducer,
-        model=model,
-        args=args,
-        train_dataset=lessons.rows,
-        eval_dataset=lessons.validation,
-        data_collator=lessons.collator,
-        callbacks=[ReducerCallback(reducer, model, lessons.batch(MEASURED))],
-    )
+    trainer = make_trainer(lessons, model, adapter, args, metadata)
+    _check_steps(trainer, checkpoint)
+    if args.process_index == 0:
+        open_output(output, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    figures = {"loss": trainer.state.log_history[-1].get("train_loss"), "steps": trainer.state.global_step}
+    figures: dict[str, Any] = {
+        "loss": trainer.state.log_history[-1].get("train_loss"),
+        "steps": trainer.state.global_step,
+    }
+    _check_learned(adapter)
+    if args.process_index == 0:
+        figures["export_error"] = _write(output, trainer, lessons)
     if lessons.validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if not writes:
-        return {}
-    _check_learned(adapter)
-    metadata = {
-        "base_model": model_options.model_name_or_path,
-        "gguf_file": model_options.gguf_file,
-        "base_hash": base_hash,
-        "steps": trainer.state.global_step,
-        "examples": len(lessons.examples),
-        "prompt_template": lessons.encoder.template,
-        "max_length": data.max_length,
-        "pictures": pictures,
-    }
-    error = _write(output, model, adapter, metadata, lessons)
-    return {**figures, "export_error": error, **adapter.parameter_counts(), "trained_ever": reducer.trained_ever()}
+    if lessons.shortened():
+        figures["cut_examples"] = lessons.shortened()
+    counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
+    return {**figures, **counts} if args.process_index == 0 else {}
+
+
+def make_trainer(
+    lessons: Lessons, model: nn.Module, adapter: EffiLoRA, args: TrainingArguments, metadata: dict[str, Any]
+) -> LanguageTrainer:
+    """The trainer of ``adapter`` on ``model``, with its Reducer."""
+    reducer = Reducer(adapter, args.seed, Path(args.output_dir) / REDUCER_FILE if args.process_index == 0 else None)
+    mode = adapter.config.reducer.mode
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = mode != "off"  # frozen layers have no gradient to wait for
+    measured = lessons.batches(MEASURED, args.per_device_train_batch_size) if mode == "importance" else []
+    with as_mistakes():
+        return LanguageTrainer(
+            adapter,
+            reducer,
+            metadata,
+            model=model,
+            args=args,
+            train_dataset=lessons.rows,
+            eval_dataset=lessons.validation,
+            data_collator=Collator(lessons.encoder),
+            callbacks=[ReducerCallback(reducer, model, measured)],
+        )
 
 
 def _load(options: ModelOptions, pictures: bool) -> tuple[nn.Module, Any]:
     more = {"revision": options.model_revision} if options.model_revision else {}
     name = str(options.model_name_or_path)
     return load_model(name, options.gguf_file, options.dtype, options.quantization, pictures, **more)
+
+
+def _metadata(
+    options: ModelOptions, data: DataOptions | PictureDataOptions, lessons: Lessons, model: nn.Module
+) -> dict[str, Any]:
+    """What an adapter's file says about its origin."""
+    return {
+        "component": COMPONENT,
+        "base_model": options.model_name_or_path,
+        "gguf_file": options.gguf_file,
+        "model_revision": options.model_revision,
+        "dtype": options.dtype,
+        "quantization": options.quantization,
+        "base_hash": model_hash(model),
+        "examples": len(lessons.examples),
+        "prompt_template": lessons.encoder.template,
+        "max_length": lessons.encoder.max_length,
+        "pictures": isinstance(data, PictureDataOptions),
+        "fan_in_fan_out": any(is_transposed(part) for part in model.modules()),
+    }
+
+
+def _check_steps(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
+    """Refuse to go on from the end: such a run would do nothing, and say that it had."""
+    if checkpoint is None:
+        return
+    args = trainer.args
+    updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    if step_of(checkpoint) >= wanted:
+        raise EffiLoRAError(
+            f"{checkpoint} has {step_of(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
+        )
 
 
 def _check_learned(adapter: EffiLoRA) -> None:
@@ -174,16 +231,15 @@ def _check_learned(adapter: EffiLoRA) -> None:
         raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
 
 
-def _write(output: Path, model: nn.Module, adapter: EffiLoRA, metadata: dict[str, Any], lessons: Lessons) -> float:
+def _write(output: Path, trainer: LanguageTrainer, lessons: Lessons) -> float:
     """Calibrate on training examples, write the native file and the PEFT folder; returns the plain form's relative error."""
+    model: Any = trainer.model
     model.eval()
-    calibration, error = calibrate(model, adapter, lambda: _drive(model, lessons))
-    transposed = any(is_transposed(part) for part in model.modules())
-    facts = {"component": COMPONENT, "fan_in_fan_out": transposed, "export_error": error}
-    content = AdapterFile(adapter, {**metadata, **facts}, calibration)
+    calibration, error = calibrate(model, trainer.adapter, lambda: _drive(model, lessons))
+    facts = {**trainer.metadata, "steps": trainer.state.global_step, "export_error": error}
+    content = AdapterFile(trainer.adapter, facts, calibration)
     content.sha256 = save_adapter(output / ADAPTER_FILE, content)
     write_peft_folder(output, content)
-    (output / REDUCER_STATE).unlink(missing_ok=True)
     return error
 
 

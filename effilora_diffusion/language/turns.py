@@ -1,0 +1,155 @@
+"""Records as chat messages, and messages as text by a model's own template, with what of it is an answer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..core import EffiLoRAError
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+"""Who speaks, in the words of LLaVA's and ShareGPT's format and in those of chat templates."""
+
+UNREAD = ("history", "tools", "functions", "tool_calls", "weight", "weights", "chosen", "rejected")
+"""What other trainers read in a record or message and this one does not: better refused than passed over."""
+
+
+def check_record(record: dict[str, Any], where: str, pictures: bool = False) -> None:
+    """Raise :class:`EffiLoRAError` if the record has parts that would be passed over."""
+    unread = [name for name in UNREAD if record.get(name) not in (None, [], "")]
+    if unread:
+        raise EffiLoRAError(
+            f"{where}: it has {unread}, which this trainer does not read: take them out or word them as turns"
+        )
+    if not pictures and (record.get("image") or record.get("images")):
+        raise EffiLoRAError(f"{where}: it is about a picture: train on pictures with train_vlm_effilora.py")
+
+
+def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """A record as chat messages ``{"role": ..., "content": ...}`` that end with an answer.
+
+    Understood are ``messages`` (roles system, user, assistant), LLaVA's ``conversations`` (``from`` human or gpt, ``value``),
+    and ``instruction``, maybe ``input``, and ``output``; a ``system`` text beside any of them. Answers before the first
+    question, as ShareGPT has them, are left out.
+    """
+    system = record.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    if "messages" in record or "conversations" in record:
+        turns = first + _turns(record, where)
+        asked = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+        return [turn for turn in turns[:asked] if turn["role"] == "system"] + turns[asked:]
+    if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
+        raise EffiLoRAError(f"{where}: it needs 'messages', or 'instruction' and 'output' as texts")
+    extra = str(record.get("input") or "")
+    question = f"{record['instruction']}\n{extra}" if extra else record["instruction"]
+    return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+
+
+def _turns(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+    spoken, said = ("role", "content") if "messages" in record else ("from", "value")
+    try:
+        found = [
+            (str(turn[spoken]), turn[said], turn)
+            for turn in record["messages" if "messages" in record else "conversations"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise EffiLoRAError(f"{where}: a message needs a role and a content") from error
+    for role, _, turn in found:
+        check_record(turn, where)
+        if role not in ROLES:
+            raise EffiLoRAError(f"{where}: a message has the role {role!r}; understood are system, user and assistant")
+    if not found or ROLES[found[-1][0]] != "assistant" or not all(isinstance(text, str) for _, text, _ in found):
+        raise EffiLoRAError(f"{where}: the messages must be texts, and the last one the assistant's")
+    if not any(ROLES[role] == "user" for role, _, _ in found):
+        raise EffiLoRAError(f"{where}: nobody asks anything in its messages")
+    return [{"role": ROLES[role], "content": text} for role, text, _ in found]
+
+
+def with_answer(record: dict[str, Any], answer: str) -> dict[str, Any]:
+    """The record with ``answer`` in the place of its last answer, or after its last question."""
+    for name, turn in (
+        ("messages", {"role": "assistant", "content": answer}),
+        ("conversations", {"from": "gpt", "value": answer}),
+    ):
+        turns = record.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            last = ROLES.get(str(turns[-1].get("role", turns[-1].get("from"))))
+            return {**record, name: [*(turns[:-1] if last == "assistant" else turns), turn]}
+    return {**record, "output": answer}
+
+
+@contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """A chat template's refusal of messages as a sentence that names the record."""
+    try:
+        yield
+    except (TemplateError, ValueError, IndexError, KeyError, TypeError) as error:
+        if isinstance(error, EffiLoRAError):
+            raise
+        raise EffiLoRAError(f"{where}: the model's chat template refuses its messages: {error}") from error
+
+
+def turn_segments(
+    messages: list[dict[str, Any]],
+    render: Callable[[list[dict[str, Any]], bool], str],
+    ended: Callable[[str], str],
+    where: str,
+) -> list[tuple[str, bool]]:
+    """The text of ``messages`` in pieces, each with whether it is to be answered; ``ended`` sees to an answer's end.
+
+    Some templates rewrite earlier answers (they drop what was thought): of those conversations the last answer is learned.
+    """
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened, closed = render(messages[:index], True), render(messages[: index + 1], False)
+        if not (opened.startswith(done) and closed.startswith(opened)):
+            return _last_answer(messages, render, ended, where)
+        pieces += [(opened[len(done) :], False), (ended(closed[len(opened) :]), True)]
+        done = closed
+    return pieces
+
+
+def prompt_text(
+    messages: list[dict[str, Any]],
+    render: Callable[[list[dict[str, Any]], bool], str],
+    ended: Callable[[str], str],
+    where: str,
+) -> str:
+    """The text that a model goes on from, after ``messages`` that end with a question: as it was trained to see them."""
+    whole = render(messages, True)
+    earlier = max((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), default=None)
+    if earlier is None:
+        return whole
+    done = render(messages[: earlier + 1], False)
+    if not whole.startswith(done):
+        return whole
+    pieces = turn_segments(messages[: earlier + 1], render, ended, where)
+    return "".join(text for text, _ in pieces) + whole[len(done) :]
+
+
+def _last_answer(
+    messages: list[dict[str, Any]],
+    render: Callable[[list[dict[str, Any]], bool], str],
+    ended: Callable[[str], str],
+    where: str,
+) -> list[tuple[str, bool]]:
+    whole = render(messages, False)
+    for prompt in (True, False):  # without the prompt, the words that open an answer are learned too
+        opened = render(messages[:-1], prompt)
+        if whole.startswith(opened):
+            warnings.warn("the chat template rewrites earlier turns: only the last answers are learned", stacklevel=2)
+            return [(opened, False), (ended(whole[len(opened) :]), True)]
+    raise EffiLoRAError(f"{where}: the chat template rewrites its messages, so that the answer can't be told apart")
+
+
+def special_tokens(tokenizer: Any) -> frozenset[str]:
+    """The texts that stand for something other than themselves, as the end of a turn."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return frozenset(added | set(tokenizer.all_special_tokens))
