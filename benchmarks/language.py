@@ -1,7 +1,7 @@
 """Mixed tasks on a small language model: ``python -m benchmarks.language --work WORK``.
 
-SmolLM2-135M-Instruct learns the tasks of ``language_data.py``. PEFT's LoRA, HydraLoRA
-(our core with an A per layer; the router reads A x, as ours) and EffiLoRA have nearly the same number of trained parameters, see the same batches in the same
+SmolLM2-135M-Instruct learns the tasks of ``language_data.py``. PEFT's LoRA, HydraLoRA (our core with an A per layer; the router
+reads A x, as ours) and EffiLoRA have nearly the same number of trained parameters, see the same batches in the same
 ``Trainer``, and are each shown at their best of several learning rates, chosen by the loss on validation concepts. Judged on
 concepts that nobody trained on:
 
