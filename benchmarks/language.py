@@ -250,7 +250,7 @@ def print_tables(runs: list[dict[str, Any]]) -> None:
         for method, lines in chosen.items():
             print(_row(method, lines, figure, "{:.1f}"))
             single = [line for line in runs if line["method"] == method and line["task"] is not None]
-            if single:
+            if len(single) == len(TASKS):
                 merged = {"held_out": {line["task"]: line["held_out"][line["task"]] for line in single}}
                 print(_row(f"{method}, one adapter per task", [merged], figure, "{:.1f}"))
 
