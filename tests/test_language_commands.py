@@ -70,6 +70,15 @@ def test_an_answer_ends_with_its_turn(place):
     assert answers(model, encoder, asked, 30) == ["u", "u"]  # an answer that is there already is left out
 
 
+def test_an_answer_also_ends_where_the_model_s_own_settings_say(place):
+    model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
+    load_adapter(model, place / "run")
+    (full,) = answers(model, encoder, [{"instruction": "d"}], 30)
+    assert full == "www"
+    model.generation_config.eos_token_id = [2, *encoder.tokens("w")]
+    assert answers(model, encoder, [{"instruction": "d"}], 30) == ["w"]
+
+
 def test_sampling_follows_its_seed(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 12}

@@ -278,10 +278,10 @@ def test_a_run_learns_to_tell_pictures_apart(place, tmp_path, capsys):
     data = ["--data", str(tmp_path / "choices.json"), "--image_folder", str(place / "images"), "--json"]
     assert cli(["evaluate", "--adapter", str(tmp_path / "out"), *data]) == 0
     assert json.loads(capsys.readouterr().out)["choices"] == {"questions": 2, "choice": 1.0}
-    assert (
-        cli(["chat", "--adapter", str(tmp_path / "out"), "--prompt", "which?"]) == 0
-    )  # without a picture: still asked
-    assert capsys.readouterr().out.strip()
+    assert cli(["chat", "--adapter", str(tmp_path / "out"), "--prompt", "which?"]) == 0
+    alone = {"messages": [{"role": "user", "content": "which?"}]}  # no picture, but the question is there
+    assert capsys.readouterr().out.strip() == answers(model, encoder, [alone])[0]
+    assert encoder.prompt(alone) == "<user>which?</s><assistant>"
     assert cli(["export", str(tmp_path / "out"), str(tmp_path / "merged"), "--format", "merged"]) == 0
     assert (tmp_path / "merged" / "preprocessor_config.json").exists() or (
         tmp_path / "merged" / "processor_config.json"

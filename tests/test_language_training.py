@@ -211,6 +211,10 @@ def test_a_gguf_file_is_a_base(place, tmp_path):
     assert logs(tmp_path / "out")[-1][1] < 0.8 * logs(tmp_path / "out")[0][1]
     metadata = load_adapter_file(tmp_path / "out" / "effilora.safetensors").metadata
     assert (metadata["gguf_file"], metadata["prompt_template"]) == ("tiny.gguf", "alpaca")
+    assert cli(["export", str(tmp_path / "out"), str(tmp_path / "merged"), "--format", "merged"]) == 0
+    merged = load_model(str(tmp_path / "merged"))[0].model.layers[1]
+    assert not torch.allclose(merged.self_attn.v_proj.weight, model.model.layers[1].self_attn.v_proj.weight, atol=1e-3)
+    torch.testing.assert_close(merged.self_attn.o_proj.weight, model.model.layers[1].self_attn.o_proj.weight)
 
 
 @pytest.mark.parametrize("reducer", ["off", "importance"])
