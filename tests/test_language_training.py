@@ -287,6 +287,10 @@ def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_pa
     steps = [json.loads(line)["step"] for line in (output / "reducer.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    log = (output / "reducer.jsonl").read_text()
+    assert max(steps) > 3
+    assert main(words(place, output, max_steps=6, resume_from_checkpoint=output / "checkpoint-3", **options)) == 0
+    assert (output / "reducer.jsonl").read_text() == log  # steps that are done again are told once
     capsys.readouterr()
     assert main(words(place, output, max_steps=6, resume_from_checkpoint="latest", **options)) == 2
     assert "6 steps behind it, of 6" in capsys.readouterr().err
