@@ -22,7 +22,7 @@ from effilora_diffusion.diffusion.plain import describe_plain, is_plain_lora
 from effilora_diffusion.diffusion.sampling import labelled_grid, save_png
 from effilora_diffusion.diffusion.stack import Wanted
 
-from .drawing import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
+from .drawing import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal, shown_file
 from .runs import NAME, Run
 
 AS_IT_IS = "as it is"
@@ -56,7 +56,7 @@ class AdaptersTab(DrawingTab):
                 self.status = gr.Markdown("", elem_id="adapter-status")
             with gr.Column(scale=6, min_width=300):
                 self.card = gr.Markdown("", elem_id="card")
-                self.picture = gr.Image(label="Without and with it", show_label=False, format="png", type="pil",
+                self.picture = gr.Image(label="Without and with it", show_label=False, format="png",
                                         interactive=False, visible=False, buttons=["fullscreen"], elem_id="card-picture",
                                         alt_text="Sample pictures without and with the adapter")  # fmt: skip
         self._wire()
@@ -81,9 +81,7 @@ class AdaptersTab(DrawingTab):
         )
         if not samples:
             return card, hidden
-        sample = samples[-1]
-        with Image.open(sample) as opened:
-            return card, gr.update(value=opened.copy(), visible=True)
+        return card, gr.update(value=shown_file(self.picture, samples[-1]), visible=True)
 
     def _native_rows(self, path: Path) -> dict[str, Any]:
         facts = inspect_adapter(path)

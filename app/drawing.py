@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -43,6 +44,11 @@ def plain_words(text: object, most: int = 300) -> str:
 def one_line(error: BaseException) -> str:
     """The first line of an error's text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def shown_file(component: gr.Image, path: Path) -> str | None:
+    """``path`` as ``component`` can show it; given an opened picture, Gradio would write its file anew while pages load it."""
+    return component.move_resource_to_block_cache(path)
 
 
 def refusal(error: Exception, what: str = "Not drawn") -> str:

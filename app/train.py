@@ -11,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
-from PIL import Image
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.data import scan_pictures
@@ -20,7 +19,7 @@ from effilora_diffusion.diffusion.pictures import PictureError, inspect_picture
 from effilora_diffusion.diffusion.settings import TrainingConfig
 
 from . import figures
-from .drawing import plain_words, refusal
+from .drawing import plain_words, refusal, shown_file
 from .runs import Run, Status, dry_run, list_runs
 from .studio import Studio
 from .train_settings import PRESETS, component_of, run_settings, shown_fields, usual_settings
@@ -76,7 +75,7 @@ class TrainTab:
                     None, x="step", y="loss", color="curve", color_map=CURVES, colors_in_legend=[], height=260,
                     label="Loss: every step in grey, the mean in blue", elem_id="train-plot", buttons=[],
                 )  # fmt: skip
-                self.sample = gr.Image(label="Latest pictures", show_label=False, format="png", type="pil", interactive=False,
+                self.sample = gr.Image(label="Latest pictures", show_label=False, format="png", interactive=False,
                                        height=330, buttons=["fullscreen"], elem_id="train-sample",
                                        alt_text="Validation pictures of the run")  # fmt: skip
                 self.layers = gr.HTML("", elem_id="train-layers")
@@ -224,10 +223,7 @@ class TrainTab:
             return text, None, None, "", shown
         history = run.history(status.step)
         layers = figures.active(history, status.step) + figures.importance(history) if history else ""
-        picture = None
-        if status.sample is not None:
-            with Image.open(status.sample) as opened:
-                picture = opened.copy()
+        picture = shown_file(self.sample, status.sample) if status.sample else None
         return f"{text}  \n{progress_of(status)}", curve_of(status.metrics), picture, layers, shown
 
     def watch(self, name: str | None, seen: Any) -> tuple[Any, ...]:

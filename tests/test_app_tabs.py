@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import make_subject, trainer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
@@ -37,6 +38,11 @@ def by_hand(studio, **changes):
     usual = usual_settings(studio)
     with gr.Blocks():
         return [changes.get(entry.name, component_of(entry, usual[entry.name]).value) for entry in shown_fields()]
+
+
+def picture_size(path):
+    with Image.open(path) as opened:
+        return opened.size
 
 
 # ------------------------------------------------------------------------------------------------------------ train
@@ -75,7 +81,8 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
     text, curve, sample, layers, report = tab.look("new cat")
     assert "step 3 of 3" in text
     assert list(curve["step"][curve["curve"] == "every step"]) == [1, 2, 3]
-    assert sample.width > 100
+    newest = sorted((studio.outputs / "new cat" / "samples").glob("*.png"))[-1]
+    assert Path(sample).read_bytes() == newest.read_bytes()
     assert layers == ""  # the Reducer was off
     assert "steps       3 of" in report["value"]
     assert "new cat" in studio.adapters()
@@ -193,7 +200,7 @@ def test_an_open_page_is_sent_a_run_only_when_it_moves(studio):
     tab = built(TrainTab, studio)
     *first, seen = tab.watch("cat", None)
     assert "step 4 of 4" in first[0]
-    assert first[2].width > 100
+    assert picture_size(first[2])[0] > 100
     *again, same = tab.watch("cat", seen)
     assert same == seen
     assert again == [gr.skip()] * len(tab.shown)
@@ -201,6 +208,19 @@ def test_an_open_page_is_sent_a_run_only_when_it_moves(studio):
     *moved, _ = tab.watch("cat", seen)
     assert moved[2] is None  # no picture of before, or of another run, is left
     assert tab.watch(None, seen)[0] == "No run yet."
+
+
+def test_a_picture_that_pages_load_is_not_written_again(studio, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    train, adapters = built(TrainTab, studio), built(AdaptersTab, studio)
+    for component, look in (
+        (train.sample, lambda: train.look("cat")[2]),
+        (adapters.picture, lambda: adapters.show("cat")[1]["value"]),
+    ):
+        served = Path(component.postprocess(look()).path)
+        served.write_bytes(served.read_bytes() + b"mark")  # else a page could get half of it
+        assert Path(component.postprocess(look()).path) == served
+        assert served.read_bytes().endswith(b"mark")
 
 
 def test_a_run_s_active_layers_are_shown(studio, place, tmp_path):
@@ -321,7 +341,7 @@ def test_a_sample_is_drawn_and_shown(studio):
     before = tab.show("cat")[1]["value"]
     *_, (_, picture, text, *_) = tab.draw_sample(SimpleNamespace(session_hash="visitor"), "cat")
     assert text == "The sample is kept beside the adapter."
-    assert picture["value"].size != before.size  # the new one, not the run's
+    assert picture_size(picture["value"]) != picture_size(before)  # the new one, not the run's
     assert (studio.outputs / "cat" / "sample.png").exists()
 
 

@@ -73,5 +73,5 @@ class Visit:
     def close(self):
         """End the visit: nothing may have been asked of another host, and no script may have failed."""
         self.context.close()
-        assert {host for host in self.hosts if host} <= {"127.0.0.1"}
-        assert self.errors == []
+        assert {host for host in self.hosts if host} <= {"127.0.0.1"}, self.hosts
+        assert not self.errors, self.errors
