@@ -186,10 +186,10 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the adapter in another format and say how close it is."""
-    content = load_adapter_file(adapter_path(args.adapter))
-    if content.metadata.get("component") == "language":
-        from .language.export import export
+    from .language.export import export, is_language
 
+    content = load_adapter_file(adapter_path(args.adapter))
+    if is_language(content):
         form = args.format or "peft"
         error = export(content, Path(args.output), form, args.model)
     else:

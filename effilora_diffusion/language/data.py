@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
-from .turns import check_record, conversation, prompt_text, refusals, special_tokens, turn_segments, with_answer
+from .turns import ChatTemplate, check_record, conversation, special_tokens, with_answer
 
 IGNORED = -100
 """Label of tokens that the loss leaves out, as in transformers."""
@@ -111,9 +111,7 @@ class Encoder:
     def segments(self, record: dict[str, Any], where: str) -> list[tuple[str, bool]]:
         """The record's text in pieces, each with whether it is to be answered."""
         if self.in_turns:
-            messages = self.messages(record, where)
-            with refusals(where):
-                return turn_segments(messages, self.render, self.ended, where)
+            return ChatTemplate(self.render, self.ended).segments(self.messages(record, where), where)
         if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
             raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output' as texts")
         check_record(record, where)
@@ -148,9 +146,7 @@ class Encoder:
         record = with_answer(record, "")
         if not self.in_turns:
             return self.segments(record, where)[0][0]
-        messages = self.messages(record, where)[:-1]
-        with refusals(where):
-            return prompt_text(messages, self.render, self.ended, where)
+        return ChatTemplate(self.render, self.ended).prompt(self.messages(record, where)[:-1], where)
 
     def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
         """:meth:`prompt` in tokens; like examples, long ones lose their beginning."""
