@@ -86,7 +86,8 @@ class LanguageTrainer(Trainer):
         return super().create_optimizer(model)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """The figures of a step, with the number of layers that it trained."""
+        """The figures of a step, with the number of layers that it trained; broken weights end the run here, not at its end."""
+        _check_finite(self.adapter, f" by step {self.state.global_step}")
         super().log({**logs, "active_layers": len(self.reducer.active)}, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -223,10 +224,16 @@ def _check_steps(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
         )
 
 
+def _check_finite(adapter: EffiLoRA, when: str = "") -> None:
+    if not all(bool(value.isfinite().all()) for value in adapter.parameters()):
+        raise EffiLoRAError(
+            f"the adapter's weights are no longer finite{when}: lower --learning_rate; no adapter was written"
+        )
+
+
 def _check_learned(adapter: EffiLoRA) -> None:
     """Raise :class:`EffiLoRAError` if the run has learned nothing, or broken its weights: that is no success."""
-    if not all(bool(value.isfinite().all()) for value in adapter.parameters()):
-        raise EffiLoRAError("the adapter's weights are no longer finite: lower --learning_rate; nothing was written")
+    _check_finite(adapter)
     if not any(bool(heads.any()) for heads in adapter.B):
         raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
 
