@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Ours, three heads each. At these ranks all have between 3.2 and 3.35 million parameters, as the LoRA of rank 16."""
 
 LORA_RANK = 16
-RATES = (3e-3, 6e-3, 1.5e-3)
+RATES = (3e-3, 6e-3, 1.5e-3, 1.2e-2)
 BATCH, ANSWER_TOKENS = 8, 24
 WARMUP = 20
 
