@@ -146,18 +146,27 @@ class AdaptersTab(DrawingTab):
         if file is None:
             return gr.update(), ""
         try:
-            name = self.take_in(Path(file))
+            name, remark = self.take_in(Path(file))
         except Exception as error:
             return gr.update(), refusal(error, "Not taken").replace(plain_words(f"{Path(file).parent}/"), "")
-        return gr.update(choices=list(self.studio.adapters()), value=name), f"{name} is here."
+        return gr.update(choices=list(self.studio.adapters()), value=name), f"{name} is here.{remark}"
 
-    def take_in(self, file: Path) -> str:
-        """Copy a file into the adapters, and return its name; raises :class:`EffiLoRAError` for one that can't be used."""
+    def take_in(self, file: Path) -> tuple[str, str]:
+        """Copy a file into the adapters; returns its name, and a remark if it fits in part only.
+
+        Raises :class:`EffiLoRAError` for a file that can't be used.
+        """
+        remark = ""
         if is_plain_lora(file):
+            facts, one = describe_plain(file), Wanted(file)
             with self.studio.holding():
-                self.studio.stack.use([Wanted(file)])  # whether it fits is known once it is loaded
+                self.studio.stack.use([one])  # whether it fits is known once it is loaded
+                acts = self.studio.stack.layers(one)
                 self.studio.stack.use([])
-            facts = describe_plain(file)
+            if acts < facts["layers"]:
+                remark = (
+                    f" It acts on {acts} of its {facts['layers']} layers: **this model does not have the others.**"
+                )
         else:
             content = load_adapter_file(file)
             check_sites(component_of(self.studio.pipe), content.adapter.sites)
@@ -172,7 +181,7 @@ class AdaptersTab(DrawingTab):
             name, number = f"{stem} {number}", number + 1
         target = self.studio.uploads / f"{name}.safetensors"
         write_atomic(target, lambda temporary: shutil.copyfile(file, temporary))
-        return name
+        return name, remark
 
     def write(self, name: str | None, format: str) -> tuple[Any, str]:
         """Export the adapter; the file can then be downloaded."""

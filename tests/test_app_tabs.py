@@ -278,6 +278,20 @@ def test_an_adapter_is_brought_used_exported_and_deleted(studio, tmp_path):
     assert "cat" in studio.adapters()
 
 
+def test_a_plain_adapter_that_fits_in_part_is_told_so(studio, tmp_path):
+    tab = built(AdaptersTab, studio)
+    whole = load_file(studio.outputs / "cat" / "pytorch_lora_weights.safetensors")
+    layers = len(whole) // 2
+    more = {key.replace("down_blocks.1", "down_blocks.7"): value.clone() for key, value in whole.items()}
+    added = len({*more} - {*whole}) // 2
+    assert added
+    save_file(whole, tmp_path / "whole.safetensors")
+    save_file({**whole, **more}, tmp_path / "part.safetensors")
+    assert tab.bring(str(tmp_path / "whole.safetensors"))[1] == "whole is here."
+    text = tab.bring(str(tmp_path / "part.safetensors"))[1]
+    assert f"acts on {layers} of its {layers + added} layers" in text
+
+
 def bad_files(folder, place):
     """Files that are no adapter of this model, by what is wrong with them."""
     native = (place / "outputs" / "cat" / "effilora.safetensors").read_bytes()

@@ -10,7 +10,7 @@ from ..core import AdapterFile, EffiLoRA, EffiLoRAError, is_native, load_adapter
 from ..core.files import ADAPTER_FILE
 from ..core.inspection import single_head
 from .loading import component_of, load_adapter, remove_adapter, unique_name
-from .plain import is_plain_lora, load_plain_lora, remove_plain_loras, set_plain_strengths
+from .plain import is_plain_lora, load_plain_lora, plain_layers, remove_plain_loras, set_plain_strengths
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class AdapterStack:
         for mark, one in native.items():
             self.native[mark].strength = one.strength
         self._use_plain(plain)
+
+    def layers(self, one: Wanted) -> int:
+        """Number of the model's layers on which a plain LoRA in use acts; its file may name more than the model has."""
+        return plain_layers(self.pipe, self.plain[one.mark()])
 
     def _use_plain(self, plain: dict[tuple[Any, ...], Wanted]) -> None:
         try:
