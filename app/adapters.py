@@ -14,6 +14,7 @@ from effilora_diffusion import EffiLoRAError, export_lora
 from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.core.attach import check_sites
 from effilora_diffusion.core.files import write_atomic
+from effilora_diffusion.core.fingerprint import is_base
 from effilora_diffusion.core.inspection import inspect_adapter
 from effilora_diffusion.diffusion import export
 from effilora_diffusion.diffusion.loading import component_of
@@ -86,7 +87,7 @@ class AdaptersTab(DrawingTab):
     def _native_rows(self, path: Path) -> dict[str, Any]:
         facts = inspect_adapter(path)
         config, base = facts["config"], facts.get("base_model", "unknown")
-        if facts.get("base_hash") not in (None, self.studio.base_hash):
+        if is_base(self.studio.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
         gap = "exact" if facts["exact_export"] else f"{facts.get('export_error', 0):.1%} of the update missing"
         used = f"{facts['heads_used']} of {facts['heads_total']}"

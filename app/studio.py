@@ -19,7 +19,7 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import is_native, load_adapter_file
 from effilora_diffusion.core.files import ADAPTER_FILE
-from effilora_diffusion.core.fingerprint import model_hash
+from effilora_diffusion.core.fingerprint import base_facts
 from effilora_diffusion.diffusion.checkpoints import CONTENT, list_checkpoints
 from effilora_diffusion.diffusion.live import Progress, Stop, draw_live, settle
 from effilora_diffusion.diffusion.loading import component_of
@@ -93,7 +93,7 @@ class Studio:
         self.model, self.outputs = model, outputs.resolve()
         self.lock, self.tickets = threading.Lock(), Tickets()
         self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
-        self.base_hash = model_hash(component_of(self.pipe))
+        self.base = base_facts(component_of(self.pipe))
         self.stack = AdapterStack(self.pipe)
         if torch.cuda.is_available():
             self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed

@@ -51,6 +51,19 @@ def test_likelihoods_are_those_of_the_answers_alone():
             assert value == pytest.approx(-float(loss), abs=1e-4)
 
 
+def test_questions_that_can_t_be_judged_are_refused_not_counted():
+    model, encoder = build("llama"), Encoder(tokenizer(), max_length=12)
+    asked = {"choices": ["yes", "no"], "answer": "yes"}
+    with pytest.warns(UserWarning, match="data, record 1: longer than 12 tokens"):
+        assert len(choose(model, encoder, [question({"instruction": "x" * 30, **asked}, "data, record 1")])) == 1
+    long = question({"instruction": "x", "choices": ["y" * 30, "n" * 30], "answer": "y" * 30}, "data, record 2")
+    with pytest.raises(EffiLoRAError, match="data, record 2: it is longer than the model's 12 tokens"):
+        choose(model, encoder, [long])
+    model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(EffiLoRAError, match="data, record 3: the model's output is not finite"):
+        choose(model, encoder, [question({"instruction": "x", **asked}, "data, record 3")])
+
+
 def test_a_model_that_has_learned_the_answers_chooses_them():
     model, encoder = build("llama"), Encoder(tokenizer())
     pairs = {"a": "z", "b": "y", "c": "x", "d": "w"}

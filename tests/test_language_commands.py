@@ -13,7 +13,7 @@ from effilora_diffusion.cli import main
 from effilora_diffusion.core import AdapterFile, calibrate, load_adapter_file, save_adapter
 from effilora_diffusion.language.attachment import attach, create_adapter, load_adapter
 from effilora_diffusion.language.data import Encoder
-from effilora_diffusion.language.generation import answers, stream
+from effilora_diffusion.language.generation import _ask, answers, stream
 from effilora_diffusion.language.models import load_model
 
 PAIRS = {"ab": "u", "bc": "yy", "cdef": "x", "d": "www"}
@@ -77,6 +77,45 @@ def test_an_answer_also_ends_where_the_model_s_own_settings_say(place):
     assert full == "www"
     model.generation_config.eos_token_id = [2, *encoder.tokens("w")]
     assert answers(model, encoder, [{"instruction": "d"}], 30) == ["w"]
+
+
+def test_an_answer_also_ends_with_the_mark_of_its_template(place):
+    model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
+    load_adapter(model, place / "run")
+    assert answers(model, encoder, [{"instruction": "d"}], 30) == ["www"]
+    encoder = Encoder(tokenizer())
+    encoder.tokenizer.add_special_tokens({"additional_special_tokens": ["w"]})
+    encoder.tokenizer.chat_template = MARKED
+    assert encoder.ends == [2, *encoder.tokens("w")]
+    assert answers(model, encoder, [{"instruction": "d"}], 30) == [""]  # a mark is no word
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}w{% else %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A template whose answers end otherwise than texts, as ChatML on a base model."""
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_an_answer_ends_where_the_model_s_positions_do(name):
+    model, encoder = build(name), Encoder(tokenizer(), max_length=64)
+    model.generation_config.eos_token_id = None
+    record = {"instruction": "x" * 200}
+    prompt = len(_ask(model, encoder, record, 40).ids)
+    assert prompt == 64 - 16  # of 64 positions a quarter is left for the answer
+    assert len(encoder.tokens(answers(model, encoder, [record], 40)[0])) <= 16
+    assert "".join(stream(model, encoder, record, max_new_tokens=40)) is not None
+    assert len(_ask(model, encoder, {"instruction": "x"}, 40).ids) < 48
+
+
+def test_every_adapter_is_compared_with_the_base(place, tmp_path, caplog):
+    content = load_adapter_file(place / "run" / "effilora.safetensors")
+    content.metadata |= {"base_hash": "0123456789abcdef"}
+    save_adapter(tmp_path / "other.safetensors", content)
+    adapters = ["--adapter", str(place / "run"), "--adapter", str(tmp_path / "other.safetensors")]
+    assert main(["chat", *adapters, "--prompt", "ab", "--max_new_tokens", "2"]) == 0
+    assert "other.safetensors was trained on" in caplog.text
 
 
 def test_sampling_follows_its_seed(place):

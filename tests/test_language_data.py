@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_language import build, tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import LlamaTokenizer
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.language.data import (
@@ -113,6 +114,11 @@ def test_files_that_are_no_data_are_named_with_their_line(tmp_path, text, word):
         ({"messages": [{"role": "assistant", "content": "b"}]}, "nobody asks"),
         ({**SUM, "history": [["a", "b"]]}, "'history'"),
         ({**CHAT, "tools": [{}]}, "'tools'"),
+        ({**SUM, "output": " "}, "answer is empty"),
+        ({**SUM, "system": ["be brief"]}, "'system' must be a text"),
+        ({**SUM, "input": {"a": 1}}, "'input' must be a text"),
+        ({"messages": [*CHAT["messages"][:-1], {**CHAT["messages"][-1], "reasoning_content": "hm"}]}, "reasoning"),
+        ({"messages": [*CHAT["messages"][:-1], {**CHAT["messages"][-1], "train": False}]}, "'train'"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]},
             "'weight'",
@@ -134,6 +140,14 @@ def test_forms_without_turns_want_texts(template, record):
         Examples([record], Encoder(tokenizer(), template), "data")
     with pytest.raises(EffiLoRAError, match="vicuna is for pictures"):
         Encoder(tokenizer(), "vicuna")
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_forms_without_turns_take_numbers_beside_an_instruction_but_no_system_text(template):
+    encoder = Encoder(tokenizer(), template)
+    assert "\n0\n" in encoder.prompt({**SUM, "input": 0})
+    with pytest.raises(EffiLoRAError, match=f"the form {template} have no place for its 'system' text"):
+        encoder.encode({**SUM, "system": "be brief"})
 
 
 def test_a_system_text_and_early_greetings_are_understood():
@@ -193,6 +207,31 @@ def test_the_beginning_of_text_is_set_once_and_kept():
     assert encoder.ask({"instruction": "y" * 30}).ids[0] == 1
     reader.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert Encoder(reader).encode(SUM).ids.count(1) == 1
+    cut = Encoder(reader, max_length=5).encode(SUM)
+    assert (reader.decode(cut.ids), answered(cut, reader)) == ("<s> 23</s>", ["3</s>"])
+
+
+SPACED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% else %} {{ m['content'] }}</s>{% endif %}"
+    "{% endfor %}"
+)
+"""A template whose answers begin with a space, as LLaMA 2's."""
+
+
+def test_pieces_of_a_text_are_the_tokens_of_the_whole():
+    letters = "▁[]abcdefghijklmnopqrstuvwxyz\n"
+    vocabulary = {token: place for place, token in enumerate(["<unk>", "<s>", "</s>", *letters, "ye", "yes", "▁yes"])}
+    merges = [("y", "e"), ("ye", "s"), ("▁", "yes")]
+    reader = LlamaTokenizer(vocab=vocabulary, merges=merges)  # in SentencePiece's manner: a text begins with a space
+    reader.chat_template = SPACED
+    turns = [("user", "hi"), ("assistant", "yes")] * 2
+    messages = [{"role": role, "content": text} for role, text in turns]
+    example = Encoder(reader).encode({"messages": messages})
+    assert example.ids == reader.apply_chat_template(messages, tokenize=True)["input_ids"]
+    yes = reader.convert_tokens_to_ids(["▁yes", "</s>"])
+    assert [label for label in example.labels if label != IGNORED] == [*yes, *yes]
+    plain = Encoder(reader, "plain").encode({"instruction": "hi", "output": "yes"})
+    assert reader.convert_ids_to_tokens(plain.ids)[-3:] == ["\n", "yes", "</s>"]
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):

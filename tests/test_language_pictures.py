@@ -11,12 +11,15 @@ from tiny_vision import VISION_MODELS, build_vision, save_vision
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.cli import main as cli
-from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, load_adapter_file, save_adapter
+from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, load_adapter_file, save_adapter
 from effilora_diffusion.language.attachment import attach, create_adapter, detach, load_adapter
+from effilora_diffusion.language.choices import choose, question
 from effilora_diffusion.language.data import IGNORED
 from effilora_diffusion.language.generation import answers
 from effilora_diffusion.language.launch import main
+from effilora_diffusion.language.options import LanguageTrainingArguments
 from effilora_diffusion.language.pictures import PictureEncoder, PictureExamples, open_picture, picture_paths
+from effilora_diffusion.language.training import LanguageTrainer
 
 IMAGE = VOCAB - 1
 COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 220, 20), "white": (250, 250, 250)}
@@ -246,6 +249,61 @@ def test_long_examples_lose_their_end_but_no_part_of_a_picture(place):
         short.encode(record)
     with pytest.raises(EffiLoRAError, match="cut off by --max_length 10"):
         PictureExamples([record], PictureEncoder(processor(), place / "images", max_length=10), "data")[0]
+
+
+def test_what_is_lost_of_an_example_is_told_and_no_cut_answer_is_judged(place):
+    record = talk("<image>which", "redandblue", image="red0.png")
+    seen = PictureExamples([record], PictureEncoder(processor(), place / "images", max_length=200), "data")
+    seen.encoder.max_length = len(seen[0].ids) - 3
+    with pytest.warns(UserWarning, match="data, record 1: longer than --max_length"):
+        assert seen[0].cut
+    model, encoder = build_vision()[0], PictureEncoder(processor(), place / "images", max_length=20)
+    asked = {"instruction": "<image>" + "x" * 40, "image": "red0.png", "choices": ["r", "b"], "answer": "r"}
+    with pytest.raises(EffiLoRAError, match="data, record 4: it is longer than the model's 20 tokens"):
+        choose(model, encoder, [question(asked, "data, record 4")])
+
+
+def test_smoothed_labels_are_those_of_the_next_token(encoder, tmp_path):
+    model, _ = build_vision()
+    adapter = attach(model, create_adapter(model, EffiLoRAConfig(rank=2, target_modules=("paper",))))
+    args = LanguageTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    trainer = LanguageTrainer(adapter, Reducer(adapter, 0), {}, model=model, args=args)
+    batch = encoder.collate([encoder.encode(talk("<image>which?", "red", image="red0.png"))])
+    with torch.no_grad():
+        logs = model(**batch).logits[:, :-1].log_softmax(2)
+        wanted = batch["labels"][:, 1:]
+        learned = [(row, label) for row, label in zip(logs[0], wanted[0], strict=True) if label != IGNORED]
+        expected = sum(-0.9 * row[label] - 0.1 * row.mean() for row, label in learned) / len(learned)
+        found = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_damaged_picture_is_one_sentence_from_a_loader_s_process_too(place, tmp_path, capsys):
+    whole = (place / "images" / "red0.png").read_bytes()
+    (place / "images" / "half.png").write_bytes(whole[: len(whole) - 30])
+    records = [talk("hi", "a"), talk("<image>", "a", image="half.png")]
+    (tmp_path / "half.json").write_text(json.dumps(records))
+    told = words(place, tmp_path / "out", train_file=tmp_path / "half.json", dataloader_num_workers=1)
+    assert main(told, pictures=True) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said.startswith(f"error: --train_file {tmp_path / 'half.json'}, record 2: the picture")
+
+
+def test_a_damaged_picture_that_no_step_has_drawn_costs_no_result(place, tmp_path):
+    records = json.loads((place / "train.json").read_text())
+    whole = (place / "images" / "red0.png").read_bytes()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(place / "images" / "late.png")
+    whole = (place / "images" / "late.png").read_bytes()
+    (place / "images" / "late.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "late.json").write_text(json.dumps([*records, {**records[0], "image": "late.png"}]))
+    steps = {"max_steps": 1, "per_device_train_batch_size": 1}
+    for seed in range(20):  # the first seed whose only step draws another record
+        output = tmp_path / f"out{seed}"
+        told = words(place, output, train_file=tmp_path / "late.json", seed=seed, **steps)
+        if main(told, pictures=True) == 0:
+            break
+    assert (output / "effilora.safetensors").exists()
+    assert (output / "adapter_model.safetensors").exists()
 
 
 def words(place, output, **options):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_language import VOCAB, save, tokenizer, write_gguf
+from tiny_language import VOCAB, build, save, tokenizer, write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effilora_diffusion.cli import main as cli
@@ -313,7 +313,7 @@ def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_pa
             "no longer finite by step 3",
         ),
         ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
-        ({"resume_from_checkpoint": "/nowhere"}, "no folder with a checkpoint"),
+        ({"resume_from_checkpoint": "/nowhere"}, "no checkpoint of this trainer"),
     ],
 )
 def test_a_run_without_a_result_is_no_success(place, tmp_path, capsys, change, word):
@@ -340,6 +340,60 @@ def test_resuming_from_elsewhere_overwrites_no_other_run(place, tmp_path, capsys
     (tmp_path / "two" / "checkpoint-6" / "optimizer.pt").unlink()
     assert main(words(place, tmp_path / "four", **again)) == 2
     assert "optimizer.pt" in capsys.readouterr().err
+
+
+def test_latest_is_the_newest_whole_checkpoint(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "whole")) == 0
+    assert main(words(place, tmp_path / "out")) == 0
+    again = words(place, tmp_path / "out", resume_from_checkpoint="latest")
+    (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it was written
+    assert main(again) == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").unlink()
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "checkpoint-6 has no ['optimizer.pt']" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_base_only(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", max_steps=3)) == 0
+    build("llama", seed=5).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
+    more = {"max_steps": 6, "resume_from_checkpoint": "latest"}
+    assert main(words(place, tmp_path / "out", model_name_or_path=tmp_path / "other", **more)) == 2
+    assert "this base has other weights" in capsys.readouterr().err
+    assert main(words(place, tmp_path / "out", dtype="bfloat16", **more)) == 0  # the same one in another type
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"optim": "lomo"}, "lomo"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"train_sampling_strategy": "group_by_length"}, "not grouped by length"),
+        ({"push_to_hub": True}, "nothing is uploaded"),
+        ({"metric_for_best_model": "accuracy"}, "only eval_loss"),
+        ({"report_to": "wandb"}, "wandb"),
+        ({"do_eval": True, "do_train": False}, "this command trains"),
+    ],
+)
+def test_an_earlier_run_outlives_settings_that_can_t_be(place, tmp_path, capsys, change, word):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "effilora.safetensors").write_text("an earlier run")
+    assert main(words(place, output, overwrite_output_dir=True, **change)) == 2
+    said = capsys.readouterr().err
+    assert word in said
+    assert "Traceback" not in said
+    assert (output / "effilora.safetensors").read_text() == "an earlier run"
+
+
+def test_replacing_a_run_from_elsewhere_leaves_none_of_its_checkpoints(place, tmp_path):
+    assert main(words(place, tmp_path / "one", max_steps=3)) == 0
+    assert main(words(place, tmp_path / "two", max_steps=9)) == 0
+    more = {"overwrite_output_dir": True, "resume_from_checkpoint": tmp_path / "one" / "checkpoint-3"}
+    assert main(words(place, tmp_path / "two", **more)) == 0
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-6"]
 
 
 def test_a_checkpoint_knows_what_it_was_trained_on(place, tmp_path, capsys):

@@ -13,5 +13,6 @@ def exit_code(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except EffiLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = str(error).rpartition(f"{EffiLoRAError.__name__}: ")[2]  # of a loader's process: after its traceback
+        print(f"error: {said.strip()}", file=sys.stderr)
         return 2

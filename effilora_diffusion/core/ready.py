@@ -9,7 +9,7 @@ from torch import nn
 from .adapter import EffiLoRA
 from .attach import adapters_of
 from .files import AdapterFile
-from .fingerprint import model_hash
+from .fingerprint import base_facts, is_base
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,8 @@ def ready(model: nn.Module, content: AdapterFile, scale: float, label: str) -> E
     adapter.strength = float(scale)
     if all(not heads.any() for heads in adapter.B):
         logger.warning("the adapter %s changes nothing: all its heads are zero", label)
-    expected = content.metadata.get("base_hash")
-    found = model_hash(model) if expected and not adapters_of(model) else expected
-    if found not in (None, expected):
+    merged = any(other.merged for other in adapters_of(model).values())  # then the weights are not the base's
+    if not merged and is_base(base_facts(model), content.metadata) is False:
         logger.warning(
             "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
             label,

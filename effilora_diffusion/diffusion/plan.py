@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ..core import EffiLoRA, EffiLoRAError
-from ..core.fingerprint import model_hash
+from ..core.fingerprint import base_facts
 from . import attention
 from .data import Example, report_problems, scan_pictures
 from .families import Family, make_family
@@ -24,7 +25,7 @@ from .settings import TrainingConfig
 class Plan:
     """What will be trained on what: the attached ``adapter`` is fresh, so that the model is still the base.
 
-    ``base_hash`` identifies the base's weights (``None``: quantised), ``pictures_per_step`` counts over all processes.
+    ``base`` identifies the base's weights (:func:`.base_facts`), ``pictures_per_step`` counts over all processes.
     """
 
     config: TrainingConfig
@@ -32,7 +33,7 @@ class Plan:
     family: Family
     objective: Objective
     adapter: EffiLoRA
-    base_hash: str | None
+    base: dict[str, Any]
     pictures_per_step: int
 
     @property
@@ -58,7 +59,7 @@ def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[s
     family.guidance_scale = config.guidance_scale
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
-    base_hash = model_hash(family.model)
+    base = base_facts(family.model)
     adapter_config = replace(config.adapter_config(), timestep_range=family.timestep_range)
     adapter = attention.create_adapter(family.model, adapter_config, config.seed)
     attention.attach(family.model, adapter)
@@ -67,7 +68,7 @@ def make_plan(config: TrainingConfig, accelerator: Accelerator, say: Callable[[s
             raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    return Plan(config, examples, family, objective, adapter, base_hash, per_step)
+    return Plan(config, examples, family, objective, adapter, base, per_step)
 
 
 def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:

@@ -106,7 +106,7 @@ def fingerprint(plan: Plan, prior: list[Example], processes: int) -> dict[str, A
     found: dict[str, Any] = {name: getattr(config, name) for name in _SHAPING}
     found["adapter"] = config.adapter_config().to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]
-    found["base"] = plan.base_hash or named  # a quantised model has no hash
+    found["base"] = plan.base["base_hash"] or named  # a quantised model has no hash
     found["objective"] = plan.objective.name
     found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
     found["processes"] = processes

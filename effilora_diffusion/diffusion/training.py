@@ -290,7 +290,7 @@ class Trainer:
         return {
             "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
             "single_file_config": self.config.single_file_config,
-            "base_hash": self.plan.base_hash,
+            **self.plan.base,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
             "trigger_prompt": self.config.instance_prompt or self.plan.examples[0].caption,

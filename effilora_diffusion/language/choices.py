@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ class Question:
     record: dict[str, Any]
     answers: list[str]
     correct: int
+    where: str = "a question"
 
 
 def question(record: dict[str, Any], where: str = "a record") -> Question:
@@ -53,7 +56,7 @@ def question(record: dict[str, Any], where: str = "a record") -> Question:
         answers = [STATED.format(answer=name) for name in names]
     if answer not in names:
         raise EffiLoRAError(f"{where}: its 'answer' {answer!r} is none of {names}")
-    return Question(record, list(answers), names.index(answer))
+    return Question(record, list(answers), names.index(answer), where)
 
 
 @torch.no_grad()
@@ -61,7 +64,7 @@ def likelihoods(
     model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16
 ) -> list[list[float]]:
     """For every question the log-likelihood of each answer, the end of the turn included, per answered token."""
-    items = [encoder.encode(with_answer(one.record, answer)) for one in questions for answer in one.answers]
+    items = [_whole(encoder, one, answer) for one in questions for answer in one.answers]
     order = sorted(range(len(items)), key=lambda index: len(items[index].ids))  # rows of like length: little padding
     found = [0.0] * len(items)
     for start in range(0, len(order), batch_size):
@@ -70,6 +73,16 @@ def likelihoods(
             found[index] = value
     values: Iterator[float] = iter(found)
     return [[next(values) for _ in one.answers] for one in questions]
+
+
+def _whole(encoder: Encoder, one: Question, answer: str) -> Example:
+    """A question with one of its answers; refused where a part of the answer, or all of the question, is cut off."""
+    example = encoder.encode(with_answer(one.record, answer), one.where)
+    if example.cut and (encoder.loses_end or example.labels[1] != IGNORED):
+        raise EffiLoRAError(f"{one.where}: it is longer than the model's {encoder.max_length} tokens: take it out")
+    if example.cut:
+        warnings.warn(f"{one.where}: longer than {encoder.max_length} tokens, it lost its beginning", stacklevel=2)
+    return example
 
 
 def _scores(model: nn.Module, encoder: Encoder, items: list[Example]) -> list[float]:
@@ -88,5 +101,10 @@ def choose(model: nn.Module, encoder: Encoder, questions: list[Question], batch_
     if not questions:
         raise EffiLoRAError("there are no questions to be answered")
     scores = likelihoods(model, encoder, questions, batch_size)
+    for one, row in zip(questions, scores, strict=True):
+        if not all(map(math.isfinite, row)):
+            raise EffiLoRAError(
+                f"{one.where}: the model's output is not finite: try another --dtype, or look at its weights"
+            )
     likeliest = [max(range(len(row)), key=row.__getitem__) for row in scores]
     return [place == one.correct for place, one in zip(likeliest, questions, strict=True)]

@@ -22,8 +22,7 @@ from .choices import Question, choose, question
 from .data import Encoder, read_records
 from .export import is_language
 from .generation import answers, stream
-from .lessons import positions
-from .models import load_model
+from .models import load_model, positions
 from .pictures import PictureEncoder
 
 LONGEST = 32768
@@ -58,8 +57,9 @@ def load_speaker(args: argparse.Namespace, adapters: list[tuple[str, float]], im
     model, reader = load_model(str(name), gguf, args.dtype, args.quantization, pictures, **more)
     if torch.cuda.is_available() and not getattr(model, "is_quantized", False):
         model.to("cuda")
-    for index, ((path, strength), content) in enumerate(zip(adapters, contents, strict=True)):
-        attach(model, ready(model, content, strength, path), f"adapter{index}")
+    made = [ready(model, content, power, path) for (path, power), content in zip(adapters, contents, strict=True)]
+    for index, adapter in enumerate(made):
+        attach(model, adapter, f"adapter{index}")
     return Speaker(model, _encoder(args.prompt_template, model, reader, facts, image_folder if pictures else None))
 
 

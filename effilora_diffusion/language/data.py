@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import json
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
-from .turns import ChatTemplate, check_record, conversation, special_tokens, with_answer
+from .turns import ChatTemplate, check_record, conversation, input_of, special_tokens, with_answer
+
+PROBE = "Qx7"
+"""An answer whose end is looked at."""
 
 IGNORED = -100
 """Label of tokens that the loss leaves out, as in transformers."""
@@ -43,6 +47,11 @@ class Example:
     per_token: dict[str, list[int]] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
     cut: bool = False
+
+    def add(self, ids: list[int], answered: bool) -> None:
+        """Append tokens, with whether they are to be answered."""
+        self.ids += ids
+        self.labels += ids if answered else [IGNORED] * len(ids)
 
     @property
     def answered(self) -> int:
@@ -82,7 +91,7 @@ def _lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
 
 def alpaca_prompt(record: dict[str, Any]) -> str:
     """What comes before the answer in the Alpaca form."""
-    extra = str(record.get("input") or "")
+    extra = input_of(record)
     context = ", paired with an input that provides further context" if extra else ""
     inserted = f"### Input:\n{extra}\n\n" if extra else ""
     return ALPACA.format(context=context, instruction=record["instruction"], input=inserted)
@@ -97,6 +106,9 @@ class Encoder:
             tokenizer has a template, else ``alpaca``).
         max_length: longest example in tokens; longer ones lose their beginning, never their answer's end.
     """
+
+    loses_end = False
+    """Whether what is too long loses its end, not its beginning."""
 
     def __init__(self, tokenizer: Any, template: str = "auto", max_length: int = 512):
         has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -115,8 +127,10 @@ class Encoder:
         if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
             raise EffiLoRAError(f"{where}: without a chat template it needs 'instruction' and 'output' as texts")
         check_record(record, where)
+        if record.get("system"):
+            raise EffiLoRAError(f"{where}: prompts of the form {self.template} have no place for its 'system' text")
         end = self.tokenizer.eos_token or ""
-        extra = f"\n{record['input']}" if record.get("input") else ""
+        extra = f"\n{input_of(record)}" if input_of(record) else ""
         prompt = alpaca_prompt(record) if self.template == "alpaca" else f"{record['instruction']}{extra}\n"
         return [(prompt, False), (f"{record['output']}{end}", True)]
 
@@ -141,6 +155,17 @@ class Encoder:
     def _marks(self) -> frozenset[str]:
         return special_tokens(self.tokenizer)
 
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer, by which training ends them: the end of text, or the mark of the template."""
+        found = [self.tokenizer.eos_token_id]
+        if self.in_turns:
+            with contextlib.suppress(EffiLoRAError):  # a template that wants more than a question and an answer
+                answer = self.segments({"instruction": PROBE, "output": PROBE}, "")[-1][0]
+                after = self.tokens(answer.rpartition(PROBE)[2])
+                found += [token for token in after if self.tokenizer.convert_ids_to_tokens(token) in self._marks][:1]
+        return [token for token in dict.fromkeys(found) if token is not None]
+
     def prompt(self, record: dict[str, Any], where: str = "the question") -> str:
         """The text that a model answers: everything before the last answer, which need not be there."""
         record = with_answer(record, "")
@@ -148,10 +173,10 @@ class Encoder:
             return self.segments(record, where)[0][0]
         return ChatTemplate(self.render, self.ended).prompt(self.messages(record, where)[:-1], where)
 
-    def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
-        """:meth:`prompt` in tokens; like examples, long ones lose their beginning."""
-        ids = self._within([*self._start(), *self.tokens(self.prompt(record, where))])
-        return Example(ids, [IGNORED] * len(ids))
+    def ask(self, record: dict[str, Any], where: str = "the question", most: int | None = None) -> Example:
+        """:meth:`prompt` in at most ``most`` tokens; like examples, long ones lose their beginning."""
+        ids = [*self._start(), *self.tokens(self.prompt(record, where))]
+        return self._within(Example(ids, [IGNORED] * len(ids)), most)
 
     def collate(self, items: list[Example], left: bool = False) -> dict[str, Tensor]:
         """:func:`collate` with the tokenizer's padding."""
@@ -167,22 +192,30 @@ class Encoder:
         wanted = not self.in_turns and start is not None and self.tokenizer("")["input_ids"][:1] == [start]
         return [start] if wanted else []
 
-    def _within(self, values: list[int]) -> list[int]:
-        """At most ``max_length`` values: what is too much is missing after the beginning-of-text token."""
-        if len(values) <= self.max_length:
-            return values
-        kept = len(self._start())
-        return values[:kept] + values[kept - self.max_length :]
+    def _within(self, example: Example, most: int | None = None) -> Example:
+        """At most ``max_length`` (or ``most``) tokens: what is too much is missing after the beginning-of-text token."""
+        most = min(self.max_length, most or self.max_length)
+        if len(example.ids) <= most:
+            return example
+        kept = int(example.ids[0] == self.tokenizer.bos_token_id)
+        ids, labels = (values[:kept] + values[len(values) - most + kept :] for values in (example.ids, example.labels))
+        return Example(ids, labels, cut=True)
+
+    def following(self, before: str, text: str) -> list[int]:
+        """Token ids of ``text`` where it stands, after ``before``: SentencePiece begins every text of its own with a space."""
+        if not before:
+            return self.tokens(text)
+        known, both = self.tokens(before), self.tokens(before + text)
+        return both[len(known) :] if both[: len(known)] == known else self.tokens(text)
 
     def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
         """One record as an :class:`Example`."""
-        ids = self._start()
-        labels = [IGNORED] * len(ids)
+        example, before = Example([], []), ""
+        example.add(self._start(), False)
         for text, answered in self.segments(record, where):
-            found = self.tokens(text)
-            ids += found
-            labels += found if answered else [IGNORED] * len(found)
-        return Example(self._within(ids), self._within(labels), cut=len(ids) > self.max_length)
+            example.add(self.following(before, text), answered)
+            before += text
+        return self._within(example)
 
 
 class Examples(Dataset[Example]):
@@ -190,7 +223,11 @@ class Examples(Dataset[Example]):
 
     def __init__(self, records: list[dict[str, Any]], encoder: Encoder, where: str):
         self.items = [encoder.encode(record, f"{where}, record {number}") for number, record in enumerate(records, 1)]
-        empty = [number for number, item in enumerate(self.items, 1) if item.answered == 0]
+        empty = [
+            number
+            for number, (record, item) in enumerate(zip(records, self.items, strict=True), 1)
+            if item.answered == 0 or not conversation(record, where)[-1]["content"].strip()
+        ]
         if empty:
             raise EffiLoRAError(f"{where}, record {empty[0]}: its answer is empty ({len(empty)} such records)")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .data import Encoder, Example
+from .models import positions
 
 
 @torch.no_grad()
@@ -31,27 +32,29 @@ def answers(
         batch_size: prompts at once, padded on the left.
         options: of transformers' ``generate``, as ``do_sample`` and ``temperature``.
     """
-    prompts = [encoder.ask(record) for record in records]
+    prompts = [_ask(model, encoder, record, max_new_tokens) for record in records]
     order = sorted(
         range(len(prompts)), key=lambda index: len(prompts[index].ids)
     )  # rows of like length: little padding
     found = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        inputs = _inputs(model, encoder, [prompts[place] for place in places])
-        made: Any = model.generate(**{**inputs, "max_new_tokens": max_new_tokens, **options})  # type: ignore[operator]
+        inputs = _inputs(model, encoder, [prompts[place] for place in places], max_new_tokens)
+        made: Any = model.generate(**{**inputs, **options})  # type: ignore[operator]
         new = made[:, inputs["input_ids"].shape[1] :]
         for place, text in zip(places, encoder.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             found[place] = str(text).strip()
     return found
 
 
-def stream(model: nn.Module, encoder: Encoder, record: dict[str, Any], **options: Any) -> Iterator[str]:
+def stream(
+    model: nn.Module, encoder: Encoder, record: dict[str, Any], max_new_tokens: int = 256, **options: Any
+) -> Iterator[str]:
     """The answer to one question in pieces, as they are made; ``options`` as for :func:`answers`."""
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = _inputs(model, encoder, [encoder.ask(record)])
+    inputs = _inputs(model, encoder, [_ask(model, encoder, record, max_new_tokens)], max_new_tokens)
     failed: list[BaseException] = []
 
     def work() -> None:
@@ -69,16 +72,23 @@ def stream(model: nn.Module, encoder: Encoder, record: dict[str, Any], **options
         raise failed[0]
 
 
-def _inputs(model: Any, encoder: Encoder, prompts: list[Example]) -> dict[str, Any]:
-    """The arguments of ``generate`` for these prompts, padded on the left."""
+def _ask(model: nn.Module, encoder: Encoder, record: dict[str, Any], wanted: int) -> Example:
+    """The question, with room for ``wanted`` tokens of an answer, or for a quarter of what the model can hold."""
+    limit = positions(model)
+    return encoder.ask(record, most=limit - min(wanted, limit // 4))
+
+
+def _inputs(model: Any, encoder: Encoder, prompts: list[Example], wanted: int) -> dict[str, Any]:
+    """The arguments of ``generate`` for these prompts, padded on the left; answers end where the model's positions do."""
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in encoder.collate(prompts, left=True).items() if name != "labels"}
-    ends = {"pad_token_id": encoder.tokenizer.pad_token_id or 0, "eos_token_id": _ends(model, encoder.tokenizer)}
-    return {"do_sample": False, **batch, **ends}
+    ends = {"pad_token_id": encoder.tokenizer.pad_token_id or 0, "eos_token_id": _ends(model, encoder)}
+    room = min(wanted, positions(model) - max(len(prompt.ids) for prompt in prompts))
+    return {"do_sample": False, "max_new_tokens": room, **batch, **ends}
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, by which training ends them, and the model's own."""
+def _ends(model: Any, encoder: Encoder) -> list[int]:
+    """Tokens that end an answer: those by which training ends them, and the model's own."""
     own = model.generation_config.eos_token_id
-    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    found = [*encoder.ends, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(token for token in found if token is not None))

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core import EffiLoRAError
 from .data import Encoder, Example, Examples, PackedExamples, collate_packed, read_records
+from .models import positions
 from .options import DataOptions, PictureDataOptions
 from .pictures import PictureEncoder, PictureExamples
 
@@ -81,13 +82,6 @@ def prepare(
         _check_packing(model, examples.items)
     rows = PackedExamples(examples.items, length) if data.packing else examples
     return Lessons(plain, examples, Examples(held, plain, names[1]) if held else None, rows)
-
-
-def positions(model: nn.Module) -> int:
-    """The longest row of tokens that the model was made for."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
 
 
 @torch.no_grad()

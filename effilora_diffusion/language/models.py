@@ -50,6 +50,7 @@ def load_model(
         model = loader.from_pretrained(name, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = reason if Path(name).exists() else f"there is no such folder here, and {reason}"
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
     if gguf_file is not None:  # its weights are plain numbers by now, which transformers would not train or save
         model.hf_quantizer.remove_quantization_config(model)
@@ -59,6 +60,13 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), reader
+
+
+def positions(model: nn.Module) -> int:
+    """The longest row of tokens that the model was made for."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
 
 
 def _model_class(name: str, pictures: bool, options: dict[str, Any]) -> Any:

@@ -95,9 +95,7 @@ def parse_arguments(arguments: list[str] | None = None, pictures: bool = False) 
         name = unknown[0].lstrip("-").split("=")[0]
         hint = f"here it is --{FOREIGN[name]}" if name in FOREIGN else "--help lists what there is"
         raise EffiLoRAError(f"{unknown[0]} is no flag of this command: {hint}")
-    if not {"--do_train", "--do_train=True"} & set(words) and any(
-        word.startswith(("--do_eval", "--do_predict")) for word in words
-    ):
+    if not found[3].do_train and any(word.startswith(("--do_eval", "--do_predict")) for word in words):
         raise EffiLoRAError("this command trains: evaluate an adapter with 'effilora evaluate'")
     options: Any = tuple(found)
     _check(options[3])
@@ -109,7 +107,7 @@ def as_mistakes() -> Iterator[None]:
     """What transformers finds wrong with settings, as a sentence instead of a traceback."""
     try:
         yield
-    except (ValueError, ImportError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
         if isinstance(error, EffiLoRAError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -124,6 +122,15 @@ def _check(args: LanguageTrainingArguments) -> None:
         raise EffiLoRAError(
             "FSDP and DeepSpeed shard the adapter, which this trainer can't save: use several processes without"
         )
+    if args.push_to_hub:
+        raise EffiLoRAError("--push_to_hub: nothing is uploaded here; when the run has ended, 'hf upload' its folder")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise EffiLoRAError(
+            f"--train_sampling_strategy {args.train_sampling_strategy}: examples are not grouped by length here; "
+            "--packing avoids padding"
+        )
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise EffiLoRAError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is measured here")
     if args.n_gpu > 1:
         raise EffiLoRAError(
             "several GPUs need a process each: start with torchrun or accelerate launch, or show one GPU"

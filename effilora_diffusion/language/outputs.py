@@ -13,6 +13,9 @@ REDUCER_FILE = "reducer.jsonl"
 REDUCER_STATE = "reducer.json"
 """The Reducer in a checkpoint."""
 
+STATE_FILE = "trainer_state.json"
+"""Where transformers keeps the number of steps, among others."""
+
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CHECKPOINTS = "checkpoint-*"
 
@@ -28,17 +31,18 @@ def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
     if wanted is None:
         return None
     if wanted.lower() in ("latest", "true"):  # the latter as in transformers' examples
-        found = checkpoints(output)
+        found = [path for path in checkpoints(output) if (path / STATE_FILE).is_file()]  # it is written last
         if not found:
             raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: {output} holds no checkpoint")
-        return found[-1]
-    folder = Path(wanted)
+        folder = found[-1]
+    else:
+        folder = Path(wanted)
     if not (folder / ADAPTER_FILE).is_file():
-        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: no folder with a checkpoint of this trainer")
+        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: {folder} is no checkpoint of this trainer")
     missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
     if missing:
         raise EffiLoRAError(
-            f"--resume_from_checkpoint {wanted}: it has no {missing}, so the run can't go on as it was"
+            f"--resume_from_checkpoint {wanted}: {folder} has no {missing}, so the run can't go on as it was"
         )
     step_of(folder)
     return folder
@@ -47,9 +51,9 @@ def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The number of optimizer steps behind a checkpoint."""
     try:
-        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EffiLoRAError(f"--resume_from_checkpoint {checkpoint}: its trainer_state.json can't be read") from error
+        raise EffiLoRAError(f"--resume_from_checkpoint {checkpoint}: its {STATE_FILE} can't be read") from error
 
 
 def own_files(output: Path) -> list[Path]:
@@ -60,19 +64,23 @@ def own_files(output: Path) -> list[Path]:
 
 def check_output(output: Path, overwrite: bool, checkpoint: Path | None) -> None:
     """Refuse a folder that holds such files already, unless that run is continued or to be overwritten."""
-    resumed = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
-    if own_files(output) and not overwrite and not resumed:
+    if own_files(output) and not overwrite and not _continues(output, checkpoint):
         raise EffiLoRAError(
             f"{output} holds an earlier run: give another --output_dir, continue it with "
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
 
 
+def _continues(output: Path, checkpoint: Path | None) -> bool:
+    """Whether the run in ``output`` itself goes on."""
+    return checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+
+
 def open_output(output: Path, checkpoint: Path | None) -> None:
     """Make the folder; an earlier run that is to be overwritten goes, its own files only."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
+        if not _continues(output, checkpoint):
             for path in own_files(output):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
-from .data import IGNORED, Encoder, Example, join
+from .data import Encoder, Example, join
 from .turns import check_record, conversation
 
 MARK = "<image>"
@@ -89,6 +90,8 @@ class PictureEncoder(Encoder):
         max_length: longest example in tokens; longer ones lose their end, never a part of their pictures.
     """
 
+    loses_end = True
+
     def __init__(self, processor: Any, image_folder: Path, template: str = "auto", max_length: int = 2048):
         own = getattr(processor, "chat_template", None)
         if template == "chat" and not own:
@@ -118,11 +121,12 @@ class PictureEncoder(Encoder):
         """One record as an :class:`Example`; its pictures are read."""
         return self._example(self.segments(record, where), record, where)
 
-    def ask(self, record: dict[str, Any], where: str = "the question") -> Example:
-        """The record's question, with its pictures."""
+    def ask(self, record: dict[str, Any], where: str = "the question", most: int | None = None) -> Example:
+        """The record's question, with its pictures, in at most ``most`` tokens."""
+        most = min(self.max_length, most or self.max_length)
         example = self._example([(self.prompt(record, where), False)], record, where)
-        if example.cut:  # its end is the question itself
-            raise EffiLoRAError(f"{where}: with its pictures it is longer than {self.max_length} tokens: begin anew")
+        if example.cut or len(example.ids) > most:  # its end is the question itself
+            raise EffiLoRAError(f"{where}: with its pictures it is longer than {most} tokens: begin anew")
         return example
 
     def _example(self, segments: list[tuple[str, bool]], record: dict[str, Any], where: str) -> Example:
@@ -132,18 +136,19 @@ class PictureEncoder(Encoder):
         start = self.tokenizer.bos_token
         if start and segments and not segments[0][0].startswith(start) and self.tokenizer("")["input_ids"][:1]:
             segments = [(start, False), *segments]
+        before = ""
         for text, answered in segments:
             count = text.count(self.mark)
             used, pictures = pictures[:count], pictures[count:]
-            ids, per_token, features = self._piece(text, used, where)
+            ids, per_token, features = self._piece(before, text, used, where)
+            before += text
             for name in {**per_token, **example.per_token}:
-                before = example.per_token.get(name, [0] * len(example.ids))
-                example.per_token[name] = before + per_token.get(name, [0] * len(ids))
-            example.ids += ids
-            example.labels += ids if answered else [IGNORED] * len(ids)
+                known = example.per_token.get(name, [0] * len(example.ids))
+                example.per_token[name] = known + per_token.get(name, [0] * len(ids))
+            example.add(ids, answered)
             for name, value in features.items():
-                known = example.pictures.get(name)
-                example.pictures[name] = value if known is None else join([known, value])
+                seen = example.pictures.get(name)
+                example.pictures[name] = value if seen is None else join([seen, value])
         if pictures:
             raise EffiLoRAError(
                 f"{where}: the chat template leaves out {len(pictures)} of its pictures: {self.mark} is not in its text"
@@ -151,11 +156,11 @@ class PictureEncoder(Encoder):
         return self._shortened(example, where)
 
     def _piece(
-        self, text: str, pictures: list[Image.Image], where: str
+        self, before: str, text: str, pictures: list[Image.Image], where: str
     ) -> tuple[list[int], dict[str, list[int]], dict[str, Tensor]]:
-        """Token ids of one piece, what else there is for every token, and what belongs to its pictures."""
+        """Token ids of one piece after ``before``, what else there is for every token, and what belongs to its pictures."""
         if not pictures:
-            return self.tokens(text), {}, {}
+            return self.following(before, text), {}, {}
         try:
             found = self.processor(images=pictures, text=[text], add_special_tokens=False, return_tensors="pt")
         except (ValueError, TypeError, RuntimeError) as error:
@@ -201,6 +206,10 @@ class PictureExamples(Dataset[Example]):
         example = self.encoder.encode(self.records[index], where)
         if example.answered == 0:
             raise EffiLoRAError(f"{where}: its answer is empty, or cut off by --max_length {self.encoder.max_length}")
+        if example.cut:
+            warnings.warn(
+                f"{where}: longer than --max_length {self.encoder.max_length}, it lost its end", stacklevel=2
+            )
         return example
 
 

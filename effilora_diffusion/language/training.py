@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..core import AdapterFile, EffiLoRA, EffiLoRAError, Reducer, calibrate, load_adapter_file, save_adapter
 from ..core.files import ADAPTER_FILE, trim_log, write_atomic
-from ..core.fingerprint import model_hash
+from ..core.fingerprint import base_facts, is_base
 from ..core.sites import is_transposed
 from .attachment import attach, create_adapter
 from .export import COMPONENT, write_peft_folder
@@ -70,6 +72,8 @@ class ReducerCallback(TrainerCallback):
 class LanguageTrainer(Trainer):
     """A ``Trainer`` whose checkpoints hold the adapter and the Reducer instead of the whole model."""
 
+    label_smoother: Any
+
     def __init__(self, adapter: EffiLoRA, reducer: Reducer, metadata: dict[str, Any], **options: Any):
         model = options["model"]
         quantized = getattr(model, "is_quantized", False)
@@ -79,6 +83,10 @@ class LanguageTrainer(Trainer):
         finally:
             model.is_quantized = quantized
         self.adapter, self.reducer, self.metadata = adapter, reducer, metadata
+        if (
+            self.label_smoother is not None
+        ):  # the trainer knows only of text models that their labels are one token late
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer over the whole adapter, whatever the Reducer has frozen at the moment."""
@@ -116,7 +124,13 @@ class LanguageTrainer(Trainer):
 
     @torch.no_grad()
     def _load_weights(self, folder: Path) -> None:
-        saved = load_adapter_file(folder / ADAPTER_FILE).adapter
+        content = load_adapter_file(folder / ADAPTER_FILE)
+        saved = content.adapter
+        if is_base(self.metadata, content.metadata) is False:
+            raise EffiLoRAError(
+                f"--resume_from_checkpoint {folder}: it was trained on {content.metadata.get('base_model')}, "
+                "and this base has other weights"
+            )
         if saved.config != self.adapter.config or saved.sites != self.adapter.sites:
             raise EffiLoRAError(f"--resume_from_checkpoint {folder}: its adapter has another configuration or base")
         for target, source in zip(self.adapter.parameters(), saved.parameters(), strict=True):
@@ -143,7 +157,7 @@ def run(
     metadata = _metadata(model_options, data, lessons, model)
     adapter = attach(model, create_adapter(model, config, args.seed))
     trainer = make_trainer(lessons, model, adapter, args, metadata)
-    _check_steps(trainer, checkpoint)
+    _rehearse(trainer, checkpoint)
     if args.process_index == 0:
         open_output(output, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -202,7 +216,7 @@ def _metadata(
         "model_revision": options.model_revision,
         "dtype": options.dtype,
         "quantization": options.quantization,
-        "base_hash": model_hash(model),
+        **base_facts(model),
         "examples": len(lessons.examples),
         "prompt_template": lessons.encoder.template,
         "max_length": lessons.encoder.max_length,
@@ -211,14 +225,19 @@ def _metadata(
     }
 
 
-def _check_steps(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
-    """Refuse to go on from the end: such a run would do nothing, and say that it had."""
-    if checkpoint is None:
-        return
+def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
+    """Make what a run needs once: settings that can't be are told before an earlier run's files are deleted.
+
+    Also refuses to go on from the end: such a run would do nothing, and say that it had.
+    """
     args = trainer.args
-    updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-    wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-    if step_of(checkpoint) >= wanted:
+    with as_mistakes(), torch.random.fork_rng():
+        updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+        trainer.create_optimizer()
+        trainer.create_scheduler(max(1, wanted), trainer.optimizer)
+    trainer.optimizer = trainer.lr_scheduler = None
+    if checkpoint is not None and step_of(checkpoint) >= wanted:
         raise EffiLoRAError(
             f"{checkpoint} has {step_of(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
         )
@@ -242,9 +261,10 @@ def _write(output: Path, trainer: LanguageTrainer, lessons: Lessons) -> float:
     """Calibrate on training examples, write the native file and the PEFT folder; returns the plain form's relative error."""
     model: Any = trainer.model
     model.eval()
+    facts = {**trainer.metadata, "steps": trainer.state.global_step}
+    save_adapter(output / ADAPTER_FILE, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
     calibration, error = calibrate(model, trainer.adapter, lambda: _drive(model, lessons))
-    facts = {**trainer.metadata, "steps": trainer.state.global_step, "export_error": error}
-    content = AdapterFile(trainer.adapter, facts, calibration)
+    content = AdapterFile(trainer.adapter, {**facts, "export_error": error}, calibration)
     content.sha256 = save_adapter(output / ADAPTER_FILE, content)
     write_peft_folder(output, content)
     return error
@@ -255,4 +275,9 @@ def _drive(model: nn.Module, lessons: Lessons) -> None:
     """Run the model over examples without padding, so that only real tokens are measured."""
     device = next(model.parameters()).device
     for index in range(min(CALIBRATION_EXAMPLES, len(lessons.examples))):
-        model(**{name: value.to(device) for name, value in lessons.single(index).items()})
+        try:
+            inputs = lessons.single(index)
+        except EffiLoRAError as error:  # a picture that the run has never come to
+            warnings.warn(f"left out of the calibration: {error}", stacklevel=2)
+            continue
+        model(**{name: value.to(device) for name, value in inputs.items()})

@@ -15,7 +15,10 @@ from ..core import EffiLoRAError
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 """Who speaks, in the words of LLaVA's and ShareGPT's format and in those of chat templates."""
 
-UNREAD = ("history", "tools", "functions", "tool_calls", "weight", "weights", "chosen", "rejected")
+UNREAD = (
+    *("history", "tools", "functions", "tool_calls", "weight", "weights", "chosen", "rejected", "train"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
 """What other trainers read in a record or message and this one does not: better refused than passed over."""
 
 
@@ -26,6 +29,10 @@ def check_record(record: dict[str, Any], where: str, pictures: bool = False) -> 
         raise EffiLoRAError(
             f"{where}: it has {unread}, which this trainer does not read: take them out or word them as turns"
         )
+    if not isinstance(record.get("system") or "", str):
+        raise EffiLoRAError(f"{where}: its 'system' must be a text")
+    if not isinstance(record.get("input") or "", str | int | float):
+        raise EffiLoRAError(f"{where}: its 'input' must be a text")
     if not pictures and (record.get("image") or record.get("images")):
         raise EffiLoRAError(f"{where}: it is about a picture: train on pictures with train_vlm_effilora.py")
 
@@ -38,16 +45,22 @@ def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
     question, as ShareGPT has them, are left out.
     """
     system = record.get("system")
-    first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    first = [{"role": "system", "content": system}] if system else []
     if "messages" in record or "conversations" in record:
         turns = first + _turns(record, where)
         asked = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
         return [turn for turn in turns[:asked] if turn["role"] == "system"] + turns[asked:]
     if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
         raise EffiLoRAError(f"{where}: it needs 'messages', or 'instruction' and 'output' as texts")
-    extra = str(record.get("input") or "")
+    extra = input_of(record)
     question = f"{record['instruction']}\n{extra}" if extra else record["instruction"]
     return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+
+
+def input_of(record: dict[str, Any]) -> str:
+    """What stands beside a record's instruction; empty if nothing does."""
+    found = record.get("input")
+    return "" if found is None else str(found)
 
 
 def _turns(record: dict[str, Any], where: str) -> list[dict[str, str]]:

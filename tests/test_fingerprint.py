@@ -1,0 +1,54 @@
+"""Knowing a base again: in other types, beside other adapters, and not by mistake."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from helpers import make_subject, trainer
+from torch import nn
+
+from effilora_diffusion import load_adapter
+from effilora_diffusion.core.fingerprint import base_facts, is_base
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 40))
+
+
+@pytest.mark.parametrize("one", TYPES)
+@pytest.mark.parametrize("other", TYPES)
+def test_a_base_is_known_again_in_another_type(one, other):
+    facts, named = (base_facts(linear(0).to(kind)) for kind in (one, other))
+    halves = {one, other} == {torch.float16, torch.bfloat16}
+    assert is_base(facts, named) is (None if halves else True)
+    stranger = base_facts(linear(1).to(other))
+    assert is_base(facts, stranger) is (None if halves else False)
+
+
+def test_a_fine_tuned_base_is_another():
+    tuned = copy.deepcopy(base := linear(0))
+    with torch.no_grad():
+        for value in tuned.parameters():
+            value.mul_(1.01)
+    assert is_base(base_facts(tuned), base_facts(base)) is False
+    assert is_base(base_facts(base), {}) is None
+
+
+def test_an_adapter_of_a_run_in_bfloat16_is_at_home_on_the_float32_model(tmp_path, caplog):
+    pipe = build_tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    options = {"mixed_precision": "bf16", "max_train_steps": 1, "num_validation_images": 0, "learning_rate": 0.1}
+    trainer(tmp_path / "model", make_subject(tmp_path / "s", 2), tmp_path / "cat", **options).run()
+    with caplog.at_level(logging.WARNING):
+        for name in ("one", "two"):
+            load_adapter(pipe, tmp_path / "cat", name=name)
+    assert "another model" not in caplog.text
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(2)
+    load_adapter(pipe, tmp_path / "cat", name="three")
+    assert "another model of the same shape" in caplog.text
