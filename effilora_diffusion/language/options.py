@@ -107,7 +107,7 @@ def as_mistakes() -> Iterator[None]:
     """What transformers finds wrong with settings, as a sentence instead of a traceback."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, ZeroDivisionError) as error:
         if isinstance(error, EffiLoRAError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__

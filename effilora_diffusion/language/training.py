@@ -83,9 +83,8 @@ class LanguageTrainer(Trainer):
         finally:
             model.is_quantized = quantized
         self.adapter, self.reducer, self.metadata = adapter, reducer, metadata
-        if (
-            self.label_smoother is not None
-        ):  # the trainer knows only of text models that their labels are one token late
+        if self.label_smoother is not None:
+            # the trainer knows of text models only that a token's label is the next one
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -231,7 +230,7 @@ def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
     Also refuses to go on from the end: such a run would do nothing, and say that it had.
     """
     args = trainer.args
-    with as_mistakes(), torch.random.fork_rng():
+    with as_mistakes(), torch.random.fork_rng(devices=[]):
         updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
         wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         trainer.create_optimizer()
