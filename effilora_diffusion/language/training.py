@@ -235,7 +235,7 @@ def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
         wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         trainer.create_optimizer()
         trainer.create_scheduler(max(1, wanted), trainer.optimizer)
-    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.optimizer = trainer.lr_scheduler = None  # the trainer makes its own, by its own count of steps
     if checkpoint is not None and step_of(checkpoint) >= wanted:
         raise EffiLoRAError(
             f"{checkpoint} has {step_of(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
