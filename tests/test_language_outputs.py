@@ -125,6 +125,8 @@ def test_a_run_goes_on_with_its_own_base_only(place, tmp_path, capsys):
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"train_sampling_strategy": "group_by_length"}, "not grouped by length"),
         ({"push_to_hub": True}, "nothing is uploaded"),
+        ({"use_liger_kernel": True}, "needs liger-kernel"),
+        ({"gradient_checkpointing_kwargs": '{"reentrant":true}'}, "['reentrant']: torch knows"),
         ({"metric_for_best_model": "accuracy"}, "only eval_loss"),
         ({"report_to": "wandb"}, "wandb"),
         ({"do_eval": True, "do_train": False}, "this command trains"),

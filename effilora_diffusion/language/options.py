@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..core import EffiLoRAError
@@ -131,6 +134,12 @@ def _check(args: LanguageTrainingArguments) -> None:
         )
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise EffiLoRAError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is measured here")
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise EffiLoRAError("--use_liger_kernel needs liger-kernel: pip install liger-kernel")
+    known = {*signature(checkpoint).parameters} - {"function", "args", "kwargs"}
+    unknown = sorted({*(args.gradient_checkpointing_kwargs or {})} - known)
+    if unknown:
+        raise EffiLoRAError(f"--gradient_checkpointing_kwargs {unknown}: torch knows {sorted(known)}")
     if args.n_gpu > 1:
         raise EffiLoRAError(
             "several GPUs need a process each: start with torchrun or accelerate launch, or show one GPU"
