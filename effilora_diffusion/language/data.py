@@ -21,6 +21,9 @@ from .turns import ChatTemplate, check_record, conversation, input_of, special_t
 PROBE = "Qx7"
 """An answer whose end is looked at."""
 
+CONTEXT = 64
+"""Characters before a piece of text that may change its first token; no special token is longer."""
+
 IGNORED = -100
 """Label of tokens that the loss leaves out, as in transformers."""
 
@@ -205,7 +208,8 @@ class Encoder:
         """Token ids of ``text`` where it stands, after ``before``: SentencePiece begins every text of its own with a space."""
         if not before:
             return self.tokens(text)
-        known, both = self.tokens(before), self.tokens(before + text)
+        near = before[-CONTEXT:]  # what is further away would be read anew for every turn
+        known, both = self.tokens(near), self.tokens(near + text)
         return both[len(known) :] if both[: len(known)] == known else self.tokens(text)
 
     def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
