@@ -10,6 +10,7 @@ from helpers import make_subject, trainer
 from torch import nn
 
 from effilora_diffusion import load_adapter
+from effilora_diffusion.core import merge
 from effilora_diffusion.core.fingerprint import base_facts, is_base
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +38,17 @@ def test_a_fine_tuned_base_is_another():
             value.mul_(1.01)
     assert is_base(base_facts(tuned), base_facts(base)) is False
     assert is_base(base_facts(base), {}) is None
+
+
+def test_a_base_with_a_merged_adapter_is_no_other_model(tmp_path, caplog):
+    pipe = build_tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    options = {"routing": "static", "max_train_steps": 2, "num_validation_images": 0, "learning_rate": 0.1}
+    trainer(tmp_path / "model", make_subject(tmp_path / "s", 2), tmp_path / "cat", **options).run()
+    load_adapter(pipe, tmp_path / "cat", name="one")
+    merge(pipe.unet, "one")
+    load_adapter(pipe, tmp_path / "cat", name="two")
+    assert "another model" not in caplog.text
 
 
 def test_an_adapter_of_a_run_in_bfloat16_is_at_home_on_the_float32_model(tmp_path, caplog):

@@ -193,6 +193,8 @@ def test_a_template_s_refusal_names_the_record():
     reader.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     with pytest.raises(EffiLoRAError, match=r"data, record 1: .*refuses its messages: no system here"):
         Examples([CHAT], Encoder(reader), "data")
+    with pytest.raises(EffiLoRAError, match=r"here: .*refuses its messages: no system here"):
+        Encoder(reader).prompt(CHAT, "here")
 
 
 def test_the_beginning_of_text_is_set_once_and_kept():

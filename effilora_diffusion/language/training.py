@@ -230,7 +230,7 @@ def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
     Also refuses to go on from the end: such a run would do nothing, and say that it had.
     """
     args = trainer.args
-    with as_mistakes(), torch.random.fork_rng(devices=[]):
+    with as_mistakes():
         updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
         wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         trainer.create_optimizer()
