@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from effilora_diffusion import EffiLoRAConfig
 from effilora_diffusion.core import EffiLoRA
-from effilora_diffusion.diffusion import attention
-from effilora_diffusion.diffusion.pipelines import load_pipeline
-from effilora_diffusion.language import attachment
+from effilora_diffusion.diffusion.adapters import processors as attention
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.language import targets as attachment
 
 Built = tuple[nn.Module, dict[str, Any]]
 """A denoiser or language model and the keyword arguments of one call."""

@@ -32,12 +32,13 @@ from transformers import Trainer, TrainingArguments
 
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig
 from effilora_diffusion.core import EffiLoRA, Reducer, exit_code
-from effilora_diffusion.language.attachment import attach, create_adapter, detach
-from effilora_diffusion.language.choices import choose, question
-from effilora_diffusion.language.data import Encoder, Example, Examples, read_records
-from effilora_diffusion.language.generation import answers
+from effilora_diffusion.language.encoding import Encoder, Example, Examples
+from effilora_diffusion.language.generate import answers
 from effilora_diffusion.language.models import load_model
-from effilora_diffusion.language.training import ReducerCallback
+from effilora_diffusion.language.multiple_choice import choose, question
+from effilora_diffusion.language.records import read_records
+from effilora_diffusion.language.targets import attach, create_adapter, detach
+from effilora_diffusion.language.trainer import ReducerCallback
 
 from .language_data import TASKS, fetch_model
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource, batch_loss
-from effilora_diffusion.diffusion.data import scan_pictures
-from effilora_diffusion.diffusion.families import Family, make_family
-from effilora_diffusion.diffusion.pipelines import load_base
-from effilora_diffusion.diffusion.plan import make_objective
-from effilora_diffusion.diffusion.prior import class_examples
-from effilora_diffusion.diffusion.settings import TrainingConfig
-from effilora_diffusion.diffusion.setup import learning_rates
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.data.folder import scan_images
+from effilora_diffusion.diffusion.data.latents import ExampleSource
+from effilora_diffusion.diffusion.data.prior import class_examples
+from effilora_diffusion.diffusion.models import Family, make_family
+from effilora_diffusion.diffusion.training.batches import BatchDrawer
+from effilora_diffusion.diffusion.training.build import load_base, make_objective
+from effilora_diffusion.diffusion.training.loss import batch_loss
+from effilora_diffusion.diffusion.training.optim import learning_rates
 
 
 def inject(
@@ -40,7 +41,7 @@ def train(config: TrainingConfig) -> Family:
     device = torch.device("cpu")
     family = make_family(load_base(config), device)
     objective = make_objective(config, family)
-    examples, _ = scan_pictures(Path(str(config.instance_data_dir)), config.instance_prompt)
+    examples, _ = scan_images(Path(str(config.instance_data_dir)), config.instance_prompt)
     prior = class_examples(family, config, print) if config.with_prior_preservation else []
     sources = [
         ExampleSource(family, group, config, purpose) if group else None

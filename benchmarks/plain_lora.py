@@ -1,7 +1,7 @@
-"""Does the plain LoRA draw the adapter's pictures? ``python -m benchmarks.plain_lora``.
+"""Does the plain LoRA draw the adapter's images? ``python -m benchmarks.plain_lora``.
 
 Trains the example subject once per routing, then draws the same prompts and seeds with the adapter and, in a fresh stock
-pipeline, with ``pipe.load_lora_weights``. Also checks that strength 0 and removal give the base's pictures back.
+pipeline, with ``pipe.load_lora_weights``. Also checks that strength 0 and removal give the base's images back.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from PIL import Image
 
 from effilora_diffusion import load_adapter, remove_adapter
 from effilora_diffusion.core import exit_code
-from effilora_diffusion.diffusion.launch import example_settings
-from effilora_diffusion.diffusion.pipelines import load_pipeline
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .features import Judge, load_judge
-from .subject import OTHER_PROMPTS, OURS, PICTURES, draw, drift, settings
+from .subject import IMAGES, OTHER_PROMPTS, OURS, draw, drift, settings
 
 
 def prompts() -> list[str]:
     """Half of them name the subject, half do not."""
-    return [example_settings()["instance_prompt"]] * (PICTURES // 2) + list(OTHER_PROMPTS[: PICTURES // 2])
+    return [example_settings()["instance_prompt"]] * (IMAGES // 2) + list(OTHER_PROMPTS[: IMAGES // 2])
 
 
 def difference(one: list[Image.Image], other: list[Image.Image]) -> dict[str, float]:
-    """Largest and mean difference of corresponding pictures, in grey levels of 255."""
+    """Largest and mean difference of corresponding images, in grey levels of 255."""
     pairs = zip(one, other, strict=True)
     apart = np.stack([np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)) for a, b in pairs])
     return {"largest": float(apart.max()), "mean": float(apart.mean())}
 
 
 def measure(method: str, seed: int, judge: Judge, base: list[Image.Image]) -> dict[str, Any]:
-    """Train one method and compare its pictures with those of its plain LoRA, and with the base's."""
+    """Train one method and compare its images with those of its plain LoRA, and with the base's."""
     rate = float(example_settings()["learning_rate"])
     with tempfile.TemporaryDirectory() as folder:
         summary = Trainer(settings(method, seed, rate, f"{folder}/run", {})).run()
@@ -56,7 +56,7 @@ def measure(method: str, seed: int, judge: Judge, base: list[Image.Image]) -> di
         plain = draw(stock, prompts())
     return {
         "update missing": summary.export_error,
-        "picture difference": difference(native, plain),
+        "image difference": difference(native, plain),
         "feature distance": drift(judge, native, plain),
         "feature distance of the adapter itself": drift(judge, base, native),
         "strength 0 equals base": difference(base, silent)["largest"] == 0,

@@ -1,4 +1,4 @@
-"""The README's pictures of the web UI, and the time from opening the page to the first picture: ``make screenshots``.
+"""The README's images of the web UI, and the time from opening the page to the first image: ``make screenshots``.
 
 Serves the page on the embedded base over copies of two runs of the example: the one of ``make demo`` and one with the
 Reducer. Whichever is missing is trained first.
@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from app.server import serve
-from effilora_diffusion.diffusion.launch import example_settings
-from effilora_diffusion.diffusion.settings import TrainingConfig
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.trainer import Trainer
+from effilora_diffusion.studio.server import serve
 
 FOLDER = Path("docs/images")
 SIZE = {"width": 1280, "height": 800}
@@ -33,13 +33,13 @@ def train_missing(outputs: Path) -> None:
             Trainer(TrainingConfig(**{**settings, **changes})).run()
 
 
-def first_picture(page: Page, url: str) -> float:
-    """Seconds from opening the page, by a visitor who types at once, to the first finished picture."""
+def first_image(page: Page, url: str) -> float:
+    """Seconds from opening the page, by a visitor who types at once, to the first finished image."""
     began = time.monotonic()
     page.goto(url)
     page.locator("#prompt textarea").fill("a noto emoji of fox")
     page.locator("#draw").click()
-    page.get_by_text("Picture 2 of 4").wait_for()
+    page.get_by_text("Image 2 of 4").wait_for()
     return time.monotonic() - began
 
 
@@ -48,12 +48,12 @@ def shoot(page: Page, name: str) -> None:
     page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(1000)
     page.screenshot(path=FOLDER / f"{name}.png")
-    with Image.open(FOLDER / f"{name}.png") as picture:
-        picture.convert("RGB").save(FOLDER / f"{name}.png", optimize=True)
+    with Image.open(FOLDER / f"{name}.png") as image:
+        image.convert("RGB").save(FOLDER / f"{name}.png", optimize=True)
 
 
 def generate(page: Page) -> None:
-    """Four pictures with an adapter."""
+    """Four images with an adapter."""
     page.locator("#adapter-1 input").click()
     page.get_by_role("option", name="example", exact=True).click()
     page.get_by_text("Trained with:").wait_for()
@@ -108,7 +108,7 @@ def main() -> None:
             (path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None
         )
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        print(f"first picture after {first_picture(browser.new_page(viewport=SIZE), served.local_url):.1f} s")
+        print(f"first image after {first_image(browser.new_page(viewport=SIZE), served.local_url):.1f} s")
         page = browser.new_page(viewport=SIZE)
         page.goto(served.local_url)
         page.get_by_role("button", name="Draw", exact=True).wait_for()

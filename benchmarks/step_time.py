@@ -73,7 +73,7 @@ def method(name: str, base: nn.Module, inputs: dict[str, Any], rank: int) -> Ste
     model = shared_copy(base)
     if name == PEFT:
         sites = fresh_adapter(model, attached=False).sites
-        targets = [path for site in sites for path, _ in site.maps]
+        targets = [path for site in sites for path, _ in site.linears]
         return make_step(model, inject(model, rank, targets=targets), inputs, None)
     chosen: dict[str, Any] = CONFIGS[name]
     adapter = fresh_adapter(model, rank=rank, **chosen)

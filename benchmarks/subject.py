@@ -3,9 +3,9 @@
 The example subject on the embedded base, for the adapter and for PEFT's LoRA of the same rank, each at its own best of
 several learning rates, over several seeds. Judged with ImageNet features (``features.py``):
 
-- similarity: mean cosine of 16 generated pictures to pictures of the subject that nobody trained on;
-- rise: similarity minus the base's; gap: "held-out against training pictures" minus the base's;
-- drift: mean cosine distance between base and adapted pictures of 16 prompts that do not name the subject, same seeds.
+- similarity: mean cosine of 16 generated images to images of the subject that nobody trained on;
+- rise: similarity minus the base's; gap: "held-out against training images" minus the base's;
+- drift: mean cosine distance between base and adapted images of 16 prompts that do not name the subject, same seeds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 
 from effilora_diffusion.core import exit_code
-from effilora_diffusion.diffusion.launch import example_settings
-from effilora_diffusion.diffusion.pipelines import load_pipeline
-from effilora_diffusion.diffusion.sampling import draw_pictures
-from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING, TrainingConfig
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.config import EMBEDDED_SAMPLING, TrainingConfig
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.sampling.generate import draw_images
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from . import peft_baseline
 from .features import Judge, load_judge
@@ -40,23 +40,23 @@ OTHER_PROMPTS = (
     "a noto emoji of soccer ball on a red background", "a twemoji emoji of sunflower", "a fluent emoji of guitar",
     "a noto emoji of mouse face",
 )  # fmt: skip
-PICTURES = 16
+IMAGES = 16
 OURS = ("EffiLoRA", "static", "timestep", "1 head")
 """Variants of the adapter: as it is (token routing), other gates, and one head."""
 RATES = (5e-4, 1e-3, 2e-3)
 
 
 class Reference:
-    """What every run is compared with, by one judge: true pictures of the subject, and the base before any training.
+    """What every run is compared with, by one judge: true images of the subject, and the base before any training.
 
     Args:
-        judge: describes the pictures.
-        subject: the base's pictures of the subject's prompt.
-        others: the base's pictures of the other prompts.
+        judge: describes the images.
+        subject: the base's images of the subject's prompt.
+        others: the base's images of the other prompts.
 
     Attributes:
-        start: similarity of the base's pictures to the held-out ones.
-        ceiling: similarity of the training pictures to them.
+        start: similarity of the base's images to the held-out ones.
+        ceiling: similarity of the training images to them.
     """
 
     def __init__(self, judge: Judge, subject: list[Image.Image], others: list[Image.Image]):
@@ -65,13 +65,13 @@ class Reference:
         self.start = self.similarity(subject)
         self.ceiling = self.similarity(open_all(Path(str(example_settings()["instance_data_dir"]))))
 
-    def similarity(self, pictures: list[Image.Image]) -> float:
-        """Mean cosine of every picture to every held-out one."""
-        return float((self.judge.features(pictures) @ self.held_out.T).mean())
+    def similarity(self, images: list[Image.Image]) -> float:
+        """Mean cosine of every image to every held-out one."""
+        return float((self.judge.features(images) @ self.held_out.T).mean())
 
-    def figures(self, pictures: list[Image.Image], others: list[Image.Image]) -> dict[str, float]:
+    def figures(self, images: list[Image.Image], others: list[Image.Image]) -> dict[str, float]:
         """Everything the table shows of one run."""
-        found = self.similarity(pictures)
+        found = self.similarity(images)
         rise, moved = found - self.start, drift(self.judge, self.others, others)
         return {
             "similarity": found,
@@ -83,13 +83,13 @@ class Reference:
 
 
 def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
-    """One picture per prompt, always on the same seeds."""
+    """One image per prompt, always on the same seeds."""
     seeds = [1000 + index for index in range(len(prompts))]
-    return draw_pictures(pipe, prompts, seeds, batch_size=PICTURES, **EMBEDDED_SAMPLING)
+    return draw_images(pipe, prompts, seeds, batch_size=IMAGES, **EMBEDDED_SAMPLING)
 
 
 def drift(judge: Judge, base: list[Image.Image], adapted: list[Image.Image]) -> float:
-    """Mean cosine distance of corresponding pictures."""
+    """Mean cosine distance of corresponding images."""
     return float(1 - (judge.features(base) * judge.features(adapted)).sum(1).mean())
 
 
@@ -99,7 +99,7 @@ def open_all(folder: Path) -> list[Image.Image]:
 
 
 def settings(method: str, seed: int, rate: float, output: str, changes: dict[str, Any]) -> TrainingConfig:
-    """The example's settings with one method's differences; no pictures are drawn while training."""
+    """The example's settings with one method's differences; no images are drawn while training."""
     base = {**example_settings(), **changes, "seed": seed, "learning_rate": rate, "output_dir": output}
     base |= {"num_validation_images": 0, "overwrite_output_dir": True}
     if method in ("static", "timestep"):
@@ -124,17 +124,17 @@ def measure(
     """Train one method at one seed and learning rate; every reference's figures, its name behind theirs."""
     with tempfile.TemporaryDirectory() as folder:
         pipe = train(method, settings(method, seed, rate, f"{folder}/run", changes))
-    pictures, others = draw_all(pipe)
+    images, others = draw_all(pipe)
     return {
         name + suffix: value
         for suffix, reference in references.items()
-        for name, value in reference.figures(pictures, others).items()
+        for name, value in reference.figures(images, others).items()
     }
 
 
 def draw_all(pipe: Any) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The pictures that are judged: of the subject, and of everything else."""
-    return draw(pipe, [example_settings()["instance_prompt"]] * PICTURES), draw(pipe, list(OTHER_PROMPTS))
+    """The images that are judged: of the subject, and of everything else."""
+    return draw(pipe, [example_settings()["instance_prompt"]] * IMAGES), draw(pipe, list(OTHER_PROMPTS))
 
 
 def main() -> None:

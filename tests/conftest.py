@@ -161,7 +161,7 @@ def tiny_tokenizer():
 
 
 def build_tiny_pipeline(seed=0):
-    """A whole Stable Diffusion 1.x pipeline: 32x32 pictures, 8x8 latents, random weights."""
+    """A whole Stable Diffusion 1.x pipeline: 32x32 images, 8x8 latents, random weights."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
@@ -238,9 +238,9 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def studio(place, tmp_path):
-    """A studio over a copy of the outputs in ``place``."""
-    from app.studio import Studio
+def session(place, tmp_path):
+    """A session over a copy of the outputs in ``place``."""
+    from effilora_diffusion.studio.session import Session
 
     shutil.copytree(place / "outputs", tmp_path / "outputs")
-    return Studio(str(place / "model"), tmp_path / "outputs")
+    return Session(str(place / "model"), tmp_path / "outputs")

@@ -1,4 +1,4 @@
-"""Short training runs on the tiny pipeline: pictures to learn, settings that suit 32 pixels, and what a run left."""
+"""Short training runs on the tiny pipeline: images to learn, settings that suit 32 pixels, and what a run left."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from effilora_diffusion.diffusion.settings import TrainingConfig
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.training.trainer import Trainer
 
 PROMPT = "a sks cat"
 
@@ -26,11 +26,11 @@ QUICK = {
     "validation_inference_steps": 1,
     "validation_guidance_scale": 1.0,
 }
-"""Settings of a run that takes a second; the model, the pictures and the output folder are given by each test."""
+"""Settings of a run that takes a second; the model, the images and the output folder are given by each test."""
 
 
-def picture(seed, size=(32, 32)):
-    """A smooth random picture: two colours that run into each other, and a dark bar."""
+def image(seed, size=(32, 32)):
+    """A smooth random image: two colours that run into each other, and a dark bar."""
     rng = np.random.default_rng(seed)
     width, height = size
     left, right = rng.integers(0, 256, (2, 3))
@@ -42,10 +42,10 @@ def picture(seed, size=(32, 32)):
 
 
 def make_subject(folder, count=3, first=0, captions=(), size=(32, 32)):
-    """A folder with ``count`` pictures ``0.png``, ``1.png``, ...; ``captions`` go into text files beside them."""
+    """A folder with ``count`` images ``0.png``, ``1.png``, ...; ``captions`` go into text files beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        picture(first + index, size).save(folder / f"{index}.png")
+        image(first + index, size).save(folder / f"{index}.png")
     for index, caption in enumerate(captions):
         (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
     return folder
@@ -58,7 +58,7 @@ def edit_json(path, **changes):
 def sharp_pipeline(tiny, folder, prediction_type="v_prediction"):
     """A copy of the tiny pipeline with latents of unit size and without noise of their own, so that it can learn.
 
-    The random autoencoder of the tiny pipeline drowns every picture in noise.
+    The random autoencoder of the tiny pipeline drowns every image in noise.
     """
     shutil.copytree(tiny, folder)
     edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type=prediction_type)
@@ -72,7 +72,7 @@ def sharp_pipeline(tiny, folder, prediction_type="v_prediction"):
 
 
 def settings(model, subject, output, **options):
-    """The settings of a quick run of ``model`` on the pictures in ``subject``."""
+    """The settings of a quick run of ``model`` on the images in ``subject``."""
     paths = {
         "pretrained_model_name_or_path": str(model),
         "instance_data_dir": str(subject),

@@ -42,7 +42,7 @@ def reference_gates(adapter, index, h, timesteps):
 def reference_update(adapter, path, x, timesteps=None):
     """``scale * sum_i w_i B_i (A x)`` for one map, one head after the other."""
     for index, site in enumerate(adapter.sites):
-        for name, _ in site.maps:
+        for name, _ in site.linears:
             if name != path:
                 continue
             if adapter.config.a_sharing == "width":
@@ -124,7 +124,7 @@ def test_every_map_adds_the_gated_sum_of_its_heads(toy, x, routing, heads, shari
     maps = RecordMaps(toy)
     toy(x, STEPS)
     for site in adapter.sites:
-        for path, _ in site.maps:
+        for path, _ in site.linears:
             given, found = maps.seen[path]
             base = F.linear(given, toy.get_submodule(path).weight, toy.get_submodule(path).bias)
             update = reference_update(adapter, path, given, STEPS)
@@ -145,7 +145,7 @@ def test_one_head_is_plain_lora(toy, x):
     assert len(adapter.G) == 0
     plain = make_toy()
     for site, heads in zip(adapter.sites, adapter.B, strict=True):
-        for path, _ in site.maps:
+        for path, _ in site.linears:
             update = 2.0 * heads[site.rows(path), 0] @ adapter.A[str(site.in_features)]
             plain.get_submodule(path).weight.data += update
     attach(toy, adapter)

@@ -12,71 +12,71 @@ import torch
 from helpers import make_subject, trainer
 from PIL import Image
 
-from app.compare import CompareTab, changed, split
-from app.generate import NONE, GenerateTab
-from app.studio import Request, Studio
 from effilora_diffusion import EffiLoRAError, cli
-from effilora_diffusion.diffusion import live
-from effilora_diffusion.diffusion.sampling import read_parameters
+from effilora_diffusion.diffusion.sampling import stream as live
+from effilora_diffusion.diffusion.sampling.png import read_parameters
+from effilora_diffusion.studio.session import Request, Session
+from effilora_diffusion.studio.tabs.compare import CompareTab, changed, split
+from effilora_diffusion.studio.tabs.generate import NONE, GenerateTab
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 
 
-def draw(studio, **options):
+def draw(session, **options):
     request = Request("a sks cat", **{**SMALL, **options})
-    return [event for event in studio.draw(request) if not hasattr(event, "step")]
+    return [event for event in session.draw(request) if not hasattr(event, "step")]
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).copy()
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).copy()
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------------- images
 
 
-def test_a_picture_is_byte_for_byte_the_command_line_s(studio, place, tmp_path):
-    (ours,) = draw(studio, seed=5, adapters=[("cat", 0.5)])
-    words = ["generate", "--model", str(place / "model"), "--adapter", f"{studio.outputs / 'cat'}:0.5", "--prompt",
+def test_a_image_is_byte_for_byte_the_command_line_s(session, place, tmp_path):
+    (ours,) = draw(session, seed=5, adapters=[("cat", 0.5)])
+    words = ["generate", "--model", str(place / "model"), "--adapter", f"{session.outputs / 'cat'}:0.5", "--prompt",
              "a sks cat", "--seed", "5", "--num_inference_steps", "2", "--guidance_scale", "3", "--width", "32",
              "--height", "32", "--output", str(tmp_path / "cli.png")]  # fmt: skip
     assert cli.main(words) == 0
     assert ours.read_bytes() == (tmp_path / "cli.png").read_bytes()
 
 
-def test_adapters_come_and_go_and_the_base_is_always_the_same(studio):
-    (base,) = draw(studio)
-    (adapted,) = draw(studio, adapters=[("cat", 1.0)])
-    (zero,) = draw(studio, adapters=[("cat", 0.0)])
-    (again,) = draw(studio)
+def test_adapters_come_and_go_and_the_base_is_always_the_same(session):
+    (base,) = draw(session)
+    (adapted,) = draw(session, adapters=[("cat", 1.0)])
+    (zero,) = draw(session, adapters=[("cat", 0.0)])
+    (again,) = draw(session)
     assert not np.array_equal(pixels(base), pixels(adapted))
     assert np.array_equal(pixels(base), pixels(zero))
     assert np.array_equal(pixels(base), pixels(again))
 
 
-def test_an_adapter_that_is_trained_anew_is_loaded_anew(studio, place, tmp_path):
-    (before,) = draw(studio, adapters=[("cat", 1.0)])
+def test_an_adapter_that_is_trained_anew_is_loaded_anew(session, place, tmp_path):
+    (before,) = draw(session, adapters=[("cat", 1.0)])
     options = {"learning_rate": 0.2, "max_train_steps": 5, "num_validation_images": 0, "overwrite_output_dir": True}
-    trainer(place / "model", make_subject(tmp_path / "s", 2, first=7), studio.outputs / "cat", **options).run()
-    (after,) = draw(studio, adapters=[("cat", 1.0)])
+    trainer(place / "model", make_subject(tmp_path / "s", 2, first=7), session.outputs / "cat", **options).run()
+    (after,) = draw(session, adapters=[("cat", 1.0)])
     assert not np.array_equal(pixels(before), pixels(after))
 
 
-def test_visitors_at_once_get_their_own_pictures(studio):
+def test_visitors_at_once_get_their_own_images(session):
     wanted = [{"seed": seed, "adapters": [("cat", strength)] if strength else []} for seed, strength in
               ((1, 0), (2, 1.0), (3, -1.0), (1, 1.0), (2, 0), (3, 0.5))]  # fmt: skip
-    expected = [pixels(draw(studio, **options)[0]) for options in wanted]
+    expected = [pixels(draw(session, **options)[0]) for options in wanted]
     with ThreadPoolExecutor(len(wanted)) as visitors:
-        found = list(visitors.map(lambda options: pixels(draw(studio, **options)[0]), wanted * 3))
-    for index, picture in enumerate(found):
-        assert np.array_equal(picture, expected[index % len(wanted)])
+        found = list(visitors.map(lambda options: pixels(draw(session, **options)[0]), wanted * 3))
+    for index, image in enumerate(found):
+        assert np.array_equal(image, expected[index % len(wanted)])
 
 
-def test_several_pictures_have_the_seeds_that_follow(studio):
-    files = draw(studio, count=3, seed=7)
+def test_several_images_have_the_seeds_that_follow(session):
+    files = draw(session, count=3, seed=7)
     assert [read_parameters(file)["seed"] for file in files] == [7, 8, 9]
-    assert np.array_equal(pixels(files[1]), pixels(draw(studio, seed=8)[0]))
-    assert studio.drawn()[0].name.endswith("-8.png")
+    assert np.array_equal(pixels(files[1]), pixels(draw(session, seed=8)[0]))
+    assert session.drawn()[0].name.endswith("-8.png")
 
 
 # --------------------------------------------------------------------------------------------------- bad requests
@@ -86,8 +86,8 @@ BAD = {
     "a novel": {"prompt": "x" * 5000},
     "no steps": {"steps": 0},
     "too many steps": {"steps": 100000},
-    "no pictures": {"count": 0},
-    "too many pictures": {"count": 1000},
+    "no images": {"count": 0},
+    "too many images": {"count": 1000},
     "odd width": {"width": 33},
     "huge": {"height": 100000},
     "negative seed": {"seed": -1},
@@ -103,19 +103,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("options", BAD.values(), ids=BAD)
-def test_bad_requests_are_refused_and_the_studio_keeps_working(studio, options):
+def test_bad_requests_are_refused_and_the_studio_keeps_working(session, options):
     with pytest.raises(EffiLoRAError):
-        list(studio.draw(Request(**{"prompt": "a cat", **SMALL, **options})))
-    assert len(draw(studio)) == 1
+        list(session.draw(Request(**{"prompt": "a cat", **SMALL, **options})))
+    assert len(draw(session)) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ the forms
 
 
 @pytest.fixture
-def tab(studio):
+def tab(session):
     with gr.Blocks():
-        found = GenerateTab(studio)
+        found = GenerateTab(session)
         found.build()
     return found
 
@@ -138,31 +138,31 @@ def test_the_form_becomes_a_request(tab):
         tab.request(*form(steps=None))
 
 
-def test_a_picture_fills_the_form_with_what_drew_it(tab, studio, tmp_path):
-    (file,) = draw(studio, seed=11, adapters=[("cat", 0.25)])
+def test_a_image_fills_the_form_with_what_drew_it(tab, session, tmp_path):
+    (file,) = draw(session, seed=11, adapters=[("cat", 0.25)])
     *values, status = tab.read_upload(str(file))
-    assert status == "The form holds that picture's settings."
+    assert status == "The form holds that image's settings."
     again = tab.request(*values)
     assert again == Request("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
-    assert np.array_equal(pixels(file), pixels(next(e for e in studio.draw(again) if not hasattr(e, "step"))))
+    assert np.array_equal(pixels(file), pixels(next(e for e in session.draw(again) if not hasattr(e, "step"))))
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name in ("bare.png", "text.png"):
         assert "Not read" in tab.read_upload(str(tmp_path / name))[-1]
-    (studio.outputs / "cat" / "effilora.safetensors").unlink()
+    (session.outputs / "cat" / "effilora.safetensors").unlink()
     assert "adapters that are not here:** cat" in tab.read_upload(str(file))[-1]
 
 
-def test_a_picture_of_the_command_line_fills_the_form(tab, studio, place, tmp_path):
-    shutil.copyfile(studio.outputs / "cat" / "effilora.safetensors", studio.uploads / "dog.safetensors")
-    words = ["generate", "--model", str(place / "model"), "--adapter", f"{studio.uploads / 'dog.safetensors'}:0.5",
+def test_a_image_of_the_command_line_fills_the_form(tab, session, place, tmp_path):
+    shutil.copyfile(session.outputs / "cat" / "effilora.safetensors", session.uploads / "dog.safetensors")
+    words = ["generate", "--model", str(place / "model"), "--adapter", f"{session.uploads / 'dog.safetensors'}:0.5",
              "--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "cli.png")]  # fmt: skip
     assert cli.main(words) == 0
     *values, status = tab.read_upload(str(tmp_path / "cli.png"))
-    assert status == "The form holds that picture's settings."
+    assert status == "The form holds that image's settings."
     assert tab.request(*values).adapters == [("dog", 0.5)]
     assert (
-        tab.request(*values).guidance_scale == studio.defaults()["guidance_scale"]
+        tab.request(*values).guidance_scale == session.defaults()["guidance_scale"]
     )  # the model's own: none was given
 
 
@@ -204,9 +204,9 @@ def test_axes_of_a_grid_change_one_setting():
 
 
 @pytest.fixture
-def compare(studio):
+def compare(session):
     with gr.Blocks():
-        found = CompareTab(studio)
+        found = CompareTab(session)
         found.build()
     return found
 
@@ -214,7 +214,7 @@ def compare(studio):
 VISIT = argparse.Namespace(session_hash="visitor")
 
 
-def test_a_grid_is_one_picture_with_every_pair(compare):
+def test_a_grid_is_one_image_with_every_pair(compare):
     values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
     *_, (_, update, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
     assert status == "strength across, seed down."
@@ -231,12 +231,12 @@ def test_a_grid_is_one_picture_with_every_pair(compare):
     assert not np.array_equal(pixels(sides[0]), pixels(sides[1]))
 
 
-def test_checkpoints_are_an_axis(compare, studio, place, tmp_path):
+def test_checkpoints_are_an_axis(compare, session, place, tmp_path):
     options = {"learning_rate": 0.2, "max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0}
-    trainer(place / "model", make_subject(tmp_path / "s", 2), studio.outputs / "dog", **options).run()
-    assert sorted(studio.checkpoints("dog")) == [2, 4]
+    trainer(place / "model", make_subject(tmp_path / "s", 2), session.outputs / "dog", **options).run()
+    assert sorted(session.checkpoints("dog")) == [2, 4]
     assert compare.suggest("checkpoint", "dog", "") == "2; 4; final"
-    early, late, final = (pixels(draw(studio, adapters=[(name, 1.0)])[0]) for name in ("dog @ 2", "dog @ 4", "dog"))
+    early, late, final = (pixels(draw(session, adapters=[(name, 1.0)])[0]) for name in ("dog @ 2", "dog @ 4", "dog"))
     assert not np.array_equal(early, late)
     assert np.array_equal(late, final)
     values = ("a sks cat", "dog", 1.0, 0, 2, 3.0, 32)
@@ -256,7 +256,7 @@ def test_checkpoints_are_an_axis(compare, studio, place, tmp_path):
     assert status == "strength across, adapter down."
 
 
-def test_a_grid_can_be_stopped_while_it_waits_and_while_it_draws(compare, studio):
+def test_a_grid_can_be_stopped_while_it_waits_and_while_it_draws(compare, session):
     values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
     compare.announce(VISIT)
     compare.stop(VISIT)
@@ -299,8 +299,8 @@ def test_drawings_that_never_began_are_forgotten(tab, monkeypatch):
     assert tab.announce(argparse.Namespace(session_hash="another"))[0] == "Waiting for the model."
 
 
-def test_a_fault_leaves_the_buttons_usable(tab, studio, monkeypatch):
-    monkeypatch.setattr(studio.stack, "use", lambda wanted: 1 / 0)
+def test_a_fault_leaves_the_buttons_usable(tab, session, monkeypatch):
+    monkeypatch.setattr(session.stack, "use", lambda wanted: 1 / 0)
     *_, last = tab.draw(VISIT, *form())
     assert last[tab.go]["interactive"]
     assert not last[tab.halt]["interactive"]
@@ -308,28 +308,28 @@ def test_a_fault_leaves_the_buttons_usable(tab, studio, monkeypatch):
     assert tab.tickets._open == {}
 
 
-def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(studio):
-    expected = pixels(draw(studio, steps=3)[0])
-    slow = studio.pipe.unet.register_forward_pre_hook(lambda module, args: time.sleep(0.3))
-    drawing = studio.draw(Request("a sks cat", **{**SMALL, "steps": 50}))
+def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(session):
+    expected = pixels(draw(session, steps=3)[0])
+    slow = session.pipe.unet.register_forward_pre_hook(lambda module, args: time.sleep(0.3))
+    drawing = session.draw(Request("a sks cat", **{**SMALL, "steps": 50}))
     next(drawing)
     began = time.monotonic()
     drawing.close()
     closed = time.monotonic() - began
-    with studio.holding():
-        assert not live._WORKERS[studio.pipe].is_alive()  # whoever holds the pipeline has it alone
+    with session.holding():
+        assert not live._WORKERS[session.pipe].is_alive()  # whoever holds the pipeline has it alone
     slow.remove()
-    assert np.array_equal(pixels(draw(studio, steps=3)[0]), expected)
+    assert np.array_equal(pixels(draw(session, steps=3)[0]), expected)
     assert closed < 0.25  # not the rest of a step
 
 
 def test_the_model_s_type_can_be_chosen(place, tmp_path):
-    found = Studio(str(place / "model"), tmp_path / "outputs", "bfloat16")
+    found = Session(str(place / "model"), tmp_path / "outputs", "bfloat16")
     assert found.pipe.unet.dtype == torch.bfloat16
     assert len(draw(found)) == 1
 
 
-def test_sizes_far_beyond_the_model_s_own_are_refused(studio):
-    assert studio.max_edge == 256
+def test_sizes_far_beyond_the_model_s_own_are_refused(session):
+    assert session.max_edge == 256
     with pytest.raises(EffiLoRAError, match="256 at most"):
-        list(studio.draw(Request("a cat", **{**SMALL, "width": 512})))
+        list(session.draw(Request("a cat", **{**SMALL, "width": 512})))

@@ -8,25 +8,25 @@ import pytest
 from PIL import Image
 from tiny_families import FAMILIES, build
 
-from app.inspect import InspectTab
-from app.server import make_page
-from app.studio import Request, Studio
 from effilora_diffusion.core import load_adapter_file
+from effilora_diffusion.studio.server import make_page
+from effilora_diffusion.studio.session import Request, Session
+from effilora_diffusion.studio.tabs.inspect import InspectTab
 
 VISIT = SimpleNamespace(session_hash="visitor")
 
 
 @pytest.fixture
-def tab(studio):
+def tab(session):
     with gr.Blocks():
-        found = InspectTab(studio)
+        found = InspectTab(session)
         found.build()
     return found
 
 
-def test_layers_heads_and_training_are_shown(tab, studio):
+def test_layers_heads_and_training_are_shown(tab, session):
     layers, training = tab.show("cat")
-    count = len(load_adapter_file(studio.adapter_path("cat")).adapter.layers)
+    count = len(load_adapter_file(session.adapter_path("cat")).adapter.blocks)
     assert layers.count('<th scope="row">') == 2 * count
     assert "Reducer was off" in training
     assert "How much each layer changes" in tab.show("cat @ 4")[0]  # a checkpoint is inspected as well
@@ -34,23 +34,23 @@ def test_layers_heads_and_training_are_shown(tab, studio):
     assert "<b>" not in tab.show("<b>dog</b>")[0]
 
 
-def test_every_head_is_drawn_alone_on_the_same_seeds(tab, studio):
-    before = len(studio.drawn())
+def test_every_head_is_drawn_alone_on_the_same_seeds(tab, session):
+    before = len(session.drawn())
     *_, (update, text, *_) = tab.draw_heads(VISIT, "cat", "", 3)
     assert text == "a sks cat: what each head of cat adds by itself."
-    assert len(studio.drawn()) == before  # grids are no history
+    assert len(session.drawn()) == before  # grids are no history
     with Image.open(update["value"]) as grid:
         assert grid.width > 5 * 128  # base, all, three heads
-    drawn = [np.asarray(studio.picture(Request("a sks cat", adapters=adapters, steps=2, width=32, height=32, seed=3)))
+    drawn = [np.asarray(session.image(Request("a sks cat", adapters=adapters, steps=2, width=32, height=32, seed=3)))
              for adapters in ([], [("cat", 1.0)], [("cat # 1", 1.0)], [("cat # 2", 1.0)], [("cat # 3", 1.0)])]  # fmt: skip
     for index, one in enumerate(drawn):
         for other in drawn[:index]:
             assert not np.array_equal(one, other)
 
 
-def test_what_has_no_heads_is_said(tab, studio):
-    file = studio.outputs / "cat" / "pytorch_lora_weights.safetensors"
-    (studio.uploads / "plain.safetensors").write_bytes(file.read_bytes())
+def test_what_has_no_heads_is_said(tab, session):
+    file = session.outputs / "cat" / "pytorch_lora_weights.safetensors"
+    (session.uploads / "plain.safetensors").write_bytes(file.read_bytes())
     assert "this is a plain LoRA" in tab.show("plain")[0]
     *_, (_, text, *_) = tab.draw_heads(VISIT, "plain", "a cat", 0)
     assert "a plain LoRA has no heads" in text
@@ -59,10 +59,10 @@ def test_what_has_no_heads_is_said(tab, studio):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_page_is_made_and_draws_on_every_family(name, tmp_path):
     build(name).save_pretrained(tmp_path / "model")
-    studio = Studio(str(tmp_path / "model"), tmp_path / "outputs")
-    make_page(studio)
-    usual = studio.usual("a cat", [], 0)
+    session = Session(str(tmp_path / "model"), tmp_path / "outputs")
+    make_page(session)
+    usual = session.usual("a cat", [], 0)
     usual.check()
     assert usual.steps > 1
-    picture = studio.picture(Request("a cat", steps=2, guidance_scale=usual.guidance_scale, width=64, height=64))
-    assert picture.size == (64, 64)
+    image = session.image(Request("a cat", steps=2, guidance_scale=usual.guidance_scale, width=64, height=64))
+    assert image.size == (64, 64)

@@ -12,8 +12,8 @@ import yaml
 from conftest import build_tiny_pipeline
 from helpers import QUICK, make_subject
 
-from app.runs import Run
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.studio.runs import Run
 
 PATIENCE = 90
 
@@ -21,9 +21,9 @@ PATIENCE = 90
 @pytest.fixture
 def settings(tmp_path):
     build_tiny_pipeline().save_pretrained(tmp_path / "model")
-    make_subject(tmp_path / "pictures", 3)
+    make_subject(tmp_path / "images", 3)
     return {**QUICK, "pretrained_model_name_or_path": str(tmp_path / "model"),
-            "instance_data_dir": str(tmp_path / "pictures"), "max_train_steps": 4}  # fmt: skip
+            "instance_data_dir": str(tmp_path / "images"), "max_train_steps": 4}  # fmt: skip
 
 
 def wait(run, done=lambda status: status.state != "running"):

@@ -19,9 +19,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from app.server import credentials, serve
-from app.studio import Request
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.studio.server import credentials, serve
+from effilora_diffusion.studio.session import Request
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 GOOD = {"prompt": "a sks cat", "adapter": "cat", "strength": 0.5, "seed": 5, **SMALL}
@@ -45,13 +45,13 @@ def client(server):
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).copy()
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).copy()
 
 
-def drawn(studio, **options):
-    """The picture that plain Python draws."""
-    (file,) = (event for event in studio.draw(Request("a sks cat", **SMALL, **options)) if isinstance(event, Path))
+def drawn(session, **options):
+    """The image that plain Python draws."""
+    (file,) = (event for event in session.draw(Request("a sks cat", **SMALL, **options)) if isinstance(event, Path))
     return pixels(file)
 
 
@@ -62,12 +62,12 @@ def still_works(client):
 # ------------------------------------------------------------------------------------------------------- endpoints
 
 
-def test_programs_draw_by_name_what_the_page_draws(client, studio):
+def test_programs_draw_by_name_what_the_page_draws(client, session):
     (entry,) = [entry for entry in client.predict(api_name="/list_adapters") if entry["name"] == "cat"]
     facts = {"kind": "effilora", "rank": 4, "heads": 3, "trigger_prompt": "a sks cat", "checkpoints": [4]}
     assert {key: entry[key] for key in facts} == facts
     file = client.predict(**GOOD, api_name="/generate")
-    assert np.array_equal(pixels(file), drawn(studio, adapters=[("cat", 0.5)], seed=5))
+    assert np.array_equal(pixels(file), drawn(session, adapters=[("cat", 0.5)], seed=5))
 
 
 def test_programs_see_how_a_run_stands(client):
@@ -217,7 +217,7 @@ def test_a_file_of_the_server_can_t_be_given_as_an_upload(client):
     assert still_works(client)
 
 
-def test_parameters_of_hostile_pictures_are_refused(client, tmp_path):
+def test_parameters_of_hostile_images_are_refused(client, tmp_path):
     texts = ["", "[]", "{}",
              '{"adapters": 5}', '{"adapters": [{}]}', "[" * 50000, '{"prompt": ["x"], "adapters": [], "seed": "y"}',
              '{"adapters": [], "num_inference_steps": 1e400}']  # fmt: skip
@@ -225,7 +225,7 @@ def test_parameters_of_hostile_pictures_are_refused(client, tmp_path):
         info = PngInfo()
         info.add_itxt("parameters", text)
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png", pnginfo=info)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for file in sorted(tmp_path.iterdir()):
         said = client.predict(handle_file(str(file)), api_name="/read_parameters")[-1]
         assert said.startswith("**Not read:**"), file.name
@@ -240,7 +240,7 @@ def test_parameters_of_hostile_pictures_are_refused(client, tmp_path):
     ["/etc/passwd", "../../../etc/passwd", "..%2f..%2fetc/passwd", "{outputs}/cat/effilora.safetensors",
      "{outputs}/history/../cat/effilora.safetensors", "{outputs}/CAT/config.yaml", "http://127.0.0.1:1/"],
 )  # fmt: skip
-def test_only_pictures_and_exports_are_served(server, path):
+def test_only_images_and_exports_are_served(server, path):
     page, outputs = server
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{page.local_url}gradio_api/file={path.format(outputs=outputs)}")
@@ -297,7 +297,7 @@ def test_credentials_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------- many visitors
 
 
-def test_ten_visitors_with_three_drawings_each_get_their_own(server, studio):
+def test_ten_visitors_with_three_drawings_each_get_their_own(server, session):
     wanted = [(user, {"seed": 100 * user + job, "adapter": "cat" if (user + job) % 2 else "", "strength": 0.25 * job})
               for user in range(10) for job in range(3)]  # fmt: skip
 
@@ -307,7 +307,7 @@ def test_ten_visitors_with_three_drawings_each_get_their_own(server, studio):
         return [pixels(job.result()) for job in jobs]  # all three are in the queue before the first is done
 
     with ThreadPoolExecutor(10) as pool:
-        found = [picture for pictures in pool.map(visit, range(10)) for picture in pictures]
-    for (_, options), picture in zip(wanted, found, strict=True):
+        found = [image for images in pool.map(visit, range(10)) for image in images]
+    for (_, options), image in zip(wanted, found, strict=True):
         adapters = [(options["adapter"], options["strength"])] if options["adapter"] else []
-        assert np.array_equal(picture, drawn(studio, adapters=adapters, seed=options["seed"])), options
+        assert np.array_equal(image, drawn(session, adapters=adapters, seed=options["seed"])), options

@@ -15,32 +15,39 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
-from app.adapters import AdaptersTab
-from app.inspect import InspectTab
-from app.server import make_page
-from app.slots import Slot
-from app.studio import Studio
-from app.train import TrainTab, captions_of
-from app.train_settings import PRESET_FIELDS, component_of, from_component, run_settings, shown_fields, usual_settings
 from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter
-from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.studio.adapter_row import AdapterRow
+from effilora_diffusion.studio.server import make_page
+from effilora_diffusion.studio.session import Session
+from effilora_diffusion.studio.tabs.adapters import AdaptersTab
+from effilora_diffusion.studio.tabs.inspect import InspectTab
+from effilora_diffusion.studio.tabs.train import TrainTab, captions_of
+from effilora_diffusion.studio.train_form import (
+    PRESET_FIELDS,
+    component_of,
+    from_component,
+    run_settings,
+    shown_fields,
+    usual_settings,
+)
 
 
-def built(kind, studio):
+def built(kind, session):
     with gr.Blocks():
-        tab = kind(studio)
+        tab = kind(session)
         tab.build()
     return tab
 
 
-def by_hand(studio, **changes):
+def by_hand(session, **changes):
     """The advanced section as it is shown, with some fields changed."""
-    usual = usual_settings(studio)
+    usual = usual_settings(session)
     with gr.Blocks():
         return [changes.get(entry.name, component_of(entry, usual[entry.name]).value) for entry in shown_fields()]
 
 
-def picture_size(path):
+def image_size(path):
     with Image.open(path) as opened:
         return opened.size
 
@@ -48,10 +55,10 @@ def picture_size(path):
 # ------------------------------------------------------------------------------------------------------------ train
 
 
-def test_every_picture_is_checked_at_once_with_its_reason(studio, tmp_path):
-    tab = built(TrainTab, studio)
+def test_every_image_is_checked_at_once_with_its_reason(session, tmp_path):
+    tab = built(TrainTab, session)
     folder = make_subject(tmp_path / "p", 2, size=(300, 300))
-    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "bad.png").write_bytes(b"no image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "twice.png").write_bytes((folder / "0.png").read_bytes())
     rows = tab.check([str(path) for path in sorted(folder.iterdir())], None)
@@ -62,16 +69,16 @@ def test_every_picture_is_checked_at_once_with_its_reason(studio, tmp_path):
     assert str(tmp_path) not in str(rows)
 
 
-def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
-    tab = built(TrainTab, studio)
+def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
+    tab = built(TrainTab, session)
     files = [str(path) for path in sorted(make_subject(tmp_path / "p", 2).iterdir())]
     rows = [["0.png", "good", "a red one"], ["1.png", "good", ""]]
     hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1}
-    advanced = by_hand(studio, **hand)
+    advanced = by_hand(session, **hand)
     update, text = tab.begin(files, rows, "a sks cat", "new cat", "quick", *advanced)
     assert text == "Starting ..."
     assert update["value"] == "new cat"
-    data = studio.outputs / "datasets" / "new cat"
+    data = session.outputs / "datasets" / "new cat"
     assert (data / "000-0.txt").read_text() == "a red one"
     assert not (data / "001-1.txt").exists()
     end = time.monotonic() + 90
@@ -81,21 +88,21 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
     text, curve, sample, layers, report = tab.look("new cat")
     assert "step 3 of 3" in text
     assert list(curve["step"][curve["curve"] == "every step"]) == [1, 2, 3]
-    newest = sorted((studio.outputs / "new cat" / "samples").glob("*.png"))[-1]
+    newest = sorted((session.outputs / "new cat" / "samples").glob("*.png"))[-1]
     assert Path(sample).read_bytes() == newest.read_bytes()
     assert layers == ""  # the Reducer was off
     assert "steps       3 of" in report["value"]
-    assert "new cat" in studio.adapters()
+    assert "new cat" in session.adapters()
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"files": None}, "no pictures"),
+        ({"files": None}, "no images"),
         ({"prompt": " "}, "prompt is missing"),
         ({"name": "../x"}, "name"),
         ({"name": ""}, "no name yet"),
-        ({"files": ["x"] * 201}, "201 pictures"),
+        ({"files": ["x"] * 201}, "201 images"),
         ({"preset": "fastest"}, "preset"),
         ({"name": "cat"}, "finished run"),
         ({"resolution": 33}, "--resolution"),
@@ -104,19 +111,19 @@ def test_a_run_is_started_with_its_own_pictures_and_captions(studio, tmp_path):
         ({"snr_gamma": "strong"}, "--snr_gamma must be a number"),
     ],
 )
-def test_what_can_t_be_trained_is_said(studio, tmp_path, change, word):
-    tab = built(TrainTab, studio)
+def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
+    tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "quick", **change}
-    advanced = by_hand(studio, **change)
+    advanced = by_hand(session, **change)
     _, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
     assert text.startswith("**Not started:**")
     assert word in text
-    assert (studio.outputs / "cat" / "effilora.safetensors").exists()
+    assert (session.outputs / "cat" / "effilora.safetensors").exists()
 
 
-def test_the_advanced_section_shows_what_will_be_used(studio, tmp_path):
-    usual = usual_settings(studio)
+def test_the_advanced_section_shows_what_will_be_used(session, tmp_path):
+    usual = usual_settings(session)
     assert usual["resolution"] == 32  # the model's own edge
     with gr.Blocks():
         shown = {entry.name: component_of(entry, usual[entry.name]) for entry in shown_fields()}
@@ -124,7 +131,7 @@ def test_the_advanced_section_shows_what_will_be_used(studio, tmp_path):
         assert from_component(entry, shown[entry.name].value, usual[entry.name]) == usual[entry.name], entry.name
         assert shown[entry.name].info.startswith(entry.metadata["help"])
     assert {"rank", "heads", "routing", "reducer", "quantization", "lr_scheduler"} <= shown.keys()
-    found = run_settings(studio, "a cat", "better", tmp_path, by_hand(studio))
+    found = run_settings(session, "a cat", "better", tmp_path, by_hand(session))
     assert {name: found[name] for name in usual if name not in PRESET_FIELDS} == {
         name: value for name, value in usual.items() if name not in PRESET_FIELDS
     }
@@ -137,20 +144,20 @@ def test_the_advanced_section_shows_what_will_be_used(studio, tmp_path):
 
 
 def test_every_value_can_be_chosen_by_hand(tmp_path):
-    studio = Studio(None, tmp_path / "outputs")  # the embedded base, whose usual settings are the example's
-    found = run_settings(studio, "a cat", "quick", tmp_path, by_hand(studio))
+    session = Session(None, tmp_path / "outputs")  # the embedded base, whose usual settings are the example's
+    found = run_settings(session, "a cat", "quick", tmp_path, by_hand(session))
     assert (found["with_prior_preservation"], found["train_batch_size"], found["max_train_steps"]) == (True, 5, 300)
     hand = {"with_prior_preservation": False, "center_crop": False, "resolution": 512, "learning_rate": 5e-4, "class_prompt": "",
             "max_train_steps": "100", "validation_prompt": "one\ntwo"}  # fmt: skip
-    found = run_settings(studio, "a cat", "quick", tmp_path, by_hand(studio, **hand))
+    found = run_settings(session, "a cat", "quick", tmp_path, by_hand(session, **hand))
     expected = {**hand, "class_prompt": [], "max_train_steps": 100, "checkpointing_steps": 25}
     expected["validation_prompt"] = ["one", "two"]
     assert {name: found[name] for name in expected} == expected
     TrainingConfig(**found)
 
 
-def test_captions_follow_their_pictures(studio, tmp_path):
-    tab = built(TrainTab, studio)
+def test_captions_follow_their_images(session, tmp_path):
+    tab = built(TrainTab, session)
     files = [str(path) for path in sorted(make_subject(tmp_path / "p", 3).iterdir())]
     rows = tab.check(files, None)
     rows[0][2], rows[2][2] = "the first", "the last"
@@ -161,61 +168,61 @@ def test_captions_follow_their_pictures(studio, tmp_path):
     assert {path.name: path.read_text() for path in (tmp_path / "data").glob("*.txt")} == {"002-2.txt": "the last"}
 
 
-def test_a_refused_start_touches_nothing_that_is_there(studio, place, tmp_path):
-    tab = built(TrainTab, studio)
+def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path):
+    tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
-    data = make_subject(studio.outputs / "datasets" / "cat", 3)
+    data = make_subject(session.outputs / "datasets" / "cat", 3)
     options = {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0}
-    trainer(place / "model", data, studio.outputs / "half", **options).run()
-    (studio.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped, and not just now
-    os.utime(studio.outputs / "half" / "metrics.jsonl", (0, 0))
-    (studio.uploads / "dog.safetensors").write_bytes((studio.outputs / "cat" / "effilora.safetensors").read_bytes())
-    before = {path: path.stat().st_mtime_ns for path in studio.outputs.rglob("*") if path.is_file()}
+    trainer(place / "model", data, session.outputs / "half", **options).run()
+    (session.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped, and not just now
+    os.utime(session.outputs / "half" / "metrics.jsonl", (0, 0))
+    (session.uploads / "dog.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes())
+    before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
-                       ("class pictures", "reserved"), ("history", "reserved")):  # fmt: skip
-        _, text = tab.begin(files, [], "a cat", name, "quick", *by_hand(studio))
+                       ("class images", "reserved"), ("history", "reserved")):  # fmt: skip
+        _, text = tab.begin(files, [], "a cat", name, "quick", *by_hand(session))
         assert word in text, name
-        *_, (_, text) = tab.check_first(files, [], "a cat", name, "quick", *by_hand(studio))
+        *_, (_, text) = tab.check_first(files, [], "a cat", name, "quick", *by_hand(session))
         assert word in text, name
-    assert {path: path.stat().st_mtime_ns for path in studio.outputs.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_is_checked_before_it_is_trained(studio, tmp_path):
-    tab = built(TrainTab, studio)
+def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
+    tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
-    before = sorted(studio.outputs.iterdir())
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(studio, rank=2))
+    before = sorted(session.outputs.iterdir())
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(session, rank=2))
     assert text == "Nothing is in the way."
-    assert "pictures    2 with 1 different captions" in report["value"]
+    assert "images      2 with 1 different captions" in report["value"]
     assert "rank 2, 3 heads" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(studio))
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(session))
     assert text.startswith("**It would not start:**")
     assert not report["visible"]
-    assert sorted(studio.outputs.iterdir()) == before
+    assert sorted(session.outputs.iterdir()) == before
 
 
-def test_an_open_page_is_sent_a_run_only_when_it_moves(studio):
-    tab = built(TrainTab, studio)
+def test_an_open_page_is_sent_a_run_only_when_it_moves(session):
+    tab = built(TrainTab, session)
     *first, seen = tab.watch("cat", None)
     assert "step 4 of 4" in first[0]
-    assert picture_size(first[2])[0] > 100
+    assert image_size(first[2])[0] > 100
     *again, same = tab.watch("cat", seen)
     assert same == seen
     assert again == [gr.skip()] * len(tab.shown)
-    shutil.rmtree(studio.outputs / "cat" / "samples")
+    shutil.rmtree(session.outputs / "cat" / "samples")
     *moved, _ = tab.watch("cat", seen)
-    assert moved[2] is None  # no picture of before, or of another run, is left
+    assert moved[2] is None  # no image of before, or of another run, is left
     assert tab.watch(None, seen)[0] == "No run yet."
 
 
-def test_a_picture_that_pages_load_is_not_written_again(studio, tmp_path, monkeypatch):
+def test_a_image_that_pages_load_is_not_written_again(session, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    train, adapters = built(TrainTab, studio), built(AdaptersTab, studio)
+    train, adapters = built(TrainTab, session), built(AdaptersTab, session)
     for component, look in (
         (train.sample, lambda: train.look("cat")[2]),
-        (adapters.picture, lambda: adapters.show("cat")[1]["value"]),
+        (adapters.image, lambda: adapters.show("cat")[1]["value"]),
     ):
         served = Path(component.postprocess(look()).path)
         served.write_bytes(served.read_bytes() + b"mark")  # else a page could get half of it
@@ -223,17 +230,17 @@ def test_a_picture_that_pages_load_is_not_written_again(studio, tmp_path, monkey
         assert served.read_bytes().endswith(b"mark")
 
 
-def test_a_run_s_active_layers_are_shown(studio, place, tmp_path):
+def test_a_run_s_active_layers_are_shown(session, place, tmp_path):
     options = {"max_train_steps": 8, "reducer": "importance", "reducer_warmup": 2, "reducer_interval": 2}
-    trainer(place / "model", make_subject(tmp_path / "s", 2), studio.outputs / "dog", **options).run()
-    (studio.outputs / "dog" / "run.json").write_text("{}")
-    figure = built(TrainTab, studio).look("dog")[3]
+    trainer(place / "model", make_subject(tmp_path / "s", 2), session.outputs / "dog", **options).run()
+    (session.outputs / "dog" / "run.json").write_text("{}")
+    figure = built(TrainTab, session).look("dog")[3]
     assert "Layers trained over time" in figure
     assert "Importance over time" in figure
 
 
-def test_runs_that_are_not_there_are_told_so(studio):
-    tab = built(TrainTab, studio)
+def test_runs_that_are_not_there_are_told_so(session):
+    tab = built(TrainTab, session)
     assert tab.look(None)[0] == "No run yet."
     assert "Nothing has been trained" in tab.look("dog")[0]
     assert "not running" in tab.end("dog")
@@ -246,41 +253,41 @@ def test_runs_that_are_not_there_are_told_so(studio):
 # --------------------------------------------------------------------------------------------------------- adapters
 
 
-def test_the_card_says_what_an_adapter_is(studio):
-    tab = built(AdaptersTab, studio)
-    card, picture = tab.show("cat")
-    for word in ("a sks cat", "rank 4, 3 heads, token routing", "4 steps on 2 pictures", "of the update missing"):
+def test_the_card_says_what_an_adapter_is(session):
+    tab = built(AdaptersTab, session)
+    card, image = tab.show("cat")
+    for word in ("a sks cat", "rank 4, 3 heads, token routing", "4 steps on 2 images", "of the update missing"):
         assert word in card
-    assert picture["visible"]
+    assert image["visible"]
     assert "no adapter named" in tab.show("../../etc/passwd")[0]
 
 
-def test_an_adapter_is_brought_used_exported_and_deleted(studio, tmp_path):
-    tab = built(AdaptersTab, studio)
+def test_an_adapter_is_brought_used_exported_and_deleted(session, tmp_path):
+    tab = built(AdaptersTab, session)
     file = tmp_path / "my <b>fine<b> cat.safetensors"
-    shutil.copyfile(studio.outputs / "cat" / "effilora.safetensors", file)
+    shutil.copyfile(session.outputs / "cat" / "effilora.safetensors", file)
     update, text = tab.bring(str(file))
     name = update["value"]
     assert text == f"{name} is here."
     assert "<" not in name
-    assert studio.adapter_path(name).parent == studio.uploads
+    assert session.adapter_path(name).parent == session.uploads
     for format in ("diffusers", "kohya", "peft", "as it is"):
         shown, text = tab.write(name, format)
         assert shown["visible"], text
-        assert Path(shown["value"]).parent == studio.exports
+        assert Path(shown["value"]).parent == session.exports
     shown, text = tab.write(name, "merged")
     assert not shown["visible"]
-    assert (studio.exports / f"{name}-merged" / "model_index.json").is_file()
+    assert (session.exports / f"{name}-merged" / "model_index.json").is_file()
     assert "Not exported" in tab.write(name, "pickle")[1]
     assert "Not deleted" in tab.remove(name, False)[2]
     assert tab.remove(name, True)[2] == f"{name} is deleted."
-    assert name not in studio.adapters()
-    assert "cat" in studio.adapters()
+    assert name not in session.adapters()
+    assert "cat" in session.adapters()
 
 
-def test_a_plain_adapter_that_fits_in_part_is_told_so(studio, tmp_path):
-    tab = built(AdaptersTab, studio)
-    whole = load_file(studio.outputs / "cat" / "pytorch_lora_weights.safetensors")
+def test_a_plain_adapter_that_fits_in_part_is_told_so(session, tmp_path):
+    tab = built(AdaptersTab, session)
+    whole = load_file(session.outputs / "cat" / "pytorch_lora_weights.safetensors")
     layers = len(whole) // 2
     more = {key.replace("down_blocks.1", "down_blocks.7"): value.clone() for key, value in whole.items()}
     added = len({*more} - {*whole}) // 2
@@ -313,73 +320,73 @@ def bad_files(folder, place):
     return sorted(folder.iterdir())
 
 
-def test_files_that_can_t_be_used_are_refused_in_words(studio, place, tmp_path):
-    tab = built(AdaptersTab, studio)
+def test_files_that_can_t_be_used_are_refused_in_words(session, place, tmp_path):
+    tab = built(AdaptersTab, session)
     (tmp_path / "bad").mkdir()
-    before = dict(studio.adapters())
+    before = dict(session.adapters())
     for file in bad_files(tmp_path / "bad", place):
         text = tab.bring(str(file))[1]
         assert text.startswith("**Not taken:**"), file
         assert len(text) > 30
-    assert studio.adapters() == before
+    assert session.adapters() == before
 
 
-def test_files_that_lie_among_the_adapters_damaged_break_nothing(studio):
-    (studio.uploads / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    tab = built(AdaptersTab, studio)
+def test_files_that_lie_among_the_adapters_damaged_break_nothing(session):
+    (session.uploads / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    tab = built(AdaptersTab, session)
     _, card, _ = tab.refresh(None)
     assert "not a readable safetensors file" in card
     assert "Not exported" in tab.write("cut", "diffusers")[1]
-    make_page(studio)
+    make_page(session)
 
 
-def test_a_file_s_words_about_itself_never_replace_what_is_measured(studio):
-    content = load_adapter_file(studio.outputs / "cat" / "effilora.safetensors")
+def test_a_file_s_words_about_itself_never_replace_what_is_measured(session):
+    content = load_adapter_file(session.outputs / "cat" / "effilora.safetensors")
     lies = {"config": 5, "layers": [1], "parameters": "many", "heads_used": "all", "export_error": "none", "exact_export": True,
             "trigger_prompt": "x`\n\n![a](http://evil.example/t.png)<img src=x>", "steps": {"a": 1}}  # fmt: skip
-    save_adapter(studio.uploads / "evil.safetensors", AdapterFile(content.adapter, lies, content.calibration))
-    card, _ = built(AdaptersTab, studio).show("evil")
+    save_adapter(session.uploads / "evil.safetensors", AdapterFile(content.adapter, lies, content.calibration))
+    card, _ = built(AdaptersTab, session).show("evil")
     assert "rank 4, 3 heads, token routing" in card
     assert "of the update missing" in card
-    for tab in (built(InspectTab, studio),):
+    for tab in (built(InspectTab, session),):
         assert "How much each layer changes" in tab.show("evil")[0]
-    slot = Slot(studio, 1)
+    slot = AdapterRow(session, 1)
     for text in (card, slot.chosen("evil")[1]):
         assert "](" not in text
         assert "<img" not in text
         assert "://" not in text
 
 
-def test_a_sample_is_drawn_and_shown(studio):
-    tab = built(AdaptersTab, studio)
+def test_a_sample_is_drawn_and_shown(session):
+    tab = built(AdaptersTab, session)
     before = tab.show("cat")[1]["value"]
-    *_, (_, picture, text, *_) = tab.draw_sample(SimpleNamespace(session_hash="visitor"), "cat")
+    *_, (_, image, text, *_) = tab.draw_sample(SimpleNamespace(session_hash="visitor"), "cat")
     assert text == "The sample is kept beside the adapter."
-    assert picture_size(picture["value"]) != picture_size(before)  # the new one, not the run's
-    assert (studio.outputs / "cat" / "sample.png").exists()
+    assert image_size(image["value"]) != image_size(before)  # the new one, not the run's
+    assert (session.outputs / "cat" / "sample.png").exists()
 
 
-def test_names_of_the_command_line_s_runs_are_taken_as_they_are(studio):
-    (studio.outputs / "cat").rename(studio.outputs / "cat v1.0")
-    assert built(TrainTab, studio).runs() == ["cat v1.0"]
-    assert "Done" in built(TrainTab, studio).look("cat v1.0")[0]
-    tab = built(AdaptersTab, studio)
+def test_names_of_the_command_line_s_runs_are_taken_as_they_are(session):
+    (session.outputs / "cat").rename(session.outputs / "cat v1.0")
+    assert built(TrainTab, session).runs() == ["cat v1.0"]
+    assert "Done" in built(TrainTab, session).look("cat v1.0")[0]
+    tab = built(AdaptersTab, session)
     assert "rank 4" in tab.show("cat v1.0")[0]
     assert tab.remove("cat v1.0", True)[2] == "cat v1.0 is deleted."
-    os.utime(studio.outputs / "cat v1.0" / "metrics.jsonl", (0, 0))  # not just now
-    assert "deleted" in built(TrainTab, studio).look("cat v1.0")[0]
+    os.utime(session.outputs / "cat v1.0" / "metrics.jsonl", (0, 0))  # not just now
+    assert "deleted" in built(TrainTab, session).look("cat v1.0")[0]
 
 
-def test_two_adapters_of_one_name_are_told_apart(studio):
-    (studio.uploads / "cat.safetensors").write_bytes((studio.outputs / "cat" / "effilora.safetensors").read_bytes())
-    found = studio.adapters()
+def test_two_adapters_of_one_name_are_told_apart(session):
+    (session.uploads / "cat.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes())
+    found = session.adapters()
     assert len(found) == 2
     assert len({label.removesuffix(" (brought)") for label in found}) == 1
 
 
 def test_an_adapter_of_another_base_is_explained(place, tmp_path):
     build("sd15").save_pretrained(tmp_path / "model")
-    tab = built(AdaptersTab, Studio(str(tmp_path / "model"), tmp_path / "outputs"))
+    tab = built(AdaptersTab, Session(str(tmp_path / "model"), tmp_path / "outputs"))
     for name in ("effilora", "pytorch_lora_weights"):
         _, text = tab.bring(str(place / "outputs" / "cat" / f"{name}.safetensors"))
         assert text.startswith("**Not taken:**")

@@ -259,7 +259,7 @@ def test_grouped_and_single_sites_give_the_same_plain_lora(toy, x):
     heads = {
         path: rows
         for site, value in zip(grouped.sites, grouped.B, strict=True)
-        for path, rows in ((path, value[site.rows(path)]) for path, _ in site.maps)
+        for path, rows in ((path, value[site.rows(path)]) for path, _ in site.linears)
     }
     with torch.no_grad():
         for site, value in zip(single.sites, single.B, strict=True):

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import (
 
 from effilora_diffusion.core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, adapters_of
 from effilora_diffusion.core.attach import merge
-from effilora_diffusion.diffusion.attention import (
+from effilora_diffusion.diffusion.adapters.processors import (
     attach,
     create_adapter,
     detach,
@@ -48,13 +48,13 @@ def test_sites_group_the_maps_that_read_the_same_input():
     sites = {site.name: site for site in find_sites(unet, EffiLoRAConfig())}
     assert len(sites) == 4 * 2 + 4 * 3
     block = "mid_block.attentions.0.transformer_blocks.0"
-    assert [path for path, _ in sites[f"{block}.attn1.q_k_v"].maps] == [f"{block}.attn1.to_{key}" for key in "qkv"]
-    assert [path for path, _ in sites[f"{block}.attn2.k_v"].maps] == [f"{block}.attn2.to_{key}" for key in "kv"]
+    assert [path for path, _ in sites[f"{block}.attn1.q_k_v"].linears] == [f"{block}.attn1.to_{key}" for key in "qkv"]
+    assert [path for path, _ in sites[f"{block}.attn2.k_v"].linears] == [f"{block}.attn2.to_{key}" for key in "kv"]
     assert sites[f"{block}.attn2.k_v"].in_features == CONTEXT
-    assert {site.layer for site in sites.values() if site.name.startswith("mid")} == {block}
-    assert len({site.layer for site in sites.values()}) == 4
+    assert {site.block for site in sites.values() if site.name.startswith("mid")} == {block}
+    assert len({site.block for site in sites.values()}) == 4
     linear = {path for path, _ in unet.named_modules() if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))}
-    assert {path for site in sites.values() for path, _ in site.maps} == linear
+    assert {path for site in sites.values() for path, _ in site.linears} == linear
 
 
 def test_a_model_without_targets_is_refused():
@@ -111,7 +111,7 @@ def test_processors_that_do_not_share_the_code_lose_time_and_not_the_adapter():
     calls, original = [], adapter.code
     adapter.__dict__["code"] = lambda index, x: calls.append(index) or original(index, x)
     assert torch.equal(run(unet), shared)
-    assert len(calls) == sum(len(site.maps) for site in adapter.sites) == 32
+    assert len(calls) == sum(len(site.linears) for site in adapter.sites) == 32
 
 
 def test_nothing_is_kept_between_calls():
@@ -163,8 +163,8 @@ def set_ip_adapter(unet):
 
 def ip_inputs():
     inputs = unet_input()
-    picture = torch.randn(2, 1, 3, CONTEXT, generator=torch.Generator().manual_seed(6))
-    inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], [picture])
+    image = torch.randn(2, 1, 3, CONTEXT, generator=torch.Generator().manual_seed(6))
+    inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], [image])
     return inputs
 
 

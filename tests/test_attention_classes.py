@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from effilora_diffusion.core import EffiLoRAConfig, EffiLoRAError
-from effilora_diffusion.diffusion.attention import attach, create_adapter, detach, is_effilora_processor
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach, is_effilora_processor
 
 WIDTH = 32
 
@@ -117,7 +117,7 @@ def test_every_projection_is_adapted_and_nothing_else_changes(name):
     base = {path: part(x[path]) for path, part in linears(model).items()}
 
     adapter = attach(model, create_adapter(model, EffiLoRAConfig(alpha=8.0)))
-    adapted = sorted(path for site in adapter.sites for path, _ in site.maps)
+    adapted = sorted(path for site in adapter.sites for path, _ in site.linears)
     assert adapted == sorted(x)
     assert is_effilora_processor(attention.processor)
     assert isinstance(attention.processor, type(processor))
@@ -140,4 +140,4 @@ def test_what_is_left_out_has_projections_with_other_names(name):
         adapter = create_adapter(model, EffiLoRAConfig())
     except EffiLoRAError:
         return
-    assert len([path for site in adapter.sites for path, _ in site.maps]) < len(linears(model))
+    assert len([path for site in adapter.sites for path, _ in site.linears]) < len(linears(model))

@@ -1,4 +1,4 @@
-"""What a step trains on: captions stay with their pictures, class pictures are counted, the loss is the textbook's."""
+"""What a step trains on: captions stay with their images, class images are counted, the loss is the textbook's."""
 
 from types import SimpleNamespace
 
@@ -8,13 +8,14 @@ import torch
 from helpers import files_in, make_subject, settings, sharp_pipeline, trainer
 from PIL import Image
 
-from effilora_diffusion.diffusion.batches import BatchDrawer, ExampleSource
-from effilora_diffusion.diffusion.data import scan_pictures
-from effilora_diffusion.diffusion.families import PICTURE, make_family
-from effilora_diffusion.diffusion.objective import DDPMObjective
-from effilora_diffusion.diffusion.pictures import load_picture
-from effilora_diffusion.diffusion.pipelines import load_pipeline
-from effilora_diffusion.diffusion.prior import class_examples
+from effilora_diffusion.core.image_io import load_image
+from effilora_diffusion.diffusion.data.folder import scan_images
+from effilora_diffusion.diffusion.data.latents import ExampleSource
+from effilora_diffusion.diffusion.data.prior import class_examples
+from effilora_diffusion.diffusion.models import IMAGE, make_family
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.training.batches import BatchDrawer
+from effilora_diffusion.diffusion.training.loss import DDPMObjective
 
 CAPTIONS = ("red", "green", "blue", "grey", "pink")
 
@@ -38,8 +39,8 @@ def text_states(family, prompt):
 
 
 def source_of(family, folder, **options):
-    """The cached pictures of a folder, and their examples."""
-    examples, _ = scan_pictures(folder, "a cat")
+    """The cached images of a folder, and their examples."""
+    examples, _ = scan_images(folder, "a cat")
     return filled(family, examples, **options), examples
 
 
@@ -49,10 +50,10 @@ def filled(family, examples, **options):
     return source
 
 
-# ------------------------------------------------------------------------------------------- pictures and captions
+# ------------------------------------------------------------------------------------------- images and captions
 
 
-def test_every_drawn_picture_comes_with_its_own_caption(family, tmp_path):
+def test_every_drawn_image_comes_with_its_own_caption(family, tmp_path):
     source, examples = source_of(family, make_subject(tmp_path / "s", 5, captions=CAPTIONS))
     drawer = drawer_of(source)
     own = {example.path.name: filled(family, [example]).draw(0)[0] for example in examples}
@@ -74,8 +75,8 @@ def test_every_drawn_picture_comes_with_its_own_caption(family, tmp_path):
 
 
 def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path):
-    first = scan_pictures(make_subject(tmp_path / "a", 1, captions=["red"]), None)[0]
-    second = scan_pictures(make_subject(tmp_path / "b", 1, first=5, captions=["blue"]), None)[0]
+    first = scan_images(make_subject(tmp_path / "a", 1, captions=["red"]), None)[0]
+    second = scan_images(make_subject(tmp_path / "b", 1, first=5, captions=["blue"]), None)[0]
     source = filled(family, first + second)
     found = {}
     for position in range(2):
@@ -89,12 +90,12 @@ def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path)
         assert torch.allclose(found[caption], alone, atol=1e-2)
 
 
-def test_same_picture_is_encoded_once_and_changed_file_again(family, tmp_path, monkeypatch):
+def test_same_image_is_encoded_once_and_changed_file_again(family, tmp_path, monkeypatch):
     folder = make_subject(tmp_path / "s", 1)
     (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
     calls = []
-    encode = family.encode_picture
-    monkeypatch.setattr(family, "encode_picture", lambda picture: calls.append(1) or encode(picture))
+    encode = family.encode_image
+    monkeypatch.setattr(family, "encode_image", lambda image: calls.append(1) or encode(image))
     source, examples = source_of(family, folder)
     for position in range(6):
         source.draw(position)
@@ -105,7 +106,7 @@ def test_same_picture_is_encoded_once_and_changed_file_again(family, tmp_path, m
     assert len(calls) == 3
 
 
-def test_mirrored_and_cropped_pictures_are_cached_apart(family, tmp_path):
+def test_mirrored_and_cropped_images_are_cached_apart(family, tmp_path):
     folder = make_subject(tmp_path / "s", 1, size=(80, 32))
     source, _ = source_of(family, folder, center_crop=False, random_flip=True)
     drawn = [source.draw(position)[0] for position in range(40)]
@@ -144,8 +145,8 @@ def test_timesteps_cover_the_whole_schedule(family, tmp_path):
 
 @pytest.mark.parametrize("center_crop", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_picture_condition_says_where_the_crop_was_cut(family, tmp_path, monkeypatch, center_crop, flip):
-    """In a picture whose red rises to the right and green downwards, a crop's first pixel tells where it lies."""
+def test_the_image_condition_says_where_the_crop_was_cut(family, tmp_path, monkeypatch, center_crop, flip):
+    """In an image whose red rises to the right and green downwards, a crop's first pixel tells where it lies."""
     width, height = 256, 32
     across, down = np.meshgrid(np.arange(width), np.arange(height))
     (tmp_path / "s").mkdir()
@@ -153,13 +154,13 @@ def test_the_picture_condition_says_where_the_crop_was_cut(family, tmp_path, mon
     Image.fromarray(array).save(tmp_path / "s" / "0.png")
     source, _ = source_of(family, tmp_path / "s", center_crop=center_crop, random_flip=flip)
     seen = []
-    monkeypatch.setattr(family, "encode_picture", lambda picture: seen.append(picture) or torch.zeros(2, 4, 8, 8))
+    monkeypatch.setattr(family, "encode_image", lambda image: seen.append(image) or torch.zeros(2, 4, 8, 8))
     source._moments.clear()
     places = set()
     for position in range(24):
         _, conditions, _ = source.draw(position)
         source._moments.clear()
-        found = conditions[PICTURE].tolist()
+        found = conditions[IMAGE].tolist()
         assert [found[0], found[1], found[4], found[5]] == [height, width, 32, 32]
         first = float((seen[-1][0, 0, 0] + 1) * 127.5)
         mirrored = first > float((seen[-1][0, 0, -1] + 1) * 127.5)
@@ -171,17 +172,17 @@ def test_the_picture_condition_says_where_the_crop_was_cut(family, tmp_path, mon
 
 
 def test_everything_is_encoded_at_once_for_a_gpu(family, tmp_path, monkeypatch):
-    examples, _ = scan_pictures(make_subject(tmp_path / "s", 2, size=(48, 32)), "a cat")
+    examples, _ = scan_images(make_subject(tmp_path / "s", 2, size=(48, 32)), "a cat")
     source = ExampleSource(family, examples, settings("none", "none", "none", random_flip=True), "instance")
     source.config.center_crop = False
     source.fill(everything=True)
-    monkeypatch.setattr(family, "encode_picture", None)
+    monkeypatch.setattr(family, "encode_image", None)
     monkeypatch.setattr(family, "encode_prompt", None)
     for position in range(64):
         source.draw(position)
 
 
-# -------------------------------------------------------------------------------------------------- class pictures
+# -------------------------------------------------------------------------------------------------- class images
 
 
 def prior_settings(tmp_path, **options):
@@ -189,53 +190,53 @@ def prior_settings(tmp_path, **options):
     return settings("none", tmp_path, "none", **{**prior, "num_class_images": 3, "sample_batch_size": 2, **options})
 
 
-def test_class_pictures_are_drawn_to_the_exact_number_and_only_missing_ones(family, tmp_path):
+def test_class_images_are_drawn_to_the_exact_number_and_only_missing_ones(family, tmp_path):
     folder, said = tmp_path / "class", []
     config = prior_settings(tmp_path)
     examples = class_examples(family, config, said.append)
     first = files_in(folder)
-    assert said == ["drawing 3 class pictures of 'a dog'"]
+    assert said == ["drawing 3 class images of 'a dog'"]
     assert len(examples) == len(first) == len(set(first.values())) == 3
     assert {example.caption for example in examples} == {"a dog"}
 
     assert class_examples(family, config, said.append) == examples
     assert said[1:] == []
     more = class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
-    assert said[1:] == ["drawing 2 class pictures of 'a dog'"]
+    assert said[1:] == ["drawing 2 class images of 'a dog'"]
     assert len(more) == 5
     assert files_in(folder).items() >= first.items()
 
     lost = next(path for path in folder.iterdir() if path.name.startswith("1-"))
     lost.unlink()
     class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
-    assert said[2:] == ["drawing 1 class pictures of 'a dog'"]
+    assert said[2:] == ["drawing 1 class images of 'a dog'"]
     assert files_in(folder)[lost.name] == first[lost.name]
 
 
-def test_several_class_prompts_share_the_pictures_and_each_keeps_its_own(family, tmp_path):
+def test_several_class_prompts_share_the_images_and_each_keeps_its_own(family, tmp_path):
     config = prior_settings(tmp_path, class_prompt=["a dog", "a red car"], num_class_images=4)
     examples = class_examples(family, config, print)
     assert sorted(example.caption for example in examples) == ["a dog", "a dog", "a red car", "a red car"]
     assert class_examples(family, config, print) == examples
     single = class_examples(family, prior_settings(tmp_path / "one", num_class_images=2), print)
-    drawn = {example.caption: load_picture(example.path).tobytes() for example in examples if example.path.name < "2"}
-    assert drawn["a dog"] == load_picture(single[0].path).tobytes()  # the first picture, of the same prompt
+    drawn = {example.caption: load_image(example.path).tobytes() for example in examples if example.path.name < "2"}
+    assert drawn["a dog"] == load_image(single[0].path).tobytes()  # the first image, of the same prompt
     assert len(set(drawn.values())) == 2
 
 
-def test_only_usable_class_pictures_count_and_bad_ones_are_named(family, tmp_path):
+def test_only_usable_class_images_count_and_bad_ones_are_named(family, tmp_path):
     folder, said = tmp_path / "class", []
     make_subject(folder, 1, captions=["my own dog"])
-    (folder / "notes.md").write_text("no picture")
-    (folder / ".hidden.png").write_text("no picture")
+    (folder / "notes.md").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
     (folder / "broken.png").write_bytes(b"")
     examples = class_examples(family, prior_settings(tmp_path), said.append)
-    assert said == ["drawing 2 class pictures of 'a dog'", "skipped  broken.png: the file is empty"]
+    assert said == ["drawing 2 class images of 'a dog'", "skipped  broken.png: the file is empty"]
     assert len(examples) == 3
     assert [example.caption for example in examples if example.path.name == "0.png"] == ["my own dog"]
 
 
-def test_class_pictures_stand_behind_the_instances_with_their_own_prompt(model, tmp_path):
+def test_class_images_stand_behind_the_instances_with_their_own_prompt(model, tmp_path):
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
     subject = make_subject(tmp_path / "s")
     run = trainer(model, subject, tmp_path / "out", **prior, num_class_images=2, train_batch_size=2)

@@ -1,4 +1,4 @@
-"""The commands as they are typed: pictures that repeat, facts about adapters, exports, and mistakes with exit code 2."""
+"""The commands as they are typed: images that repeat, facts about adapters, exports, and mistakes with exit code 2."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 
 from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.core import load_adapter_file
-from effilora_diffusion.diffusion import launch
+from effilora_diffusion.diffusion.training import main as launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,19 +40,19 @@ def generate(model, output, *words):
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 def parameters(path):
-    with Image.open(path) as picture:
-        return json.loads(picture.text["parameters"])
+    with Image.open(path) as image:
+        return json.loads(image.text["parameters"])
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
 
 
-def test_generated_picture_carries_the_parameters_that_repeat_it(tiny_pipeline, place, tmp_path, capsys):
+def test_generated_image_carries_the_parameters_that_repeat_it(tiny_pipeline, place, tmp_path, capsys):
     words = ["--adapter", f"{place / 'run'}:0.8", "--adapter", place / "plain" / "effilora.safetensors"]
     words += ["--seed", 7, "--guidance_scale", 3, "--negative_prompt", "süß 猫"]
     assert generate(tiny_pipeline, tmp_path / "new" / "a.png", *words) == 0
@@ -97,7 +97,7 @@ def test_seed_prompt_and_strength_matter_and_zero_is_the_base(tiny_pipeline, pla
     assert all((one != other).any() for i, one in enumerate(arrays) for other in arrays[:i])
 
 
-def test_further_pictures_use_the_seeds_that_follow(tiny_pipeline, tmp_path, capsys):
+def test_further_images_use_the_seeds_that_follow(tiny_pipeline, tmp_path, capsys):
     assert generate(tiny_pipeline, tmp_path / "many.png", "--num_images", 3, "--seed", 5) == 0
     names = [f"many-{index}.png" for index in (1, 2, 3)]
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
@@ -139,13 +139,13 @@ def test_inspect_json_states_the_adapter_s_facts(place, capsys):
     assert facts["base_hash"] == content.metadata["base_hash"]
     assert (facts["sites"], facts["maps"], facts["exact_export"]) == (20, 32, False)
     assert facts["parameters"] == sum(p.numel() for p in content.adapter.parameters())
-    assert (facts["steps"], facts["pictures"]) == (3, 2)
-    assert list(facts["layers"]) == list(content.adapter.layers)
-    layer = facts["layers"][content.adapter.layers[0]]
+    assert (facts["steps"], facts["images"]) == (3, 2)
+    assert list(facts["layers"]) == list(content.adapter.blocks)
+    layer = facts["layers"][content.adapter.blocks[0]]
     site = content.adapter.sites[0]
     assert len(layer["heads"]) == 3
     assert all(size > 0 for size in layer["heads"])
-    own = [index for index, other in enumerate(content.adapter.sites) if other.layer == site.layer]
+    own = [index for index, other in enumerate(content.adapter.sites) if other.block == site.block]
     squares = sum(
         (content.adapter.B[i][:, 0] @ content.adapter.shared_a(content.adapter.sites[i])).square().sum() for i in own
     )
@@ -199,7 +199,7 @@ MISTAKES = {
     "seed is a word": [*GENERATE, "--seed", "lucky"],
     "negative seed": [*GENERATE, "--seed", "-1"],
     "huge seed": [*GENERATE, "--seed", str(2**63)],
-    "no pictures": [*GENERATE, "--num_images", "0"],
+    "no images": [*GENERATE, "--num_images", "0"],
     "no steps": [*GENERATE, "--num_inference_steps", "0"],
     "odd width": [*GENERATE, "--width", "33"],
     "negative height": [*GENERATE, "--height", "-8"],
@@ -244,9 +244,9 @@ TRAINING_MISTAKES = {
     "no such layers": ["--target_modules", "to_x"],
     "fp16 on a CPU": ["--mixed_precision=fp16"],
     "prior without class": ["--with_prior_preservation"],
-    "missing pictures": ["--instance_data_dir={place}/none"],
-    "folder without pictures": ["--instance_data_dir={place}/empty"],
-    "pictures are a file": ["--instance_data_dir={place}/words.safetensors"],
+    "missing images": ["--instance_data_dir={place}/none"],
+    "folder without images": ["--instance_data_dir={place}/empty"],
+    "images are a file": ["--instance_data_dir={place}/words.safetensors"],
     "missing config": ["--config={place}/none.yaml"],
     "config is no settings": ["--config={place}/words.safetensors"],
     "missing model": ["--pretrained_model_name_or_path={place}/none"],

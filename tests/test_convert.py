@@ -72,7 +72,7 @@ def test_one_head_and_static_gates_become_the_same_function(toy, x, options):
     assert is_exact(adapter)
     expected = toy(x, 400)
     factors = to_lora(adapter)
-    assert set(factors) == {path for site in adapter.sites for path, _ in site.maps}
+    assert set(factors) == {path for site in adapter.sites for path, _ in site.linears}
     assert {tuple(pair.down.shape) for pair in factors.values()} == {(4, 8), (4, 12)}
     torch.testing.assert_close(apply_factors(make_toy(), factors)(x), expected, rtol=1e-5, atol=1e-5)
     assert calibrate(toy, adapter, lambda: toy(x, 400)) == ({}, 0.0)
@@ -111,7 +111,7 @@ def test_the_fit_beats_mean_gates_and_every_neighbour(options):
         c, ci = calibration[site.name][0], calibration[site.name][1:]
         share = ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum()
         assert share.sum() == pytest.approx(1, abs=1e-4)
-        for path, _ in site.maps:
+        for path, _ in site.linears:
             heads = adapter.B[index][site.rows(path)].detach()
             mean_gates[path] = torch.einsum("n,dnr->dr", share, heads) * adapter.config.scale
     assert best < 0.995 * recording.error(mean_gates, downs)
@@ -152,7 +152,7 @@ def test_few_inputs_still_give_a_finite_fit():
         c, ci = calibration[site.name][0], calibration[site.name][1:]
         unseen = torch.linalg.eigh(c).eigenvectors[:, :3]
         mean = torch.einsum("n,dnr->dr", ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum(), heads.detach())
-        up = torch.cat([factors[path].up for path, _ in site.maps])
+        up = torch.cat([factors[path].up for path, _ in site.linears])
         torch.testing.assert_close(up @ unseen, mean @ unseen, rtol=0, atol=0.1 * float(mean.abs().max()))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from effilora_diffusion.diffusion.families import FAMILIES
+from effilora_diffusion.diffusion.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")

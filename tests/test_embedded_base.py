@@ -11,11 +11,12 @@ from assets.build_base.evaluate import background_of
 from assets.build_base.icons import BACKGROUNDS
 from effilora_diffusion import load_adapter, remove_adapter
 from effilora_diffusion.cli import main
-from effilora_diffusion.diffusion.launch import example_settings
-from effilora_diffusion.diffusion.pipelines import embedded_base, load_pipeline
-from effilora_diffusion.diffusion.sampling import draw_pictures
-from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING, TrainingConfig
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.core.assets import asset
+from effilora_diffusion.diffusion.config import EMBEDDED_SAMPLING, TrainingConfig
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.sampling.generate import draw_images
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.trainer import Trainer
 
 SUBJECT = "an emoji of sks cat"
 
@@ -23,15 +24,15 @@ STOCK = """
 import sys
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
-picture = pipe("a noto emoji of dog face", num_inference_steps=2).images[0]
-assert picture.size == (64, 64), picture.size
+image = pipe("a noto emoji of dog face", num_inference_steps=2).images[0]
+assert image.size == (64, 64), image.size
 assert not any(name.startswith("effilora") for name in sys.modules)
 """
 
 
 def arrays(pipe, prompts, steps=6):
-    pictures = draw_pictures(pipe, prompts, list(range(len(prompts))), steps, 4.0, batch_size=len(prompts))
-    return np.stack([np.asarray(picture).astype(int) for picture in pictures])
+    images = draw_images(pipe, prompts, list(range(len(prompts))), steps, 4.0, batch_size=len(prompts))
+    return np.stack([np.asarray(image).astype(int) for image in images])
 
 
 @pytest.fixture(scope="module", params=["static", "one head"])
@@ -45,19 +46,19 @@ def run(request, tmp_path_factory):
 
 
 def test_stock_diffusers_opens_the_folder_without_our_code():
-    done = subprocess.run([sys.executable, "-c", STOCK, str(embedded_base())], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", STOCK, str(asset("base"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_backgrounds_have_the_colour_they_are_told():
     told = [(thing, colour) for thing in ("red apple", "rocket") for colour in BACKGROUNDS]
     prompts = [f"a noto emoji of {thing} on a {colour} background" for thing, colour in told]
-    found = [background_of(picture) for picture in arrays(load_pipeline(None), prompts, steps=12)]
+    found = [background_of(image) for image in arrays(load_pipeline(None), prompts, steps=12)]
     wrong = [(prompt, seen) for prompt, seen, (_, colour) in zip(prompts, found, told, strict=True) if seen != colour]
     assert len(wrong) <= 1, wrong
 
 
-def test_adapter_changes_pictures_and_leaves_no_trace(run):
+def test_adapter_changes_images_and_leaves_no_trace(run):
     pipe, prompts = load_pipeline(None), [SUBJECT, "a noto emoji of fox on a blue background"]
     before = arrays(pipe, prompts)
     adapter = load_adapter(pipe, run)
@@ -79,7 +80,7 @@ def test_plain_lora_in_a_stock_pipeline_draws_the_same(run):
 
 def test_generate_uses_the_embedded_base_unless_told_otherwise(tmp_path):
     words = ["generate", "--prompt", "a twemoji emoji of rocket", "--seed", "3", "--num_inference_steps", "2"]
-    assert main([*words, "--output", str(tmp_path / "picture.png")]) == 0
+    assert main([*words, "--output", str(tmp_path / "image.png")]) == 0
     guidance = EMBEDDED_SAMPLING["guidance_scale"]
-    (expected,) = draw_pictures(load_pipeline(None), ["a twemoji emoji of rocket"], [3], 2, guidance)
-    assert Image.open(tmp_path / "picture.png").tobytes() == expected.tobytes()
+    (expected,) = draw_images(load_pipeline(None), ["a twemoji emoji of rocket"], [3], 2, guidance)
+    assert Image.open(tmp_path / "image.png").tobytes() == expected.tobytes()

@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, export_lora, load_adapter, remove_adapter
 from effilora_diffusion.core import AdapterFile, adapters_of, load_adapter_file, save_adapter
-from effilora_diffusion.diffusion.attention import create_adapter
-from effilora_diffusion.diffusion.sampling import draw_pictures
+from effilora_diffusion.diffusion.adapters.processors import create_adapter
+from effilora_diffusion.diffusion.sampling.generate import draw_images
 
 KINDS = {"static": {"routing": "static"}, "one head": {"heads": 1, "lora_alpha": 8.0}, "token": {"routing": "token"}}
 EXACT = ("static", "one head")
@@ -46,8 +46,8 @@ def fresh(model):
 
 
 def draw(pipe):
-    (picture,) = draw_pictures(pipe, ["a sks cat"], [0], 3, 3.0, width=32, height=32)
-    return np.asarray(picture).astype(int)
+    (image,) = draw_images(pipe, ["a sks cat"], [0], 3, 3.0, width=32, height=32)
+    return np.asarray(image).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def base(tiny_pipeline):
 
 @pytest.fixture(scope="module")
 def adapted(tiny_pipeline, runs):
-    """The picture of each adapter, drawn with our own loader."""
+    """The image of each adapter, drawn with our own loader."""
     found = {}
     for kind, folder in runs.items():
         pipe = fresh(tiny_pipeline)
@@ -71,7 +71,7 @@ def distance(one, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_change_the_picture_clearly(base, adapted, kind):
+def test_adapters_change_the_image_clearly(base, adapted, kind):
     assert distance(base, adapted[kind]) > 20  # else nothing below would prove anything
 
 
@@ -121,12 +121,12 @@ def test_export_of_a_run_is_the_file_that_the_run_wrote(runs, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kohya_file_loads_in_diffusers_and_draws_the_same(tiny_pipeline, runs, tmp_path, kind):
     export_lora(runs[kind], tmp_path / "kohya.safetensors", "kohya")
-    pictures = []
+    images = []
     for source in (runs[kind] / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors"):
         pipe = fresh(tiny_pipeline)
         pipe.load_lora_weights(str(source.parent), weight_name=source.name)
-        pictures.append(draw(pipe))
-    assert distance(*pictures) <= 1
+        images.append(draw(pipe))
+    assert distance(*images) <= 1
 
 
 def test_kohya_file_has_the_names_and_facts_that_other_programs_ask_for(runs, tmp_path):

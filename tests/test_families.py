@@ -12,12 +12,12 @@ from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, export_lora, load_
 from effilora_diffusion.core import adapters_of
 from effilora_diffusion.core.inspection import inspect_adapter
 from effilora_diffusion.core.sites import is_target
-from effilora_diffusion.diffusion import families
-from effilora_diffusion.diffusion.attention import attach, create_adapter, detach
-from effilora_diffusion.diffusion.families import family_class, make_family
-from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.pipelines import load_pipeline
-from effilora_diffusion.diffusion.training import CALIBRATION_BATCHES
+from effilora_diffusion.diffusion import models as families
+from effilora_diffusion.diffusion.adapters.load import component_of
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach
+from effilora_diffusion.diffusion.models import family_class, make_family
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.training.trainer import CALIBRATION_BATCHES
 
 PROMPT = "a red cat on a table"
 
@@ -41,7 +41,7 @@ WITHOUT_GRADIENT = {
         "transformer_blocks.1.txt_mlp.net.2",
     ),
 }
-"""Projections of the last block's text stream: nothing after them reaches the picture."""
+"""Projections of the last block's text stream: nothing after them reaches the image."""
 
 WITHOUT_LOADER = ("pixart-alpha", "pixart-sigma", "hunyuandit", "ovis-image")
 """Pipelines that have no ``load_lora_weights`` in diffusers."""
@@ -63,7 +63,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folders, tmp_path_factory):
     """A function that trains a family once per routing: the trainer, and the loss on fixed noise before and after."""
-    subject = make_subject(tmp_path_factory.mktemp("two") / "pictures", 2, size=(64, 64))
+    subject = make_subject(tmp_path_factory.mktemp("two") / "images", 2, size=(64, 64))
 
     @cache
     def run(name, routing):
@@ -87,7 +87,7 @@ def with_random_heads(adapter, seed=0):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pictures_are_the_base_s_until_trained_at_strength_zero_and_after_detaching(name):
+def test_images_are_the_base_s_until_trained_at_strength_zero_and_after_detaching(name):
     pipe = build(name)
     model = component_of(pipe)
     before = draw(pipe, name, PROMPT)
@@ -107,10 +107,10 @@ def test_every_targeted_projection_belongs_to_one_site(name):
     model = component_of(build(name))
     config = EffiLoRAConfig()
     adapter = create_adapter(model, config)
-    found = [path for site in adapter.sites for path, _ in site.maps]
+    found = [path for site in adapter.sites for path, _ in site.linears]
     named = [path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     assert sorted(found) == sorted(path for path in named if is_target(path, config.target_modules))
-    named_maps = [[path.rpartition(".")[2] for path, _ in site.maps] for site in adapter.sites]
+    named_maps = [[path.rpartition(".")[2] for path, _ in site.linears] for site in adapter.sites]
     shared = [names for names in named_maps if "to_v" in names or "add_v_proj" in names]
     assert shared
     for names in shared:  # one code for every projection of one input
@@ -121,7 +121,7 @@ def test_every_targeted_projection_belongs_to_one_site(name):
 def test_feed_forward_targets_leave_only_embeddings_modulations_and_the_last_layers(name):
     model = component_of(build(name))
     adapter = create_adapter(model, EffiLoRAConfig(target_modules=("attention", "feed_forward")))
-    found = {path for site in adapter.sites for path, _ in site.maps}
+    found = {path for site in adapter.sites for path, _ in site.linears}
     left = {path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)} - found
     inside = [path for path in left if any(part.isdecimal() for part in path.split(".")[:-1])]
     modulations = ("norm", "mod", "emb", "proj_in", "proj_out", "skip_linear", "adaLN", "distilled_guidance", "mlp.0")
@@ -144,7 +144,7 @@ def test_fusing_projections_under_an_adapter_is_refused(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_thirty_steps_on_two_pictures_lower_their_loss_clearly(runs, name):
+def test_thirty_steps_on_two_images_lower_their_loss_clearly(runs, name):
     _, before, after = runs(name, "token")
     assert after < 0.8 * before
 
@@ -157,15 +157,15 @@ def test_the_gradient_reaches_every_head_every_a_and_every_router(folders, name,
     without = set()
     for site, heads, router in zip(adapter.sites, adapter.B, adapter.G, strict=True):
         gradient = torch.zeros_like(heads) if heads.grad is None else heads.grad  # (outputs, heads, rank)
-        reached = [path for path, _ in site.maps if gradient[site.rows(path)].abs().amax((0, 2)).min() > 0]
-        without |= {path for path, _ in site.maps} - set(reached)
+        reached = [path for path, _ in site.linears if gradient[site.rows(path)].abs().amax((0, 2)).min() > 0]
+        without |= {path for path, _ in site.linears} - set(reached)
         assert not reached or router.grad.abs().amax(1).min() > 0
     assert without == set(WITHOUT_GRADIENT.get(name, ()))
     assert all(shared.grad.abs().max() > 0 for shared in adapter.A.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_saved_adapter_draws_the_trained_pictures_in_a_fresh_pipeline_and_leaves_the_base_s(runs, folders, name):
+def test_a_saved_adapter_draws_the_trained_images_in_a_fresh_pipeline_and_leaves_the_base_s(runs, folders, name):
     trained, _, _ = runs(name, "token")
     expected = draw(trained.family.pipe, name, PROMPT)
     pipe = load_pipeline(str(folders(name)))
@@ -222,7 +222,7 @@ def test_the_printed_gap_is_what_the_plain_lora_misses_of_the_layers_updates(run
         total.append(update.square().sum())
 
     (adapter,) = adapters_of(ours).values()
-    for path in (path for site in adapter.sites for path, _ in site.maps):
+    for path in (path for site in adapter.sites for path, _ in site.linears):
         ours.get_submodule(path).register_forward_hook(partial(compare, path=path))
     pipe = load_pipeline(str(folders(name)))
     setattr(pipe, trained.family.component, ours)

@@ -9,10 +9,10 @@ from tiny_families import FAMILIES, build, sampling
 
 from effilora_diffusion import EffiLoRAConfig
 from effilora_diffusion.core.adapter import timestep_features
-from effilora_diffusion.diffusion.attention import attach, create_adapter
-from effilora_diffusion.diffusion.families import PICTURE, make_family
-from effilora_diffusion.diffusion.families.packing import pack, unpack
-from effilora_diffusion.diffusion.objective import is_flow
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
+from effilora_diffusion.diffusion.models import IMAGE, make_family
+from effilora_diffusion.diffusion.models.packing import pack, unpack
+from effilora_diffusion.diffusion.training.loss import is_flow
 
 PROMPTS = (
     "a red cat on a table",
@@ -36,7 +36,7 @@ def unguided(name):
     return {**options, "guidance_scale": UNGUIDED.get(name, 1.0)}
 
 
-def as_picture(values, name, size=8):
+def as_image(values, name, size=8):
     """Latents as our families keep them, ``(n, c, h, w)``, from what the pipeline steps on."""
     if values.ndim == 3 and name.startswith("flux2"):
         edge = int(values.shape[1] ** 0.5)
@@ -63,8 +63,8 @@ class Spy:
         return (self.last,) if isinstance(result, tuple) else type(result)(prev_sample=self.last)
 
 
-def picture_condition(name):
-    """What the pipelines assume of a picture when they sample: HunyuanDiT a large original, the others the target."""
+def image_condition(name):
+    """What the pipelines assume of an image when they sample: HunyuanDiT a large original, the others the target."""
     original = 1024 if name == "hunyuandit" else 64
     return torch.tensor([original, original, 0, 0, 64, 64], dtype=torch.float32)
 
@@ -75,32 +75,30 @@ def test_predictions_are_what_the_pipeline_gives_its_scheduler(name):
     spy = Spy(family.pipe)
     family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **unguided(name))
     assert len(spy.seen) == 3
-    conditions = {**family.encode_prompt(PROMPTS[0]), PICTURE: picture_condition(name)}
+    conditions = {**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name)}
     for output, timestep, sample in spy.seen:
-        noisy = as_picture(sample, name)
+        noisy = as_image(sample, name)
         with torch.no_grad():
             found = family.predict(noisy, torch.tensor([timestep]), family.collate([conditions]))
-        expected = as_picture(output, name)
+        expected = as_image(output, name)
         assert found.shape == noisy.shape
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "hunyuandit", "cogview4"])
-def test_sizes_and_crop_of_a_picture_stand_where_the_pipeline_puts_them(name):
+def test_sizes_and_crop_of_a_image_stand_where_the_pipeline_puts_them(name):
     family = family_of(name)
     spy = Spy(family.pipe)
     sizes = {"original_size": (96, 80), "crops_coords_top_left": (3, 5), "target_size": (64, 64)}
     if name == "cogview4":
         sizes.pop("target_size")
     family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **unguided(name), **sizes)
-    picture = torch.tensor([96, 80, 3, 5, 64, 64], dtype=torch.float32)
-    conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), PICTURE: picture}])
+    image = torch.tensor([96, 80, 3, 5, 64, 64], dtype=torch.float32)
+    conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), IMAGE: image}])
     output, timestep, sample = spy.seen[0]
     with torch.no_grad():
         found = family.predict(sample, torch.tensor([timestep]), conditions)
-        plain = family.predict(
-            sample, torch.tensor([timestep]), {**conditions, PICTURE: picture_condition(name)[None]}
-        )
+        plain = family.predict(sample, torch.tensor([timestep]), {**conditions, IMAGE: image_condition(name)[None]})
     assert torch.allclose(found, output, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(plain, output, rtol=1e-3, atol=1e-3)
 
@@ -108,8 +106,8 @@ def test_sizes_and_crop_of_a_picture_stand_where_the_pipeline_puts_them(name):
 @pytest.mark.parametrize("name", ["flux", "flux-schnell", "flux2", "flux2-klein"])
 def test_guidance_is_an_input_of_distilled_models_alone(name):
     family = family_of(name)
-    noisy = torch.randn(1, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
-    conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), PICTURE: picture_condition(name)}])
+    noisy = torch.randn(1, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
+    conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name)}])
     found = []
     for family.guidance_scale in (1.0, 3.5):
         with torch.no_grad():
@@ -120,15 +118,15 @@ def test_guidance_is_an_input_of_distilled_models_alone(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_latents_are_those_that_the_pipeline_decodes(name):
     family = family_of(name)
-    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
     vae = family.pipe.vae
     with torch.no_grad():
         if isinstance(vae, AutoencoderDC):
-            expected = vae.encode(picture[None]).latent
+            expected = vae.encode(image[None]).latent
         else:
-            frames = picture[None, :, None] if type(vae).__name__ == "AutoencoderKLQwenImage" else picture[None]
+            frames = image[None, :, None] if type(vae).__name__ == "AutoencoderKLQwenImage" else image[None]
             expected = vae.encode(frames).latent_dist.mode()
-    mean = family.encode_picture(picture)[:1]
+    mean = family.encode_image(image)[:1]
     packed = {"flux", "flux-schnell", "chroma", "ovis-image", "qwen-image", "krea2"}
     last = pack(mean) if name in packed else mean.flatten(2).transpose(1, 2) if name.startswith("flux2") else mean
     Spy(family.pipe, last)
@@ -144,20 +142,20 @@ def test_timestep_routers_see_the_noise_level_on_one_scale(name):
     family = family_of(name)
     config = EffiLoRAConfig(routing="timestep", timestep_range=family.timestep_range)
     adapter = attach(family.model, create_adapter(family.model, config))
-    noisy = torch.randn(2, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
-    row = {**family.encode_prompt(PROMPTS[0]), PICTURE: picture_condition(name)}
+    noisy = torch.randn(2, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
+    row = {**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name)}
     times = torch.tensor([900, 300])
     family.predict(noisy, times.float() if is_flow(family.pipe.scheduler) else times, family.collate([row] * 2))
-    seen = 1000 - times if name in ("z-image", "lumina2") else times  # these count from noise to picture
+    seen = 1000 - times if name in ("z-image", "lumina2") else times  # these count from noise to image
     assert torch.allclose(adapter.noise_features, timestep_features(seen), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_does_not_depend_on_the_others_of_its_batch(name):
     family = family_of(name)
-    noisy = torch.randn(3, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
+    noisy = torch.randn(3, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
     timesteps = torch.tensor([900.0, 100.0, 500.0])
-    rows = [{**family.encode_prompt(prompt), PICTURE: picture_condition(name)} for prompt in (*PROMPTS, PROMPTS[0])]
+    rows = [{**family.encode_prompt(prompt), IMAGE: image_condition(name)} for prompt in (*PROMPTS, PROMPTS[0])]
     with torch.no_grad():
         together = family.predict(noisy, timesteps, family.collate(rows))
         for index, row in enumerate(rows):

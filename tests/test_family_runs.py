@@ -1,4 +1,4 @@
-"""Every family with the options that people use: class pictures, validation grids, half precision, checkpointing."""
+"""Every family with the options that people use: class images, validation grids, half precision, checkpointing."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from PIL import Image
 from tiny_families import FAMILIES, build, sampling
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
-from effilora_diffusion.diffusion.attention import attach, create_adapter
-from effilora_diffusion.diffusion.families import PICTURE, family_class, make_family
-from effilora_diffusion.diffusion.preflight import activation_bytes
-from effilora_diffusion.diffusion.sampling import draw_for_run, draw_pictures
-from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.models import IMAGE, family_class, make_family
+from effilora_diffusion.diffusion.sampling.generate import draw_for_run, draw_images
+from effilora_diffusion.diffusion.training.dry_run import activation_bytes
 
 NOT_PREDICTED = ("lumina2", "qwen-image", "z-image", "cogview4")
 """Families whose shapes depend on values."""
@@ -21,7 +21,7 @@ SHORT = {"resolution": 64, "train_batch_size": 2, "max_train_steps": 1, "learnin
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_whole_run_with_class_pictures_and_grids_in_the_family_s_own_pipeline(name, tmp_path):
+def test_a_whole_run_with_class_images_and_grids_in_the_family_s_own_pipeline(name, tmp_path):
     build(name).save_pretrained(tmp_path / "model")
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "num_class_images": 2}
     drawn = {"num_validation_images": 2, "validation_inference_steps": 2, "validation_guidance_scale": None}
@@ -49,8 +49,8 @@ def test_drawing_several_prompts_at_once_draws_what_each_draws_alone(name):
     long = "a photo of two people and a tree, the sun and a small yellow car on a big white table"
     prompts, size = ["a red cat", long], {"width": 64, "height": 64}
     size |= {key: value for key, value in sampling(name).items() if key == "max_sequence_length"}
-    together = draw_pictures(pipe, prompts, [1, 2], 2, 3.0, batch_size=2, **size)
-    alone = [draw_pictures(pipe, [p], [seed], 2, 3.0, **size)[0] for p, seed in zip(prompts, (1, 2), strict=True)]
+    together = draw_images(pipe, prompts, [1, 2], 2, 3.0, batch_size=2, **size)
+    alone = [draw_images(pipe, [p], [seed], 2, 3.0, **size)[0] for p, seed in zip(prompts, (1, 2), strict=True)]
     for one, other in zip(together, alone, strict=True):
         assert one.size == (64, 64)
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 2
@@ -62,7 +62,7 @@ def test_a_run_draws_with_the_prompt_length_that_it_trains_with():
     assert family.encode_prompt("a cat")["encoder_hidden_states"].shape[0] == 16
     drawn = draw_for_run(family, config, ["a cat"], [0])[0]
     size = {"width": 64, "height": 64}
-    same, default = (draw_pictures(family.pipe, ["a cat"], [0], 2, max_sequence_length=n, **size)[0] for n in (16, 32))
+    same, default = (draw_images(family.pipe, ["a cat"], [0], 2, max_sequence_length=n, **size)[0] for n in (16, 32))
     assert np.array_equal(np.asarray(drawn), np.asarray(same))
     assert not np.array_equal(np.asarray(drawn), np.asarray(default))
 
@@ -78,17 +78,17 @@ def test_negative_prompts_are_used_or_refused(name):
     size = {"width": 64, "height": 64, **({"max_sequence_length": 64} if name == "qwen-image" else {})}
     if name.startswith("flux"):
         with pytest.raises(EffiLoRAError, match="without a negative prompt"):
-            draw_pictures(pipe, ["a cat"], [0], 2, 3.0, "a dog", **size)
+            draw_images(pipe, ["a cat"], [0], 2, 3.0, "a dog", **size)
         return
-    plain = draw_pictures(pipe, ["a cat"], [0], 2, 3.0, **size)[0]
-    other = draw_pictures(pipe, ["a cat"], [0], 2, 3.0, "a big white table with two people", **size)[0]
+    plain = draw_images(pipe, ["a cat"], [0], 2, 3.0, **size)[0]
+    other = draw_images(pipe, ["a cat"], [0], 2, 3.0, "a big white table with two people", **size)[0]
     assert not np.array_equal(np.asarray(plain), np.asarray(other))
 
 
 def example(family, name):
     """Conditions, noisy latents and timesteps of two rows."""
-    row = {**family.encode_prompt("a red cat"), PICTURE: torch.tensor([64.0, 64, 0, 0, 64, 64])}
-    latents = torch.randn(2, *family.encode_picture(torch.zeros(3, 64, 64)).shape[1:])
+    row = {**family.encode_prompt("a red cat"), IMAGE: torch.tensor([64.0, 64, 0, 0, 64, 64])}
+    latents = torch.randn(2, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
     return latents, torch.tensor([900.0, 300.0]), family.collate([row, row])
 
 
@@ -105,7 +105,7 @@ def adapted(name, dtype=torch.float32):
 def test_a_half_precision_base_trains_a_float_adapter(name):
     family, adapter = adapted(name, torch.bfloat16)
     noisy, times, conditions = example(family, name)
-    assert family.encode_picture(torch.zeros(3, 64, 64)).dtype == torch.float32
+    assert family.encode_image(torch.zeros(3, 64, 64)).dtype == torch.float32
     assert family.pipe.vae.dtype == torch.bfloat16
     found = family.predict(noisy, times, conditions)
     assert found.dtype == torch.bfloat16
@@ -137,13 +137,13 @@ def test_models_without_gradient_checkpointing_are_named():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_drawing_part_by_part_changes_neither_pictures_nor_training(name):
+def test_drawing_part_by_part_changes_neither_images_nor_training(name):
     """On a GPU every part visits it while it works; here with the CPU in its place."""
     family, adapter = adapted(name)
     options = {"width": 64, "height": 64, "max_sequence_length": sampling(name).get("max_sequence_length")}
-    before = draw_pictures(family.pipe, ["a cat"], [0], 2, **options)[0]
+    before = draw_images(family.pipe, ["a cat"], [0], 2, **options)[0]
     with family.offloaded(torch.device("cpu")):
-        during = draw_pictures(family.pipe, ["a cat"], [0], 2, **options)[0]
+        during = draw_images(family.pipe, ["a cat"], [0], 2, **options)[0]
     assert np.array_equal(np.asarray(before), np.asarray(during))
     assert not any(hasattr(part, "_hf_hook") for part in family.parts())
     noisy, times, conditions = example(family, name)

@@ -31,7 +31,7 @@ def output_of(adapter):
 
 
 def attach_to_toy(adapter):
-    model = make_toy(len(adapter.layers))
+    model = make_toy(len(adapter.blocks))
     attach(model, adapter)
     return model
 

@@ -1,4 +1,4 @@
-"""One direction of imports: the core knows neither pictures nor language, and they do not know one another."""
+"""One direction of imports: the core knows neither images nor language, and they do not know one another."""
 
 import ast
 import subprocess

@@ -7,32 +7,26 @@ import torch
 from conftest import make_adapter, make_toy, toy_input
 from helpers import make_subject, trainer
 
-from app import figures
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import AdapterFile, attach, calibrate, detach, load_adapter_file
-from effilora_diffusion.core.inspection import (
-    head_usage,
-    inspect_adapter,
-    logged_layers,
-    reducer_history,
-    single_head,
-)
+from effilora_diffusion.core.inspection import head_usage, inspect_adapter, logged_layers, reducer_history, single_head
+from effilora_diffusion.studio import figures
 
 
 def gates_seen(model, adapter, x):
     """The gates' mean over the rows of every site, weighted by the codes' squares, by layer."""
-    found = {layer: [] for layer in adapter.layers}
+    found = {layer: [] for layer in adapter.blocks}
     inputs = {}
     modules = dict(model.named_modules())
     hooks = [modules[path].register_forward_pre_hook(lambda _, args, index=index: inputs.setdefault(index, args[0]))
-             for index, site in enumerate(adapter.sites) for path, _ in site.maps[:1]]  # fmt: skip
+             for index, site in enumerate(adapter.sites) for path, _ in site.linears[:1]]  # fmt: skip
     model(x)
     for hook in hooks:
         hook.remove()
     for index, site in enumerate(adapter.sites):
         h = adapter.shared_a(site) @ inputs[index].flatten(0, -2).t()
         weight = h.square().sum(0)
-        found[site.layer].append((adapter.gates(index, h) * weight).sum(1) / weight.sum())
+        found[site.block].append((adapter.gates(index, h) * weight).sum(1) / weight.sum())
     return {layer: torch.stack(rows).mean(0).tolist() for layer, rows in found.items()}
 
 
@@ -51,9 +45,9 @@ def test_usage_is_the_mean_of_the_gates_over_the_inputs_seen():
 @torch.no_grad()
 def test_usage_of_fixed_gates_needs_no_inputs():
     static = make_adapter(heads=3, routing="static")
-    found = head_usage(AdapterFile(static))[static.layers[0]]
+    found = head_usage(AdapterFile(static))[static.blocks[0]]
     pairs = zip(static.sites, static.G, strict=True)
-    own = [router.softmax(0) for site, router in pairs if site.layer == static.layers[0]]
+    own = [router.softmax(0) for site, router in pairs if site.block == static.blocks[0]]
     assert found == pytest.approx(torch.stack(own).mean(0).tolist())
     one = make_adapter(heads=1)
     assert set(map(tuple, head_usage(AdapterFile(one)).values())) == {(1.0,)}
@@ -84,11 +78,11 @@ def test_a_run_s_log_becomes_its_history(tiny_pipeline, tmp_path):
     run = trainer(tiny_pipeline, make_subject(tmp_path / "s", 2), tmp_path / "out", **options)
     run.run()
     content = load_adapter_file(tmp_path / "out" / "effilora.safetensors")
-    layers, log = list(content.adapter.layers), tmp_path / "out" / "reducer.jsonl"
+    layers, log = list(content.adapter.blocks), tmp_path / "out" / "reducer.jsonl"
     assert logged_layers(log) == layers
     history = reducer_history(log, layers, 12)
     assert history.steps == [3, 6, 9]
-    for layer, score in zip(run.reducer.layers, run.reducer.scores, strict=True):
+    for layer, score in zip(run.reducer.blocks, run.reducer.scores, strict=True):
         assert history.importance[layer][-1] == pytest.approx(1 / (1 + 2.718281828459045**score))
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for step, line in enumerate(metrics):

@@ -16,13 +16,13 @@ from playwright.sync_api import expect, sync_playwright
 from safetensors.torch import save_file
 from visits import Visit, executable
 
-from app.runs import Run
-from app.server import serve
 from effilora_diffusion import cli
-from effilora_diffusion.diffusion.launch import example_settings
-from effilora_diffusion.diffusion.sampling import read_parameters
-from effilora_diffusion.diffusion.settings import TrainingConfig
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.sampling.png import read_parameters
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.trainer import Trainer
+from effilora_diffusion.studio.runs import Run
+from effilora_diffusion.studio.server import serve
 
 LOOKS = [("desktop", False), ("desktop", True), ("phone", False), ("phone", True)]
 
@@ -31,7 +31,7 @@ def few_steps(page, steps=6, count=2):
     """Settings that draw fast."""
     page.locator("#settings > button").click()
     page.get_by_label("number input for Steps").fill(str(steps))
-    page.get_by_label("Pictures", exact=True).fill(str(count))
+    page.get_by_label("Images", exact=True).fill(str(count))
 
 
 def fixed_seed(page, seed):
@@ -39,9 +39,9 @@ def fixed_seed(page, seed):
     page.locator("#seed input").fill(str(seed))
 
 
-def pictures(page):
-    """The pictures in the gallery."""
-    return page.locator("#pictures .grid-wrap img, #pictures .thumbnail-item img")
+def images(page):
+    """The images in the gallery."""
+    return page.locator("#images .grid-wrap img, #images .thumbnail-item img")
 
 
 def newest(served, count):
@@ -99,11 +99,11 @@ def test_draw_with_an_adapter_take_a_seed_again_and_read_it_back(visit, served, 
     few_steps(page)
     page.locator("#prompt textarea").press("Control+Enter")
     one.says("#status", "Done: 2 of 2")
-    assert pictures(page).count() == 2
+    assert images(page).count() == 2
     assert page.locator("#draw").is_enabled()
     seeds = [read_parameters(file)["seed"] for file in newest(served, 2)][::-1]
 
-    pictures(page).nth(1).click()  # the second picture's seed, taken again
+    images(page).nth(1).click()  # the second image's seed, taken again
     expect(page.get_by_text(f"Seed {seeds[1]}, cat at 1")).to_be_visible()
     one.shot("generate")
     page.locator("#reuse").click()
@@ -123,14 +123,14 @@ def test_draw_with_an_adapter_take_a_seed_again_and_read_it_back(visit, served, 
     page.locator("#history > button").click()
     expect(page.locator("#history .grid-wrap img, #history .thumbnail-item img")).not_to_have_count(0)
     page.locator("#history input[type=file]").set_input_files(again)
-    one.says("#status", "The form holds that picture's settings.")
+    one.says("#status", "The form holds that image's settings.")
     expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat")
     expect(page.locator("#seed input")).to_have_value(str(seeds[1]))
     expect(page.locator("#adapter-1 input")).to_have_value("cat")
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     page.locator("#history").get_by_label(re.compile("Clear|Remove|Close")).first.click()
     page.locator("#history input[type=file]").set_input_files(tmp_path / "bare.png")
-    one.says("#status", "Not read: this picture carries no parameters")
+    one.says("#status", "Not read: this image carries no parameters")
 
 
 def test_stop_and_draw_again(visit, served):
@@ -140,14 +140,14 @@ def test_stop_and_draw_again(visit, served):
     few_steps(page, steps=150, count=4)
     fixed_seed(page, 3)
     page.locator("#draw").click()
-    expect(page.locator("#status")).to_contain_text(re.compile(r"Picture 1 of 4: step \d+ of 150, \d+ s left"))
+    expect(page.locator("#status")).to_contain_text(re.compile(r"Image 1 of 4: step \d+ of 150, \d+ s left"))
     expect(page.locator("#draw")).to_be_disabled()
     before = len(newest(served, 1000))
     page.locator("#stop").click()
     one.says("#status", "Stopped: 0 of 4")
     assert len(newest(served, 1000)) == before
     page.get_by_label("number input for Steps").fill("6")
-    page.get_by_label("Pictures", exact=True).fill("1")
+    page.get_by_label("Images", exact=True).fill("1")
     page.locator("#draw").click()
     one.says("#status", "Done: 1 of 1, seeds from 3")
     found = newest(served, 1)[0]
@@ -162,7 +162,7 @@ def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
         one.fill("#prompt", "a noto emoji of bear")
         few_steps(one.page, steps=steps, count=1)
     busy.page.locator("#draw").click()
-    busy.says("#status", "Picture 1 of 1")
+    busy.says("#status", "Image 1 of 1")
     waiting.page.locator("#draw").click()
     waiting.says("#status", "one other drawing is in the queue")
     waiting.page.locator("#stop").click()
@@ -174,7 +174,7 @@ def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
     waiting.says("#status", "Done: 1 of 1")
 
 
-def test_mistakes_are_said_beside_the_pictures(visit):
+def test_mistakes_are_said_beside_the_images(visit):
     one = visit()
     one.page.locator("#draw").click()
     one.says("#status", "Not drawn: the prompt is empty")
@@ -210,9 +210,9 @@ def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
     one.says("#compare-status", "strength across, checkpoint down.")
     expect(page.locator("#grid img")).to_be_visible()
     (grid,) = sorted((served[1] / "history").glob("*-grid.png"))[-1:]
-    with Image.open(grid) as picture:
-        assert picture.width > 3 * 128
-        assert picture.height > 3 * 128
+    with Image.open(grid) as image:
+        assert image.width > 3 * 128
+        assert image.height > 3 * 128
     one.shot("grid")
 
 
@@ -235,7 +235,7 @@ def test_train_the_example_reload_and_use_it(visit, served):
     page.locator("#train-advanced > button").click()
     page.locator("#train-check").click()
     one.says("#train-note", "Nothing is in the way.")
-    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30 of 2 pictures"))
+    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30 of 2 images"))
     page.locator("#train-start").click()
     one.says("#train-status", "Training.")
     page.reload()
@@ -279,7 +279,7 @@ def test_a_run_is_stopped_resumed_and_a_crash_is_told(visit, served):
     shutil.rmtree(run.folder)
 
 
-def test_bad_pictures_are_named_before_training(visit, tmp_path):
+def test_bad_images_are_named_before_training(visit, tmp_path):
     one = visit()
     one.tab("Train")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
@@ -292,7 +292,7 @@ def test_bad_pictures_are_named_before_training(visit, tmp_path):
     expect(one.page.locator("#train-table [role=row]", has_text="black.png").first).to_contain_text("good, 64 x 64")
     one.page.locator("#train-start").click()
     one.says("#train-note", "Not started:")
-    one.shot("bad-pictures")
+    one.shot("bad-images")
 
 
 # --------------------------------------------------------------------------------------------------------- adapters
@@ -323,7 +323,7 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
     one.says("#card", "of the update missing")
     page.locator("#draw-sample").click()
     one.says("#adapter-status", "The sample is kept beside the adapter.")
-    expect(page.locator("#card-picture img")).to_be_visible()
+    expect(page.locator("#card-image img")).to_be_visible()
     one.shot("adapters")
     one.choose("#format", "kohya")
     page.locator("#export").click()

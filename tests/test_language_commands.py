@@ -11,10 +11,10 @@ from tiny_language import build, save, tokenizer
 from effilora_diffusion import EffiLoRAConfig
 from effilora_diffusion.cli import main
 from effilora_diffusion.core import AdapterFile, calibrate, load_adapter_file, save_adapter
-from effilora_diffusion.language.attachment import attach, create_adapter, load_adapter
-from effilora_diffusion.language.data import Encoder
-from effilora_diffusion.language.generation import _ask, answers, stream
+from effilora_diffusion.language.encoding import Encoder
+from effilora_diffusion.language.generate import _ask, answers, stream
 from effilora_diffusion.language.models import load_model
+from effilora_diffusion.language.targets import attach, create_adapter, load_adapter
 
 PAIRS = {"ab": "u", "bc": "yy", "cdef": "x", "d": "www"}
 CHOICES = [*PAIRS.values(), "v"]
@@ -86,7 +86,7 @@ def test_an_answer_also_ends_with_the_mark_of_its_template(place):
     encoder = Encoder(tokenizer())
     encoder.tokenizer.add_special_tokens({"additional_special_tokens": ["w"]})
     encoder.tokenizer.chat_template = MARKED
-    assert encoder.ends == [2, *encoder.tokens("w")]
+    assert encoder.stop_tokens == [2, *encoder.tokens("w")]
     assert answers(model, encoder, [{"instruction": "d"}], 30) == [""]  # a mark is no word
 
 
@@ -269,9 +269,9 @@ def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
         (["chat", "--adapter", "RUN", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["chat", "--adapter", "RUN", "--prompt", "a", "--top_p", "0"], "--top_p"),
         (["chat", "--adapter", "RUN", "--prompt", "a", "--image", "/nowhere.png"], "--image /nowhere.png"),
-        (["chat", "--adapter", "PICTURES", "--prompt", "a"], "is for pictures"),
+        (["chat", "--adapter", "IMAGES", "--prompt", "a"], "is for images"),
         (["chat", "--adapter", "RUN", "--prompt", "a", "--prompt_template", "plain", "--system", "b"], "--system"),
-        (["chat", "--adapter", "RUN", "--prompt", "a", "--prompt_template", "vicuna"], "is for pictures"),
+        (["chat", "--adapter", "RUN", "--prompt", "a", "--prompt_template", "vicuna"], "is for images"),
         (["evaluate", "--adapter", "RUN", "--data", "/nowhere.json"], "--data /nowhere.json can't be read"),
         (["evaluate", "--adapter", "RUN", "--data", "BAD"], "record 1: it needs 'choices'"),
         (["evaluate", "--adapter", "RUN", "--data", "BAD", "--batch_size", "0"], "--batch_size"),
@@ -280,9 +280,9 @@ def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, words, message):
     content = AdapterFile(create_adapter(build("llama"), EffiLoRAConfig(target_modules=("paper",))))
-    save_adapter(tmp_path / "pictures.safetensors", content)
+    save_adapter(tmp_path / "images.safetensors", content)
     (tmp_path / "bad.jsonl").write_text('{"instruction": "why?"}')
-    stand_ins = {"RUN": str(place / "run"), "PICTURES": str(tmp_path / "pictures.safetensors"),
+    stand_ins = {"RUN": str(place / "run"), "IMAGES": str(tmp_path / "images.safetensors"),
                  "BAD": str(tmp_path / "bad.jsonl")}  # fmt: skip
     assert main([stand_ins.get(word, word) for word in words]) == 2
     said = capsys.readouterr().err

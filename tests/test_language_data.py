@@ -9,16 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer
 
 from effilora_diffusion import EffiLoRAError
-from effilora_diffusion.language.data import (
-    IGNORED,
-    Encoder,
-    Example,
-    Examples,
-    collate,
-    collate_packed,
-    pack,
-    read_records,
-)
+from effilora_diffusion.language.batches import collate, collate_packed, pack
+from effilora_diffusion.language.encoding import IGNORED, Encoder, Example, Examples
+from effilora_diffusion.language.records import read_records
 
 SUM = {"instruction": "add 1 and 2", "input": "", "output": "3"}
 TURNS = (("system", "be brief"), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4"))
@@ -138,7 +131,7 @@ def test_records_that_can_t_be_learned_are_named(record, word):
 def test_forms_without_turns_want_texts(template, record):
     with pytest.raises(EffiLoRAError, match=r"data, record 1: .*'instruction' and 'output' as texts"):
         Examples([record], Encoder(tokenizer(), template), "data")
-    with pytest.raises(EffiLoRAError, match="vicuna is for pictures"):
+    with pytest.raises(EffiLoRAError, match="vicuna is for images"):
         Encoder(tokenizer(), "vicuna")
 
 

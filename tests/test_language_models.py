@@ -8,7 +8,7 @@ from tiny_language import LANGUAGE_MODELS, build, rows
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.core import AdapterFile, EffiLoRA, calibrate, merge, save_adapter, to_lora, unmerge
 from effilora_diffusion.core.peft_format import add_to_weights, write_peft
-from effilora_diffusion.language.attachment import attach, create_adapter, detach, find_sites, load_adapter
+from effilora_diffusion.language.targets import attach, create_adapter, detach, find_sites, load_adapter
 
 PAPER = EffiLoRAConfig(rank=4, heads=3, target_modules=("paper",))
 
@@ -167,12 +167,14 @@ def test_maps_on_one_input_share_their_codes(monkeypatch):
     logits(model, ids)
     sites = find_sites(build("llama"), ["paper"])
     assert sorted(calls) == sorted(range(len(sites)))  # q, k and v are one call
-    assert [len(site.maps) for site in sites] == [3, 1, 1] * 2
+    assert [len(site.linears) for site in sites] == [3, 1, 1] * 2
 
 
 def test_targets_are_groups_names_or_all():
     model = build("llama")
-    endings = lambda targets: {path.rpartition(".")[2] for site in find_sites(model, targets) for path, _ in site.maps}
+    endings = lambda targets: {
+        path.rpartition(".")[2] for site in find_sites(model, targets) for path, _ in site.linears
+    }
     assert endings(["paper"]) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
     assert endings(["attention"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert endings(["feed_forward"]) == {"gate_proj", "up_proj", "down_proj"}

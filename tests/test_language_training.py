@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from effilora_diffusion.cli import main as cli
 from effilora_diffusion.core import load_adapter_file
-from effilora_diffusion.language.attachment import detach, load_adapter
-from effilora_diffusion.language.launch import main
+from effilora_diffusion.language.main import main
 from effilora_diffusion.language.models import load_model
+from effilora_diffusion.language.targets import detach, load_adapter
 
 SCRIPT = str(Path(__file__).parents[1] / "train_scripts" / "train_llm_effilora.py")
 

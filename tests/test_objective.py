@@ -8,7 +8,13 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.diffusion.objective import DDPMObjective, FlowObjective, denoising_losses, flow_shift, is_flow
+from effilora_diffusion.diffusion.training.loss import (
+    DDPMObjective,
+    FlowObjective,
+    denoising_losses,
+    flow_shift,
+    is_flow,
+)
 
 SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 
@@ -52,7 +58,7 @@ def test_loss_of_a_sample_is_its_weighted_mean_square_in_float():
     assert found.dtype == torch.float32
 
 
-def test_flow_matching_goes_straight_from_the_picture_to_the_noise():
+def test_flow_matching_goes_straight_from_the_image_to_the_noise():
     flow = FlowObjective()
     latents, noise = torch.tensor([[2.0], [2.0], [2.0]]), torch.tensor([[6.0], [6.0], [6.0]])
     times = torch.tensor([0.0, 250.0, 1000.0])
@@ -83,7 +89,7 @@ def test_weights_of_the_schemes_are_diffusers_own(scheme):
     assert torch.allclose(FlowObjective(1.0, scheme).weights(times), expected)
 
 
-def test_the_mean_of_logit_normal_moves_towards_the_picture_as_in_diffusers():
+def test_the_mean_of_logit_normal_moves_towards_the_image_as_in_diffusers():
     uniform = (torch.arange(999) + 0.5) / 999
     centre, moved = (FlowObjective(1.0, "logit_normal", mean).timesteps(uniform).median() for mean in (0.0, 1.0))
     assert centre == pytest.approx(500, abs=1)

@@ -13,12 +13,12 @@ from torch import nn
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, load_adapter
 from effilora_diffusion.core.attach import merge
 from effilora_diffusion.core.fingerprint import model_hash
-from effilora_diffusion.diffusion.attention import attach, create_adapter, detach
-from effilora_diffusion.diffusion.families import make_family
-from effilora_diffusion.diffusion.loading import component_of
-from effilora_diffusion.diffusion.pipelines import load_pipeline, quantization
-from effilora_diffusion.diffusion.preflight import activation_bytes
-from effilora_diffusion.diffusion.settings import TrainingConfig
+from effilora_diffusion.diffusion.adapters.load import component_of
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.models import make_family
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline, quantization
+from effilora_diffusion.diffusion.training.dry_run import activation_bytes
 
 PROMPT = "a red cat"
 KINDS = ("torchao-int8", "torchao-float8")

@@ -24,7 +24,7 @@ def harm_of(reducer, harms):
     """A validation loss that rises by a layer's harm, in proportion to how far the layer is suppressed."""
 
     def evaluate():
-        strength = reducer.adapter.layer_strength
+        strength = reducer.adapter.block_strength
         return 1.0 + sum(harm * (1 - strength.get(layer, 1.0)) for layer, harm in harms.items())
 
     return evaluate
@@ -63,7 +63,7 @@ def test_without_the_reducer_every_layer_trains_and_nothing_is_measured():
         reducer.begin_step(step)
         assert not reducer.due(step)
         assert all(heads.requires_grad for heads in reducer.adapter.B)
-        assert reducer.adapter.cut_layers == frozenset()
+        assert reducer.adapter.cut_blocks == frozenset()
     assert reducer.active == LAYERS
 
 
@@ -96,7 +96,7 @@ def test_unimportant_layers_are_suppressed_more_often_than_important_ones():
     seen = Counter()
 
     def evaluate():
-        seen.update(list(reducer.adapter.layer_strength))
+        seen.update(list(reducer.adapter.block_strength))
         return 1.0
 
     for step in range(40):
@@ -143,25 +143,25 @@ def test_each_rollout_suppresses_its_share_of_the_layers_by_the_factor(share, ro
     seen = []
 
     def evaluate():
-        seen.append(dict(reducer.adapter.layer_strength))
+        seen.append(dict(reducer.adapter.block_strength))
         return 1.0
 
     reducer.update(7, evaluate)
     assert len(seen) == rollouts
     assert all(len(strengths) == size and set(strengths.values()) == {factor} for strengths in seen)
-    assert reducer.adapter.layer_strength == {}
+    assert reducer.adapter.block_strength == {}
 
 
 def test_a_suppressed_layer_adds_nothing_to_the_output():
     model, x = make_toy(BLOCKS), toy_input()
     adapter = attach(model, make_adapter(BLOCKS))
-    adapter.layer_strength["blocks.3"] = 0.0
+    adapter.block_strength["blocks.3"] = 0.0
     suppressed = model(x)
-    adapter.layer_strength.clear()
+    adapter.block_strength.clear()
     full = model(x)
     with torch.no_grad():
         for site, heads in zip(adapter.sites, adapter.B, strict=True):
-            if site.layer == "blocks.3":
+            if site.block == "blocks.3":
                 heads.zero_()
     torch.testing.assert_close(suppressed, model(x))
     assert not torch.allclose(suppressed, full)
@@ -188,7 +188,7 @@ def test_frozen_heads_keep_every_bit_under_weight_decay_and_momentum(train_share
     for _ in range(4):
         step()
     for site, old, new in zip(adapter.sites, before, adapter.B, strict=True):
-        assert torch.equal(old, new) == (site.layer not in active), site.name
+        assert torch.equal(old, new) == (site.block not in active), site.name
     adapter.set_active(None)
     step()
     assert not any(torch.equal(old, new) for old, new in zip(before, adapter.B, strict=True))
@@ -196,7 +196,7 @@ def test_frozen_heads_keep_every_bit_under_weight_decay_and_momentum(train_share
 
 def part_of(adapter, layers):
     """An adapter of its own with the sites of ``layers`` and copies of their weights."""
-    keep = [index for index, site in enumerate(adapter.sites) if site.layer in layers]
+    keep = [index for index, site in enumerate(adapter.sites) if site.block in layers]
     part = EffiLoRA(adapter.config, [adapter.sites[index] for index in keep])
     with torch.no_grad():
         for width, value in part.A.items():
@@ -225,7 +225,7 @@ def test_without_train_shared_a_learns_from_active_layers_only(routing):
     for width, value in adapter.A.items():
         torch.testing.assert_close(value.grad, moving.A[width].grad, rtol=1e-4, atol=1e-6)
     for site, router in zip(adapter.sites, adapter.G, strict=True):
-        assert (router.grad is not None) == (site.layer in active)
+        assert (router.grad is not None) == (site.block in active)
 
 
 def test_with_train_shared_a_and_routers_learn_from_every_layer():
@@ -248,8 +248,8 @@ def test_begin_step_freezes_what_select_leaves_out():
         chosen = reducer.select(step)
         assert reducer.active == chosen
         for site, heads in zip(reducer.adapter.sites, reducer.adapter.B, strict=True):
-            assert heads.requires_grad == (site.layer in chosen)
-        assert reducer.adapter.cut_layers == set(LAYERS) - set(chosen)
+            assert heads.requires_grad == (site.block in chosen)
+        assert reducer.adapter.cut_blocks == set(LAYERS) - set(chosen)
 
 
 def test_trained_ever_counts_the_layers_drawn_so_far():
@@ -272,7 +272,7 @@ def test_an_a_of_a_layer_s_own_counts_with_its_layer(train_shared):
     (drawn,) = reducer.active
     counted = reducer.trained_ever()
     attach(make_toy(BLOCKS), adapter)
-    own = [index for index, site in enumerate(adapter.sites) if train_shared or site.layer == drawn]
+    own = [index for index, site in enumerate(adapter.sites) if train_shared or site.block == drawn]
     expected = sum(adapter.G[i].numel() + adapter.shared_a(adapter.sites[i]).numel() for i in own)
     expected += sum(heads.numel() for heads in adapter.B if heads.requires_grad)
     assert counted == expected == adapter.parameter_counts()["trained_per_step"]
@@ -329,19 +329,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_scores(loss):
     with pytest.raises(EffiLoRAError, match="step 4 is not finite"):
         reducer.update(4, lambda: next(losses))
     assert reducer.scores == [0.0] * BLOCKS
-    assert reducer.adapter.layer_strength == {}
+    assert reducer.adapter.block_strength == {}
 
 
 def test_an_exception_in_the_validation_leaves_no_layer_suppressed():
     reducer = make_reducer()
 
     def fail():
-        assert reducer.adapter.layer_strength
+        assert reducer.adapter.block_strength
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         reducer.update(0, fail)
-    assert reducer.adapter.layer_strength == {}
+    assert reducer.adapter.block_strength == {}
 
 
 def test_scores_stay_bounded_so_that_every_layer_can_come_back():

@@ -11,8 +11,8 @@ from conftest import build_tiny_pipeline, make_adapter
 from helpers import arguments, edit_json, files_in, make_subject, metrics, same_content, settings, trainer
 
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.diffusion import launch
-from effilora_diffusion.diffusion.checkpoints import (
+from effilora_diffusion.diffusion.training import main as launch
+from effilora_diffusion.diffusion.training.checkpoints import (
     TrainingState,
     fault_of,
     find_checkpoint,
@@ -20,13 +20,13 @@ from effilora_diffusion.diffusion.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.training.trainer import Trainer
 
 STEPS = 12
 HARD = {
     "max_train_steps": STEPS,
     "train_batch_size": 2,
-    "gradient_accumulation_steps": 3,  # six of five pictures per step: epochs end in the middle of steps
+    "gradient_accumulation_steps": 3,  # six of five images per step: epochs end in the middle of steps
     "learning_rate": 1e-2,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
@@ -216,8 +216,8 @@ def test_missing_checkpoint_is_an_error_and_no_fresh_start(short, tmp_path, caps
         ("--learning_rate=0.1", "learning_rate was 0.0005 and is 0.1"),
         ("--seed=1", "seed was 0 and is 1"),
         ("--train_batch_size=2", "train_batch_size was 1 and is 2"),
-        ("--instance_prompt=a toy", "pictures was"),
-        ("--instance_data_dir={other}", "pictures was"),
+        ("--instance_prompt=a toy", "images was"),
+        ("--instance_data_dir={other}", "images was"),
         ("--lr_scheduler=cosine", "lr_scheduler was 'constant' and is 'cosine'"),
     ],
 )

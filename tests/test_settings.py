@@ -7,13 +7,8 @@ import pytest
 import yaml
 
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.diffusion.foreign_flags import NOT_NEEDED, NOT_SUPPORTED
-from effilora_diffusion.diffusion.settings import (
-    SCHEDULES,
-    TrainingConfig,
-    parse_arguments,
-    read_config_file,
-)
+from effilora_diffusion.diffusion.config import SCHEDULES, TrainingConfig, parse_arguments, read_config_file
+from effilora_diffusion.diffusion.training.diffusers_flags import NOT_NEEDED, NOT_SUPPORTED
 
 DIFFUSERS_DEFAULTS = {
     "rank": 4,
@@ -234,7 +229,7 @@ def test_resolved_settings_repeat_the_run_from_a_file(tmp_path):
     assert yaml.safe_load(config.to_yaml()).keys() == asdict(config).keys()
 
 
-def test_example_is_used_only_if_neither_model_nor_pictures_are_named(tmp_path):
+def test_example_is_used_only_if_neither_model_nor_images_are_named(tmp_path):
     plain = TrainingConfig()
     assert parse_arguments([], example) == replace(plain, **EXAMPLE)
     assert parse_arguments(["--resolution", "32"], example) == replace(plain, **{**EXAMPLE, "resolution": 32})

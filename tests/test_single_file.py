@@ -8,7 +8,7 @@ from single_files import write_single_file
 from tiny_families import build, draw
 
 from effilora_diffusion import EffiLoRAError, load_adapter
-from effilora_diffusion.diffusion.pipelines import load_pipeline
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 
 PROMPT = "a red cat"
 

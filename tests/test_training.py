@@ -11,11 +11,12 @@ from helpers import arguments, files_in, make_subject, metrics, settings, sharp_
 from PIL import Image
 
 from effilora_diffusion.core import EffiLoRAError, load_adapter_file
-from effilora_diffusion.diffusion import attention, launch
-from effilora_diffusion.diffusion.checkpoints import fault_of, list_checkpoints
-from effilora_diffusion.diffusion.pipelines import load_pipeline
-from effilora_diffusion.diffusion.settings import parse_arguments
-from effilora_diffusion.diffusion.training import Trainer
+from effilora_diffusion.diffusion.adapters import processors as attention
+from effilora_diffusion.diffusion.config import parse_arguments
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.training import main as launch
+from effilora_diffusion.diffusion.training.checkpoints import fault_of, list_checkpoints
+from effilora_diffusion.diffusion.training.trainer import Trainer
 
 CHECKPOINT = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"}
 RESULT = {
@@ -64,7 +65,7 @@ def velocity_loss(run, batches):
     )
 
 
-def test_training_learns_its_picture_and_not_another_one(tiny_pipeline, tmp_path):
+def test_training_learns_its_image_and_not_another_one(tiny_pipeline, tmp_path):
     model = sharp_pipeline(tiny_pipeline, tmp_path / "model")
     options = {"learning_rate": 3e-2, "train_batch_size": 4, "max_train_steps": 50, "num_validation_images": 0}
     run = trainer(model, make_subject(tmp_path / "own", 1), tmp_path / "out", **options)
@@ -80,8 +81,8 @@ def test_output_folder_holds_everything_promised_and_nothing_else(finished):
     config, run, _ = finished
     expected = RESULT | {"samples/step-000002.png"} | {f"checkpoint-2/{name}" for name in CHECKPOINT}
     assert names(run.output) == expected
-    with Image.open(run.output / "before_after.png") as picture:
-        assert picture.height > 3 * 128  # the subject, before, after
+    with Image.open(run.output / "before_after.png") as image:
+        assert image.height > 3 * 128  # the subject, before, after
     assert parse_arguments(["--config", str(run.output / "config.yaml")]) == config
 
 
@@ -90,7 +91,7 @@ def test_native_file_tells_where_it_comes_from(finished, tiny_pipeline):
     content = load_adapter_file(run.output / "effilora.safetensors")
     facts = content.metadata
     assert facts["base_model"] == str(tiny_pipeline)
-    assert (facts["trigger_prompt"], facts["steps"], facts["pictures"]) == ("a sks cat", 2, 3)
+    assert (facts["trigger_prompt"], facts["steps"], facts["images"]) == ("a sks cat", 2, 3)
     assert (facts["component"], facts["base_class"]) == ("unet", "UNet2DConditionModel")
     assert facts["export_error"] == summary.export_error
     assert content.calibration.keys() == {site.name for site in run.adapter.sites}
@@ -116,7 +117,7 @@ def test_metrics_have_one_line_per_step(finished):
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line.keys() == {"step", "loss", "lr", "grad_norm", "seconds", "active_layers"} for line in lines)
-    assert all(line["lr"] == 1e-2 and line["active_layers"] == len(run.adapter.layers) for line in lines)
+    assert all(line["lr"] == 1e-2 and line["active_layers"] == len(run.adapter.blocks) for line in lines)
 
 
 def test_base_is_bit_identical_after_training_and_detaching(tiny_pipeline, subject, tmp_path):
@@ -165,7 +166,7 @@ def test_reducer_trains_half_of_the_layers_after_its_warm_up(tiny_pipeline, subj
     options = {"reducer": "importance", "reducer_warmup": 1, "reducer_interval": 2, "max_train_steps": 4}
     run = trainer(tiny_pipeline, subject, tmp_path / "out", **options, num_validation_images=0)
     summary = run.run()
-    layers = len(run.adapter.layers)
+    layers = len(run.adapter.blocks)
     assert [line["active_layers"] for line in metrics(run.output)] == [layers, *[layers // 2] * 3]
     events = [json.loads(line) for line in (run.output / "reducer.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "importance"] == [1, 3]
@@ -209,7 +210,7 @@ def test_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_as_it_was(tiny_pi
     for key, moments in run.batches.instance._moments.items():
         if key[0] == example.sha256:
             moments[0, 0, 0, 0] = float("nan")
-    with pytest.raises(EffiLoRAError, match=rf"the loss became nan at step 3 \(pictures {name}\)"):
+    with pytest.raises(EffiLoRAError, match=rf"the loss became nan at step 3 \(images {name}\)"):
         run.run()
     assert checkpoints(run.output) == ["checkpoint-1", "checkpoint-2"]
     assert all(fault_of(folder) is None for folder in list_checkpoints(run.output))
@@ -239,7 +240,7 @@ def test_run_that_changed_no_head_is_refused(tiny_pipeline, subject, tmp_path):
 
 def test_earlier_run_is_replaced_only_if_asked_and_then_only_its_own_files(tiny_pipeline, tmp_path, capsys):
     output = tmp_path / "out"
-    inside = make_subject(output / "subject")  # pictures in the output folder must survive
+    inside = make_subject(output / "subject")  # images in the output folder must survive
     (output / "notes.txt").write_text("mine")
     config = settings(tiny_pipeline, inside, output, num_validation_images=0)
     words = arguments(config)
@@ -263,16 +264,16 @@ def test_earlier_run_is_replaced_only_if_asked_and_then_only_its_own_files(tiny_
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
-def test_bad_picture_is_named_on_the_screen_and_the_rest_is_used(tiny_pipeline, tmp_path, capsys):
+def test_bad_image_is_named_on_the_screen_and_the_rest_is_used(tiny_pipeline, tmp_path, capsys):
     folder = make_subject(tmp_path / "subject")
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:100])
-    (folder / "words.jpg").write_text("no picture at all")
+    (folder / "words.jpg").write_text("no image at all")
     words = arguments(settings(tiny_pipeline, folder, tmp_path / "out", num_validation_images=0))
     assert launch.main(words) == 0
     out = capsys.readouterr().out
     assert "skipped  broken.png: " in out
     assert "skipped  words.jpg: it is a text file" in out
-    assert load_adapter_file(tmp_path / "out" / "effilora.safetensors").metadata["pictures"] == 3
+    assert load_adapter_file(tmp_path / "out" / "effilora.safetensors").metadata["images"] == 3
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -312,7 +313,7 @@ def test_second_signal_ends_the_run_at_once(tiny_pipeline, subject, tmp_path, mo
     assert checkpoints(tmp_path / "out") == []
 
 
-def test_run_without_pictures_names_the_missing_setting(tiny_pipeline, tmp_path, capsys):
+def test_run_without_images_names_the_missing_setting(tiny_pipeline, tmp_path, capsys):
     words = [f"--pretrained_model_name_or_path={tiny_pipeline}", f"--output_dir={tmp_path / 'out'}"]
     assert launch.main(words) == 2
     assert "--instance_data_dir is missing" in capsys.readouterr().err

@@ -17,7 +17,7 @@ CHANNELS = 4
 """Channels of the latents, before any packing."""
 
 GAIN = 1.15
-"""Weights a little larger than those that keep the variance: prompts show in pictures of two steps."""
+"""Weights a little larger than those that keep the variance: prompts show in images of two steps."""
 
 
 def kl_vae(cls: type = d.AutoencoderKL, **options):
@@ -33,7 +33,7 @@ def flux_vae(scaling_factor: float = 0.3611, shift_factor: float = 0.1159):
 
 
 def qwen_vae():
-    """The video autoencoder of Qwen-Image; a picture is one frame."""
+    """The video autoencoder of Qwen-Image; an image is one frame."""
     statistics = {"latents_mean": [-0.7, 0.4, 0.1, -0.2], "latents_std": [2.8, 1.5, 2.3, 1.2]}
     return d.AutoencoderKLQwenImage(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1, 2, 2], num_res_blocks=1, **statistics)
 
@@ -268,13 +268,13 @@ def build(name: str, seed: int = 0) -> d.DiffusionPipeline:
 
 
 def sampling(name: str) -> dict:
-    """Keyword arguments with which the pipeline of a family draws a small picture in two steps."""
+    """Keyword arguments with which the pipeline of a family draws a small image in two steps."""
     return {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pil"} | _TABLE[name][1]
 
 
 def draw(pipeline: d.DiffusionPipeline, name: str, prompt: str) -> torch.Tensor:
-    """The bytes of the picture that a pipeline of the family draws for the prompt."""
+    """The bytes of the image that a pipeline of the family draws for the prompt."""
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(1), **sampling(name)).images[0]
-    assert picture.size == (64, 64), f"{name}: picture of {picture.size}"
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+    image = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(1), **sampling(name)).images[0]
+    assert image.size == (64, 64), f"{name}: image of {image.size}"
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()

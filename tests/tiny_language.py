@@ -62,7 +62,7 @@ CHAT = (
 
 
 def tokenizer(chat=True):
-    """A tokenizer of single characters, roles, the end of a turn, which also ends the text, and a picture's place."""
+    """A tokenizer of single characters, roles, the end of a turn, which also ends the text, and an image's place."""
     special = ["<pad>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
     letters = [chr(code) for code in range(32, 32 + VOCAB - len(special)) if chr(code) != "`"]
     vocabulary = {token: index for index, token in enumerate([*special, *letters, "<image>"])}

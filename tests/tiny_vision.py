@@ -30,30 +30,30 @@ def _tokenizer(*special):
 def _llava(chat):
     config = t.LlavaConfig(vision_config=_clip(), text_config=t.LlamaConfig(**GQA), image_token_index=VOCAB - 1,
                            image_seq_length=4, vision_feature_layer=-1)  # fmt: skip
-    pictures = t.CLIPImageProcessor(size=_SIZE, crop_size=_SIZE)
+    images = t.CLIPImageProcessor(size=_SIZE, crop_size=_SIZE)
     return t.LlavaForConditionalGeneration(config), t.LlavaProcessor(
-        pictures, tokenizer(False), chat_template=chat, **_CLIP
+        images, tokenizer(False), chat_template=chat, **_CLIP
     )
 
 
 def _llava_next(chat):
     config = t.LlavaNextConfig(vision_config=_clip(), text_config=t.LlamaConfig(**GQA), image_token_index=VOCAB - 1,
                                image_grid_pinpoints=_GRID, vision_feature_layer=-1)  # fmt: skip
-    pictures = t.LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size=_SIZE, image_grid_pinpoints=_GRID)
-    processor = t.LlavaNextProcessor(pictures, tokenizer(False), chat_template=chat, **_CLIP)
+    images = t.LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size=_SIZE, image_grid_pinpoints=_GRID)
+    processor = t.LlavaNextProcessor(images, tokenizer(False), chat_template=chat, **_CLIP)
     return t.LlavaNextForConditionalGeneration(config), processor
 
 
 def _idefics3(chat):
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
     words, _ = _tokenizer("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *rows)
-    pictures = t.Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    images = t.Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     config = t.Idefics3Config(
         vision_config={**_VISION, "num_attention_heads": 2, "patch_size": 8},
         text_config=t.LlamaConfig(**{**GQA, "vocab_size": len(words)}), image_token_id=VOCAB - 1, scale_factor=2,
     )  # fmt: skip
     return t.Idefics3ForConditionalGeneration(config), t.Idefics3Processor(
-        pictures, words, image_seq_len=1, chat_template=chat
+        images, words, image_seq_len=1, chat_template=chat
     )
 
 
@@ -67,10 +67,10 @@ def _gemma3(chat):
         vision_config={**_VISION, "num_attention_heads": 4, "patch_size": 4}, mm_tokens_per_image=4,
         image_token_id=ids["<soft>"], boi_token_index=ids["<boi>"], eoi_token_index=ids["<eoi>"],
     )  # fmt: skip
-    pictures = t.Gemma3ImageProcessor(size=_SIZE)
+    images = t.Gemma3ImageProcessor(size=_SIZE)
     chat = chat and chat.replace("<image>", "<boi>")
     return t.Gemma3ForConditionalGeneration(config), t.Gemma3Processor(
-        pictures, words, image_seq_length=4, chat_template=chat
+        images, words, image_seq_length=4, chat_template=chat
     )
 
 

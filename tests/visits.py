@@ -1,4 +1,4 @@
-"""Visits to the web UI in a real browser: what people do, what the page asked for on the way, and its pictures."""
+"""Visits to the web UI in a real browser: what people do, what the page asked for on the way, and its images."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ PATIENCE = 60_000
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 SCREENSHOTS = Path(os.environ.get("EFFILORA_SCREENSHOTS", "outputs/screenshots"))
-"""Where journeys leave their pictures, to be looked at."""
+"""Where journeys leave their images, to be looked at."""
 
 expect.set_options(timeout=PATIENCE)
 
@@ -59,7 +59,7 @@ class Visit:
         expect(self.page.locator(selector)).to_contain_text(text)
 
     def shot(self, name):
-        """Leave pictures of the page as it stands, in every size and scheme."""
+        """Leave images of the page as it stands, in every size and scheme."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         for size, (width, height) in SIZES.items():
             for scheme in ("light", "dark"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also from a checkout that is not installed
 
-from effilora_diffusion.diffusion.launch import main
+from effilora_diffusion.diffusion.training.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

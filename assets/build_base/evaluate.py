@@ -24,7 +24,7 @@ from benchmarks import features
 from benchmarks.features import Judge, load_judge
 from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.errors import EffiLoRAError
-from effilora_diffusion.diffusion.settings import EMBEDDED_SAMPLING
+from effilora_diffusion.diffusion.config import EMBEDDED_SAMPLING
 
 from . import icons as icons_module
 from .icons import BACKGROUNDS, SIZE, STYLES, Icon, caption, composite, judged_concepts, load_icons

@@ -75,8 +75,8 @@ class EffiLoRA(nn.Module):
         self.strength = 1.0
         self.enabled = True
         self.merged = False
-        self.layer_strength: dict[str, float] = {}
-        self.cut_layers: frozenset[str] = frozenset()
+        self.block_strength: dict[str, float] = {}
+        self.cut_blocks: frozenset[str] = frozenset()
         self.noise_features: Tensor | None = None
         self.hooks: list[Any] = []
         self.A = nn.ParameterDict()
@@ -100,9 +100,9 @@ class EffiLoRA(nn.Module):
         return self.A[a_key(self.config, site)]
 
     @property
-    def layers(self) -> tuple[str, ...]:
+    def blocks(self) -> tuple[str, ...]:
         """The Reducer's units in model order."""
-        return tuple(dict.fromkeys(site.layer for site in self.sites))
+        return tuple(dict.fromkeys(site.block for site in self.sites))
 
     @property
     def acts(self) -> bool:
@@ -111,7 +111,7 @@ class EffiLoRA(nn.Module):
 
     def site_scale(self, site: Site) -> float:
         """Everything the site's update is multiplied with."""
-        return self.config.scale * self.strength * self.layer_strength.get(site.layer, 1.0)
+        return self.config.scale * self.strength * self.block_strength.get(site.block, 1.0)
 
     def gates(self, index: int, h: Tensor | None = None) -> Tensor | None:
         """Softmax gates of site ``index``, heads first; ``None`` with one head.
@@ -121,7 +121,7 @@ class EffiLoRA(nn.Module):
         """
         if not len(self.G):
             return None
-        router = self.G[index].detach() if self.sites[index].layer in self.cut_layers else self.G[index]
+        router = self.G[index].detach() if self.sites[index].block in self.cut_blocks else self.G[index]
         if self.config.routing == "token":
             assert h is not None
             return torch.mm(router, h).softmax(0)
@@ -139,7 +139,7 @@ class EffiLoRA(nn.Module):
         """
         site = self.sites[index]
         shared = self.shared_a(site)
-        if site.layer in self.cut_layers:
+        if site.block in self.cut_blocks:
             shared = shared.detach()
         x = x.to(shared.dtype)
         if self.config.dropout and self.training:
@@ -154,7 +154,7 @@ class EffiLoRA(nn.Module):
             if weights.shape[1] != h.shape[1]:  # one gate for all rows of a batch item
                 weights = weights.repeat_interleave(h.shape[1] // weights.shape[1], 1)
             h = (weights.unsqueeze(1) * h).flatten(0, 1)
-        return h.t(), heads.split([width for _, width in site.maps])
+        return h.t(), heads.split([width for _, width in site.linears])
 
     def mixed_heads(self, index: int) -> Tensor:
         """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``."""
@@ -186,22 +186,22 @@ class EffiLoRA(nn.Module):
 
         With ``train_shared`` false, frozen layers also give no gradient to A and routers.
         """
-        known = set(self.layers)
+        known = set(self.blocks)
         active = known if layers is None else set(layers)
         if active - known:
             raise EffiLoRAError(f"unknown layers {sorted(active - known)}")
         for site, heads in zip(self.sites, self.B, strict=True):
-            heads.requires_grad_(site.layer in active)
-            if site.layer not in active:
+            heads.requires_grad_(site.block in active)
+            if site.block not in active:
                 heads.grad = None
-        self.cut_layers = frozenset() if train_shared else frozenset(known - active)
+        self.cut_blocks = frozenset() if train_shared else frozenset(known - active)
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
         stored = sum(p.numel() for p in self.parameters())
         active = sum(p.numel() for p in self.parameters() if p.requires_grad)
         for index, site in enumerate(self.sites):  # what only cut layers use asks for gradients, but none reaches it
-            if site.layer in self.cut_layers:
+            if site.block in self.cut_blocks:
                 active -= self.G[index].numel() if len(self.G) else 0
                 active -= self.shared_a(site).numel() if self.config.a_sharing == "none" else 0
         return {"trained_per_step": active, "trained_ever": stored, "stored": stored}
@@ -210,5 +210,5 @@ class EffiLoRA(nn.Module):
         """One line about the configuration."""
         c = self.config
         return (
-            f"rank={c.rank}, heads={c.heads}, routing={c.routing}, sites={len(self.sites)}, layers={len(self.layers)}"
+            f"rank={c.rank}, heads={c.heads}, routing={c.routing}, sites={len(self.sites)}, blocks={len(self.blocks)}"
         )

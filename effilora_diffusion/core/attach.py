@@ -52,12 +52,12 @@ class AdapterHost(nn.ModuleDict):
         self.originals: dict[str, Tensor] = {}
 
 
-class MapHook:
+class LinearHook:
     """Forward hook of one adapted linear map. An object, not a closure, so that a deep copy of the model is whole."""
 
     def __init__(self, adapter: EffiLoRA, index: int, path: str, scope: Scope):
         self.adapter, self.index, self.scope = adapter, index, scope
-        self.position = [name for name, _ in adapter.sites[index].maps].index(path)
+        self.position = [name for name, _ in adapter.sites[index].linears].index(path)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The map's output with the adapter's update added."""
@@ -69,7 +69,7 @@ class MapHook:
 
 def _is_fresh(module: nn.Module) -> bool:
     """Whether nobody but adapters can hold the module's output, so that it may be changed in place."""
-    return type(module) is nn.Linear and all(type(hook) is MapHook for hook in module._forward_hooks.values())
+    return type(module) is nn.Linear and all(type(hook) is LinearHook for hook in module._forward_hooks.values())
 
 
 class TimestepHook:
@@ -118,8 +118,8 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
     modules = dict(model.named_modules())
     for index, site in enumerate(adapter.sites):
         scope = _scope_of(modules, site)
-        for path, _ in site.maps:
-            hook = MapHook(adapter, index, path, scope)
+        for path, _ in site.linears:
+            hook = LinearHook(adapter, index, path, scope)
             adapter.hooks.append(modules[path].register_forward_hook(hook))
     if adapter.config.routing == "timestep" and adapter.config.heads > 1:
         adapter.hooks.append(model.register_forward_pre_hook(TimestepHook(adapter), with_kwargs=True))
@@ -128,7 +128,7 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
 
 def _scope_of(modules: dict[str, nn.Module], site: Site) -> Scope:
     """The scope of the nearest ancestor of the site's maps that has one (an attention with our processor)."""
-    parts = site.maps[0][0].split(".")
+    parts = site.linears[0][0].split(".")
     for length in range(len(parts) - 1, 0, -1):
         scope = getattr(modules[".".join(parts[:length])], SCOPE_ATTRIBUTE, None)
         if scope is not None:
@@ -176,7 +176,7 @@ def merge(model: nn.Module, name: str = "default") -> None:
         )
     originals = getattr(model, HOST_ATTRIBUTE).originals
     modules = dict(model.named_modules())
-    paths = [path for site in adapter.sites for path, _ in site.maps]
+    paths = [path for site in adapter.sites for path, _ in site.linears]
     weights: dict[str, Tensor] = {path: modules[path].weight for path in paths}  # type: ignore[misc]
     for path, weight in weights.items():
         if not weight.is_floating_point() or type(weight.detach()) is not Tensor:
@@ -209,7 +209,7 @@ def _rebuild(model: nn.Module) -> None:
         if not adapter.merged:
             continue
         for index, site in enumerate(adapter.sites):
-            for path, _ in site.maps:
+            for path, _ in site.linears:
                 update = adapter.mixed_heads(index)[site.rows(path)] @ adapter.shared_a(site)
                 updates[path] = updates.get(path, 0) + adapter.site_scale(site) * update.float()
     modules = dict(model.named_modules())

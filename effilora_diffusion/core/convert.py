@@ -123,7 +123,7 @@ def to_lora(adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None) -> 
                 f"the adapter's {adapter.config.routing} routing needs calibration to become plain LoRA, and "
                 f"{site.name} has none: save the adapter with calibrate() run over typical inputs"
             )
-        for path, _ in site.maps:
+        for path, _ in site.linears:
             rows = site.rows(path)
             if exact:
                 up = adapter.mixed_heads(index)[rows]

@@ -33,6 +33,9 @@ ADAPTER_FILE = "effilora.safetensors"
 HEADER_KEY = "effilora"
 MAX_BYTES = 8 << 30
 
+_RENAMED = {"pictures": "images"}
+"""Metadata names of version 0.1.0, and what they are called now."""
+
 
 @dataclass
 class AdapterFile:
@@ -85,7 +88,7 @@ def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
     """The trained tensors under their names in the native file."""
     tensors = {f"shared_A.{key}": value for key, value in adapter.A.items()}
     for index, site in enumerate(adapter.sites):
-        for path, _ in site.maps:
+        for path, _ in site.linears:
             tensors[f"{path}.stacked_B"] = adapter.B[index][site.rows(path)]
         if len(adapter.G):
             tensors[f"{site.name}.router"] = adapter.G[index]
@@ -158,7 +161,9 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     try:
         config = EffiLoRAConfig.from_dict(header["config"])
         sites = [Site.from_dict(entry) for entry in header["sites"]]
-        metadata = dict(header.get("metadata") or {})
+        metadata: dict[str, Any] = {
+            _RENAMED.get(key, key): value for key, value in dict(header.get("metadata") or {}).items()
+        }
     except EffiLoRAError as error:
         raise EffiLoRAError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -226,9 +231,9 @@ def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str
         parameter.copy_(take(f"shared_A.{key}", tuple(parameter.shape)))
     calibration = {}
     for index, site in enumerate(adapter.sites):
-        for map_path, out_features in site.maps:
+        for linear_path, out_features in site.linears:
             shape = (out_features, adapter.config.heads, adapter.config.rank)
-            adapter.B[index][site.rows(map_path)] = take(f"{map_path}.stacked_B", shape)
+            adapter.B[index][site.rows(linear_path)] = take(f"{linear_path}.stacked_B", shape)
         if len(adapter.G):
             adapter.G[index].copy_(take(f"{site.name}.router", tuple(adapter.G[index].shape)))
         if f"{site.name}.calibration" in remaining:

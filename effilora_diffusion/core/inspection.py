@@ -30,14 +30,14 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
     content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
     model = content.adapter
     layers: dict[str, dict[str, Any]] = {
-        layer: {"norm": 0.0, "heads": [0.0] * model.config.heads} for layer in model.layers
+        layer: {"norm": 0.0, "heads": [0.0] * model.config.heads} for layer in model.blocks
     }
     for index, site in enumerate(model.sites):
         shared, heads = model.shared_a(site), model.B[index]
         for head in range(model.config.heads):
             size = float((heads[:, head] @ shared).square().sum()) * model.config.scale**2
-            layers[site.layer]["heads"][head] += size
-        layers[site.layer]["norm"] += float((heads.mean(1) @ shared).square().sum()) * model.config.scale**2
+            layers[site.block]["heads"][head] += size
+        layers[site.block]["norm"] += float((heads.mean(1) @ shared).square().sum()) * model.config.scale**2
     for facts in layers.values():
         facts["norm"] = facts["norm"] ** 0.5
         facts["heads"] = [size**0.5 for size in facts["heads"]]
@@ -51,7 +51,7 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
         "config": model.config.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(model.sites),
-        "maps": sum(len(site.maps) for site in model.sites),
+        "maps": sum(len(site.linears) for site in model.sites),
         "heads_used": used,
         "heads_total": len(layers) * model.config.heads,
         "layers": layers,
@@ -72,16 +72,16 @@ def _number(value: Any) -> float:
 def head_usage(content: AdapterFile) -> dict[str, list[float] | None]:
     """Each block's mean gates over typical inputs, heads in order, weighted by the size of the codes (they sum to 1)."""
     model = content.adapter
-    gates: dict[str, list[list[float]]] = {layer: [] for layer in model.layers}
+    gates: dict[str, list[list[float]]] = {layer: [] for layer in model.blocks}
     for index, site in enumerate(model.sites):
         if model.config.heads == 1:
-            gates[site.layer].append([1.0])
+            gates[site.block].append([1.0])
         elif model.config.routing == "static":
-            gates[site.layer].append(model.G[index].softmax(0).tolist())
+            gates[site.block].append(model.G[index].softmax(0).tolist())
         elif site.name in content.calibration:
             moments = content.calibration[site.name].diagonal(dim1=1, dim2=2).sum(1)
             if float(moments[0]) > 0:
-                gates[site.layer].append((moments[1:] / moments[0]).tolist())
+                gates[site.block].append((moments[1:] / moments[0]).tolist())
     return {
         layer: [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
         for layer, rows in gates.items()

@@ -1,4 +1,4 @@
-"""The adapter's settings as options of a command line, the same for pictures and for language."""
+"""The adapter's settings as options of a command line, the same for images and for language."""
 
 from __future__ import annotations
 

@@ -46,25 +46,25 @@ class Reducer:
         self.config = adapter.config.reducer
         self.seed = seed
         self.log = log
-        self.layers = adapter.layers
-        self.scores = [0.0] * len(self.layers)
+        self.blocks = adapter.blocks
+        self.scores = [0.0] * len(self.blocks)
         self.deviation = 0.0
-        self.active: tuple[str, ...] = self.layers
+        self.active: tuple[str, ...] = self.blocks
         self.ever_active: set[str] = set()
 
     @property
     def count(self) -> int:
         """K, the number of layers trained per step after the warm-up."""
-        return max(1, round(self.config.active * len(self.layers)))
+        return max(1, round(self.config.active * len(self.blocks)))
 
     def select(self, step: int) -> tuple[str, ...]:
         """The layers that step ``step`` trains: all of them during warm-up, else K drawn with sigmoid(-s)."""
-        if self.config.mode == "off" or step < self.config.warmup or self.count == len(self.layers):
-            return self.layers
+        if self.config.mode == "off" or step < self.config.warmup or self.count == len(self.blocks):
+            return self.blocks
         random_mode = self.config.mode == "random"
         weights = [1.0 if random_mode else sigmoid(-score) for score in self.scores]
         chosen = weighted_sample(weights, self.count, random.Random(f"select {self.seed} {step}"))
-        return tuple(self.layers[index] for index in chosen)
+        return tuple(self.blocks[index] for index in chosen)
 
     def begin_step(self, step: int) -> None:
         """Freeze and unfreeze the adapter's heads for optimizer step ``step``."""
@@ -89,7 +89,7 @@ class Reducer:
         ``evaluate`` returns the validation loss of the model as it stands; it must use the same latents, noise and
         timesteps in every call (common random numbers), else the scores measure the noise.
         """
-        size = max(1, int(self.config.suppress_share * len(self.layers)))
+        size = max(1, int(self.config.suppress_share * len(self.blocks)))
         rng = random.Random(f"suppress {self.seed} {step}")
         subsets = [weighted_sample([sigmoid(s) for s in self.scores], size, rng) for _ in range(self.config.rollouts)]
         losses = [self._suppressed_loss(subset, evaluate) for subset in subsets]
@@ -114,18 +114,18 @@ class Reducer:
                 "step": step,
                 "event": "importance",
                 "losses": losses,
-                "suppressed": [[self.layers[index] for index in subset] for subset in subsets],
-                "scores": dict(zip(self.layers, self.scores, strict=True)),
+                "suppressed": [[self.blocks[index] for index in subset] for subset in subsets],
+                "scores": dict(zip(self.blocks, self.scores, strict=True)),
             }
         )
 
     def _suppressed_loss(self, subset: Sequence[int], evaluate: Callable[[], float]) -> float:
         try:
             for index in subset:
-                self.adapter.layer_strength[self.layers[index]] = self.config.suppress_factor
+                self.adapter.block_strength[self.blocks[index]] = self.config.suppress_factor
             return evaluate()
         finally:
-            self.adapter.layer_strength.clear()
+            self.adapter.block_strength.clear()
 
     def trained_ever(self) -> int:
         """Parameters that have been trained in at least one step: shared A, and what belongs to a layer that was drawn.
@@ -136,7 +136,7 @@ class Reducer:
         own_a = adapter.config.a_sharing == "none"
         total = 0 if own_a else sum(p.numel() for p in adapter.A.parameters())
         for index, site in enumerate(adapter.sites):
-            drawn = site.layer in self.ever_active
+            drawn = site.block in self.ever_active
             total += adapter.B[index].numel() if drawn else 0
             if drawn or self.config.train_shared:
                 total += adapter.G[index].numel() if len(adapter.G) else 0
@@ -146,7 +146,7 @@ class Reducer:
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state for a checkpoint."""
         return {
-            "scores": dict(zip(self.layers, self.scores, strict=True)),
+            "scores": dict(zip(self.blocks, self.scores, strict=True)),
             "deviation": self.deviation,
             "active": list(self.active),
             "ever_active": sorted(self.ever_active),
@@ -154,9 +154,9 @@ class Reducer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; raises :class:`EffiLoRAError` if the layers are not this adapter's."""
-        if set(state["scores"]) != set(self.layers):
+        if set(state["scores"]) != set(self.blocks):
             raise EffiLoRAError("the checkpoint's Reducer scores belong to other layers than this adapter has")
-        self.scores = [float(state["scores"][layer]) for layer in self.layers]
+        self.scores = [float(state["scores"][layer]) for layer in self.blocks]
         self.deviation = float(state["deviation"])
         self.active = tuple(state["active"])
         self.ever_active = set(state["ever_active"])

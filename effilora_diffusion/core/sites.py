@@ -18,25 +18,25 @@ _BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
 
 @dataclass(frozen=True)
 class Site:
-    """One input and every adapted linear map that reads it: ``h = A x`` and the gates are computed once for all.
+    """One input and every adapted linear layer that reads it: ``h = A x`` and the gates are computed once for all.
 
-    ``maps`` pairs each map's module path with its output width; ``layer`` is the Reducer's unit (the block).
+    ``linears`` pairs each linear layer's module path with its output width; ``block`` is the Reducer's unit.
     """
 
     name: str
-    layer: str
+    block: str
     in_features: int
-    maps: tuple[tuple[str, int], ...]
+    linears: tuple[tuple[str, int], ...]
 
     @property
     def out_features(self) -> int:
         """Sum of the maps' output widths."""
-        return sum(width for _, width in self.maps)
+        return sum(width for _, width in self.linears)
 
     def rows(self, path: str) -> slice:
         """The rows of the site's stacked heads that belong to the map ``path``."""
         start = 0
-        for name, width in self.maps:
+        for name, width in self.linears:
             if name == path:
                 return slice(start, start + width)
             start += width
@@ -44,8 +44,8 @@ class Site:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        maps = [list(pair) for pair in self.maps]
-        return {"name": self.name, "layer": self.layer, "in_features": self.in_features, "maps": maps}
+        maps = [list(pair) for pair in self.linears]
+        return {"name": self.name, "layer": self.block, "in_features": self.in_features, "maps": maps}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Site:
@@ -57,7 +57,7 @@ class Site:
         return site
 
 
-def layer_of(path: str) -> str:
+def block_of(path: str) -> str:
     """The block a module belongs to, e.g. ``...transformer_blocks.0``; the path itself outside any block."""
     match = _BLOCK.match(path)
     return match.group(1) if match else path
@@ -97,7 +97,7 @@ def single_sites(model: nn.Module, targets: Iterable[str], taken: Iterable[str] 
     for path, module in model.named_modules():
         size = widths(module)
         if size is not None and path not in taken and is_target(path, targets):
-            sites.append(Site(path, layer_of(path), size[0], ((path, size[1]),)))
+            sites.append(Site(path, block_of(path), size[0], ((path, size[1]),)))
     return sites
 
 
@@ -105,7 +105,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """Raise :class:`EffiLoRAError` if a site's linear maps are missing from ``model`` or have other widths."""
     modules = dict(model.named_modules())
     for site in sites:
-        for path, width in site.maps:
+        for path, width in site.linears:
             size = widths(modules[path]) if path in modules else None
             if size != (site.in_features, width):
                 found = "is missing" if size is None else f"is {size[0]} to {size[1]} wide"

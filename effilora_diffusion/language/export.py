@@ -7,8 +7,8 @@ from typing import Any
 
 from ..core import AdapterFile, EffiLoRAError, is_exact, to_lora
 from ..core.attach import check_sites
+from ..core.load import prepare_for_inference
 from ..core.peft_format import add_to_weights, write_peft
-from ..core.ready import ready
 from .models import load_model
 
 COMPONENT = "language"
@@ -44,7 +44,7 @@ def base_of(content: AdapterFile, model: str | None = None) -> tuple[Any, Any]:
     facts = {} if model else content.metadata
     more = {"revision": facts["model_revision"]} if facts.get("model_revision") else {}
     dtype = str(content.metadata.get("dtype") or "float32")
-    return load_model(str(name), facts.get("gguf_file"), dtype, None, bool(content.metadata.get("pictures")), **more)
+    return load_model(str(name), facts.get("gguf_file"), dtype, None, bool(content.metadata.get("images")), **more)
 
 
 def write_merged(output: Path, content: AdapterFile, model: str | None = None) -> float:
@@ -54,7 +54,7 @@ def write_merged(output: Path, content: AdapterFile, model: str | None = None) -
     factors = to_lora(content.adapter, content.calibration)
     base, reader = base_of(content, model)
     check_sites(base, content.adapter.sites)
-    ready(base, content, 1.0, str(content.metadata.get("base_model")))  # says if it is another base
+    prepare_for_inference(base, content, 1.0, str(content.metadata.get("base_model")))  # says if it is another base
     add_to_weights(base, factors)
     base.save_pretrained(output)
     reader.save_pretrained(output)

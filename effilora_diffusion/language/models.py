@@ -21,17 +21,17 @@ def load_model(
     gguf_file: str | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
-    pictures: bool = False,
+    images: bool = False,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
-    """A language model with frozen weights, in evaluation mode, and its tokenizer (with ``pictures`` its processor).
+    """A language model with frozen weights, in evaluation mode, and its tokenizer (with ``images`` its processor).
 
     Args:
         name: model folder, hub id, or path of a ``.gguf`` file.
         gguf_file: name of a GGUF file in ``name``, as in transformers.
         dtype: of the weights.
         quantization: ``bnb-8bit`` or ``bnb-4bit``.
-        pictures: whether pictures will be shown to it: it must be a vision-language model.
+        images: whether images will be shown to it: it must be a vision-language model.
         options: further ones of ``from_pretrained``, as ``revision``.
     """
     from transformers import AutoProcessor, AutoTokenizer
@@ -45,8 +45,8 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, getattr(torch, dtype))
     try:
-        reader = (AutoProcessor if pictures else AutoTokenizer).from_pretrained(name, **_reader_options(options))
-        loader = _model_class(name, pictures, options)
+        reader = (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **_reader_options(options))
+        loader = _model_class(name, images, options)
         model = loader.from_pretrained(name, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -54,33 +54,33 @@ def load_model(
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
     if gguf_file is not None:  # its weights are plain numbers by now, which transformers would not train or save
         model.hf_quantizer.remove_quantization_config(model)
-    if pictures and not hasattr(reader, "image_processor"):
-        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no pictures")
-    tokenizer = reader.tokenizer if pictures else reader
+    if images and not hasattr(reader, "image_processor"):
+        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no images")
+    tokenizer = reader.tokenizer if images else reader
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), reader
 
 
-def positions(model: nn.Module) -> int:
+def max_positions(model: nn.Module) -> int:
     """The longest row of tokens that the model was made for."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
 
 
-def _model_class(name: str, pictures: bool, options: dict[str, Any]) -> Any:
+def _model_class(name: str, images: bool, options: dict[str, Any]) -> Any:
     """The loader of a model's class: a vision-language model that has no text-only class is loaded whole."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as TEXT
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as PICTURES
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGES
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if "gguf_file" in options:
         return AutoModelForCausalLM
     kind = type(AutoConfig.from_pretrained(name, **_reader_options(options)))
-    if pictures and kind not in PICTURES:
-        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no pictures")
-    return AutoModelForImageTextToText if kind in PICTURES and (pictures or kind not in TEXT) else AutoModelForCausalLM
+    if images and kind not in IMAGES:
+        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no images")
+    return AutoModelForImageTextToText if kind in IMAGES and (images or kind not in TEXT) else AutoModelForCausalLM
 
 
 def _reader_options(options: dict[str, Any]) -> dict[str, Any]:

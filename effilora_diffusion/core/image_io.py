@@ -1,0 +1,228 @@
+"""Read one image file safely and turn it into a square training tensor."""
+
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from .errors import EffiLoRAError
+
+MAX_PIXELS = 50_000_000
+"""The largest image that is decoded, in pixels; as RGB it takes 150 MB."""
+
+# Photo and drawing formats only. Pillow knows more, but some start another program (EPS runs Ghostscript) and some
+# hold an image larger than their header says (ICO), which would slip past the limit above.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "PCX", "QOI")
+
+# The first bytes of files that people do put among their images, tried in this order after HTML and SVG.
+_SIGNATURES = (
+    (b"version https://git-lfs", "it is a Git LFS pointer, not the image itself; run 'git lfs pull'"),
+    (b"PK\x03\x04", "it is a ZIP archive, not an image; unpack it into the folder"),
+    (b"%PDF", "it is a PDF document, not an image; export its images as PNG or JPEG"),
+    (b"\x89PNG", "it starts like a PNG but its header is damaged"),
+    (b"\xff\xd8\xff", "it starts like a JPEG but its header is damaged"),
+    (b"GIF8", "it starts like a GIF but its header is damaged"),
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+class ImageError(EffiLoRAError):
+    """One image file cannot be used.
+
+    ``path`` is the file and ``reason`` says in words what is wrong with it; the message holds both.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"Cannot use the image '{printable(path)}': {reason}; replace or remove the file.")
+        self.path = path
+        self.reason = reason
+
+
+class _UnusableError(EffiLoRAError):
+    """An image is of no use; the text is the reason, without the file's name."""
+
+
+def printable(name: object) -> str:
+    """Return a file name or message as one line that any terminal can print.
+
+    Control characters and bytes that are not UTF-8 come back as backslash escapes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
+
+
+def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Decode one image file as 8-bit RGB, upright and without transparency.
+
+    The EXIF rotation is applied, transparent parts show ``background`` (red, green, blue in 0..255), 16-bit grey is
+    scaled by 1/257, floating-point grey from its own minimum and maximum, and an animation gives its first frame.
+
+    Raises:
+        ImageError: the file is missing, not an image, damaged, or larger than ``MAX_PIXELS``.
+    """
+    return _decode(Path(path), background)[0]
+
+
+def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
+    """Decode one image file to be sure of it; return its width and height in pixels and what is odd about it.
+
+    Odd are animations, multi-page files, damage that did not stop the decoder, unreadable EXIF data, and very small or
+    very long images.
+
+    Raises:
+        ImageError: as for `load_image`.
+    """
+    path = Path(path)
+    image, turned = _decode(path, (255, 255, 255))
+    remarks = [] if turned else ["its EXIF data cannot be read, so it was not rotated"]
+    remarks += _file_remarks(path)
+    width, height = image.size
+    short, long = sorted(image.size)
+    if short < 64:
+        remarks.append(f"very small ({width}x{height} pixels)")
+    if long > 4 * short:
+        remarks.append(f"extreme aspect ratio ({width}x{height} pixels): a square crop shows little of it")
+    return image.size, remarks
+
+
+def _decode(path: Path, background: tuple[int, int, int]) -> tuple[Image.Image, bool]:
+    """Return the RGB image, and False where broken EXIF data left its rotation unknown."""
+    try:
+        _check_file(path)
+        with _open(path) as image:
+            image.load()
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except Exception:  # Pillow raises SyntaxError and others; no reason to lose the image
+                return to_rgb(image, background), False
+            return to_rgb(upright, background), True
+    except _UnusableError as error:
+        raise ImageError(path, str(error)) from None
+    except Image.DecompressionBombError:
+        raise ImageError(path, f"it has far more than the allowed {MAX_PIXELS // 10**6} megapixels") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(path, _describe(path)) from None
+    except Exception as error:  # Pillow's decoders raise almost every type, such as ValueError on a huge text chunk
+        raise ImageError(path, _explain(error)) from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Open an image with Pillow under this module's limits, without decoding it yet.
+
+    Inside the block Pillow's warnings are silent and half-read files count as errors, whatever other libraries set.
+    """
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF and WebP are optional parts of Pillow
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width}x{image.height} pixels"
+                    raise _UnusableError(f"it has {size}, more than the allowed {MAX_PIXELS // 10**6} megapixels")
+                yield image
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _file_remarks(path: Path) -> list[str]:
+    """Look at what the decoder passed over: more frames or pages, and a PNG's check sums and end mark."""
+    remarks = []
+    try:
+        with _open(path) as image:
+            # A phone's JPEG may carry a depth map or a brightness map as a second image (MPO); that is no animation.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames > 1:
+                what = f"{frames} pages" if image.format == "TIFF" else f"animated, {frames} frames"
+                remarks.append(f"{what}: only the first is used")
+            if image.format == "PNG":
+                image.verify()
+    except Exception:
+        remarks.append("part of the file is damaged or missing, but its image could be read")
+    return remarks
+
+
+def _explain(error: Exception) -> str:
+    """Put into words why a file of a known format failed."""
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own error; Pillow's have no number
+        return f"it cannot be read ({error.strerror})"
+    detail = printable(error)[:120] or type(error).__name__
+    if "truncated" in detail.lower():
+        return f"it is cut short, perhaps by an unfinished download ({detail})"
+    return f"it cannot be decoded ({detail})"
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not a readable regular file; a pipe or device would block for ever."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        missing = "it is a link to a file that does not exist" if path.is_symlink() else "there is no such file"
+        raise _UnusableError(missing) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise _UnusableError("it is a folder, and only images directly in the chosen folder are read")
+    if not stat.S_ISREG(status.st_mode):
+        raise _UnusableError("it is not a regular file")
+    if status.st_size == 0:
+        raise _UnusableError("the file is empty")
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Return a copy as RGB, with transparency composited on the background."""
+    key = image.info.get("transparency")
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = Image.fromarray(_to_levels(image))
+        alpha = None if key is None else Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8))
+        image = grey
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    else:
+        alpha = None
+    image = image.convert("RGB")
+    if alpha is None:
+        return image
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=alpha)
+    return canvas
+
+
+def _to_levels(image: Image.Image) -> np.ndarray:
+    """Scale grey of more than 8 bits to 0..255; Pillow's own conversion would clip it instead."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise _UnusableError("its floating-point pixels hold NaN or infinity")
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.kind != "f" and low >= 0 and high <= 65535:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if low == high:
+        raise _UnusableError("every pixel has the same value, so its range of brightness is unknown")
+    return np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
+
+
+def _describe(path: Path) -> str:
+    """Say what a file that Pillow does not know seems to be, from its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    start = head.lower()
+    if any(tag in start for tag in (b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "it is a web page (HTML), not an image; download the image itself"
+    if b"<svg" in start:
+        return "it is an SVG drawing; export it as PNG"
+    for signature, reason in _SIGNATURES:
+        if head.startswith(signature):
+            return reason
+    if head[4:8] == b"ftyp":
+        if head[8:12] in _HEIF_BRANDS:
+            return "it is a HEIC photo, which cannot be read here; convert it to JPEG or PNG"
+        return "it is a video, not an image; save single frames as PNG or JPEG"
+    text = head.decode("utf-8", "ignore")  # "ignore" drops a character cut in two at byte 512
+    if len(text.encode()) >= len(head) - 3 and all(c.isprintable() or c.isspace() for c in text):
+        return "it is a text file, not an image"
+    return "it is not an image in a known format; save it as PNG or JPEG"

@@ -1,0 +1,1 @@
+"""Adapters on diffusers models: attention processors, loading, plain LoRA files, export."""

@@ -1,0 +1,115 @@
+"""Writing an adapter in the forms other programs read: diffusers, kohya (ComfyUI, A1111), PEFT, merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file, to_lora
+from ...core.attach import check_sites
+from ...core.convert import PlainLoRA
+from ...core.files import adapter_path
+from ...core.peft_format import add_to_weights, origin, write_peft, write_tensors
+from ..models.pipelines import EMBEDDED_BASE, load_pipeline
+from .load import component_of
+
+FORMATS = ("diffusers", "kohya", "peft", "merged")
+
+
+def export_lora(
+    adapter: str | Path | AdapterFile,
+    output: str | Path,
+    format: str = "diffusers",
+    model: str | None = None,
+    single_file_config: str | None = None,
+) -> float:
+    """Write ``adapter`` as plain LoRA, the scale baked in (alpha = rank).
+
+    Args:
+        adapter: native file, training folder, or loaded :class:`AdapterFile`.
+        output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``. A folder given for
+            ``diffusers`` gets ``pytorch_lora_weights.safetensors``.
+        format: one of :data:`FORMATS`. ComfyUI and A1111 read ``kohya`` of UNets, ComfyUI ``diffusers`` of some transformers.
+        model: for ``merged``: the base model (default: the one named in the adapter).
+        single_file_config: its configuration and tokenizers if it is one file (default: the one named in the adapter).
+
+    Returns:
+        The relative output error of the least-squares fit; 0 where the form is exact (one head, static gates).
+    """
+    if format not in FORMATS:
+        raise EffiLoRAError(f"--format must be one of {FORMATS}, not {format!r}")
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    if format == "kohya" and _component(content) != "unet":
+        raise EffiLoRAError(
+            "kohya naming is for UNets: programs that read LoRAs of transformers (ComfyUI) read the diffusers format"
+        )
+    factors = to_lora(content.adapter, content.calibration)
+    error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
+    output = Path(output)
+    try:
+        if format == "diffusers":
+            file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
+            write_tensors(file, diffusers_tensors(factors, content), {"format": "pt", **origin(content, error)})
+        elif format == "kohya":
+            write_tensors(output, kohya_tensors(factors, content), _kohya_metadata(content, error))
+        elif format == "peft":
+            write_peft(output, factors, content, error)
+        else:
+            _write_merged(output, factors, content, model, single_file_config)
+    except OSError as problem:
+        raise EffiLoRAError(f"{output} could not be written: {problem}") from problem
+    return error
+
+
+def _component(content: AdapterFile) -> str:
+    return str(content.metadata.get("component", "unet"))
+
+
+def diffusers_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[str, Tensor]:
+    """Keys as ``pipe.load_lora_weights`` reads them: ``unet.`` or ``transformer.``, ``<module>.lora_A.weight``, ``lora_B``."""
+    tensors = {}
+    for path, pair in factors.items():
+        tensors[f"{_component(content)}.{path}.lora_A.weight"] = pair.down
+        tensors[f"{_component(content)}.{path}.lora_B.weight"] = pair.up
+    return tensors
+
+
+def kohya_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[str, Tensor]:
+    """Keys as sd-scripts, ComfyUI and A1111 read them: ``lora_unet_<module with _>.lora_down.weight``, ``.alpha``."""
+    tensors = {}
+    for path, pair in factors.items():
+        name = f"lora_{_component(content)}_{path.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = pair.down
+        tensors[f"{name}.lora_up.weight"] = pair.up
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(pair.down)))
+    return tensors
+
+
+def _kohya_metadata(content: AdapterFile, error: float) -> dict[str, str]:
+    rank = str(content.adapter.config.rank)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_sd_model_name": str(content.metadata.get("base_model", "")),
+        "modelspec.trigger_phrase": str(content.metadata.get("trigger_prompt", "")),
+        **origin(content, error),
+    }
+
+
+@torch.no_grad()
+def _write_merged(
+    output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, model: str | None, config: str | None
+) -> None:
+    if output.exists() and any(output.iterdir()):
+        raise EffiLoRAError(f"{output} is not empty: give a new folder for the merged model")
+    named = content.metadata.get("base_model")
+    config = config or content.metadata.get("single_file_config")
+    base = model or (None if named in (None, EMBEDDED_BASE) else str(named))
+    pipe = load_pipeline(base, single_file_config=config)
+    part = component_of(pipe)
+    check_sites(part, content.adapter.sites)
+    add_to_weights(part, factors)
+    pipe.save_pretrained(output)

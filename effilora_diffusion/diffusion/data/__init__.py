@@ -1,0 +1,1 @@
+"""Training data: folders of images, captions, latents, class images."""

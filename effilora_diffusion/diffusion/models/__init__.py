@@ -1,0 +1,65 @@
+"""Model families: which there are, and which one a pipeline belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...core import EffiLoRAError
+from .auraflow import AuraFlow
+from .base import IMAGE, Conditions, Family
+from .chroma import Chroma
+from .cogview4 import CogView4
+from .ernie_image import ErnieImage
+from .flux import Flux
+from .flux2 import Flux2
+from .hunyuandit import HunyuanDiT
+from .krea2 import Krea2
+from .lumina2 import Lumina2
+from .ovis_image import OvisImage
+from .pixart import PixArt
+from .qwen_image import QwenImage
+from .sana import Sana
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL
+from .z_image import ZImage
+
+FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    Flux2,
+    PixArt,
+    Sana,
+    Lumina2,
+    AuraFlow,
+    HunyuanDiT,
+    QwenImage,
+    ZImage,
+    Chroma,
+    CogView4,
+    OvisImage,
+    Krea2,
+    ErnieImage,
+)
+"""All families that can be trained."""
+
+__all__ = ["FAMILIES", "IMAGE", "Conditions", "Family", "family_class", "make_family"]
+
+
+def family_class(pipe: Any) -> type[Family] | None:
+    """The family of a pipeline, by its class; ``None`` if it belongs to none."""
+    name = type(pipe).__name__
+    return next((family for family in FAMILIES if name in family.pipelines), None)
+
+
+def make_family(pipe: Any, device: torch.device, max_sequence_length: int | None = None) -> Family:
+    """The family of ``pipe``, its parts frozen; raises :class:`EffiLoRAError` for pipelines that can't be trained."""
+    family = family_class(pipe)
+    if family is None:
+        known = ", ".join(family.title for family in FAMILIES)
+        raise EffiLoRAError(f"{type(pipe).__name__} models can't be trained; those that can are {known}")
+    return family(pipe, device, max_sequence_length)

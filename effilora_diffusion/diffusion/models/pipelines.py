@@ -1,0 +1,155 @@
+"""Loading stock pipelines: the embedded base, a diffusers folder, a hub id or a single checkpoint file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    BitsAndBytesConfig,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    TorchAoConfig,
+)
+from safetensors import SafetensorError, safe_open
+
+from ...core import EffiLoRAError
+from ...core.assets import asset
+
+EMBEDDED_BASE = "the embedded base"
+
+UNUSED_PARTS = ("safety_checker", "pe", "pe_tokenizer")
+"""Parts of pipelines that are not loaded: an image filter, and the language model that rewrites ERNIE-Image's prompts."""
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Any:
+    """Progress bars of loading are noise for a command; warnings stay."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Any:
+    """Single files are loaded with warnings about the loader's own doings, of no use to anybody else."""
+    from diffusers.utils import logging as diffusers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def load_pipeline(
+    model: str | None, dtype: torch.dtype = torch.float32, single_file_config: str | None = None, **kwargs: Any
+) -> DiffusionPipeline:
+    """The stock pipeline in ``model``, its progress bar off.
+
+    Args:
+        model: a diffusers folder, a hub id, a ``.safetensors`` checkpoint of Stable Diffusion 1.x, 2.x or XL, or
+            ``None`` for the embedded base.
+        dtype: of all weights.
+        single_file_config: folder or hub id with the configuration and tokenizers of a single checkpoint file; default:
+            the one that diffusers finds for it on the hub.
+        kwargs: go to ``from_pretrained``; those that are ``None`` are left out.
+    """
+    name = model or str(asset("base"))
+    path = Path(name)
+    options = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        with _quiet_loading():
+            if path.is_file():
+                pipe = _load_single_file(path, dtype, single_file_config, options)
+            else:
+                if path.exists() and not (path / "model_index.json").is_file():
+                    raise EffiLoRAError(f"{name} is not a diffusers model folder: it has no model_index.json")
+                parts = DiffusionPipeline.load_config(name, revision=options.get("revision"))
+                options |= {name: None for name in UNUSED_PARTS if name in parts}
+                pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
+    except EffiLoRAError:
+        raise
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError, KeyError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _load_single_file(
+    path: Path, dtype: torch.dtype, config: str | None, options: dict[str, Any]
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A checkpoint as model sites offer it; only its header is read to know what it is."""
+    if options.get("quantization_config") is not None:
+        raise EffiLoRAError("--quantization needs a diffusers folder or hub id, not a single file")
+    if path.suffix != ".safetensors":
+        raise EffiLoRAError(
+            f"{path} is not a .safetensors file: other checkpoint files may run code, so none is opened"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+    except SafetensorError as error:
+        raise EffiLoRAError(f"{path} is damaged or no safetensors file: {error}") from error
+    kind: type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]
+    if any(key.startswith("conditioner.embedders.") for key in keys):
+        kind = StableDiffusionXLPipeline
+    elif any(key.startswith("cond_stage_model.") for key in keys):
+        kind = StableDiffusionPipeline
+        options["safety_checker"] = None
+    else:
+        raise EffiLoRAError(
+            f"{path} is no whole Stable Diffusion 1.x, 2.x or XL checkpoint (it lacks their text encoder): "
+            "for other models give the diffusers folder or hub id"
+        )
+    if config is not None:
+        options["config"] = config
+    try:
+        with _quiet_diffusers():
+            return kind.from_single_file(str(path), dtype=dtype, **options)
+    except OSError as error:
+        raise EffiLoRAError(
+            f"{path} can't be loaded without its configuration and tokenizers, which were not found: go online once, or "
+            "give a folder of the same architecture with --single_file_config"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise EffiLoRAError(
+            f"{path} can't be loaded with the configuration of {config or 'the hub'}: {error}"
+        ) from error
+
+
+def quantization(kind: str | None, dtype: torch.dtype) -> PipelineQuantizationConfig | None:
+    """How diffusers should quantise the denoiser; raises :class:`EffiLoRAError` if the library for it is missing."""
+    if kind is None:
+        return None
+    library = "bitsandbytes" if kind.startswith("bnb") else "torchao"
+    if importlib.util.find_spec(library) is None:
+        raise EffiLoRAError(f"--quantization {kind} needs {library}: pip install {library}")
+    chosen: Any
+    if library == "bitsandbytes":
+        eight = kind == "bnb-8bit"
+        chosen = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if eight
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    else:
+        import torchao.quantization as torchao
+
+        integer = kind == "torchao-int8"
+        chosen = TorchAoConfig(torchao.Int8WeightOnlyConfig() if integer else torchao.Float8WeightOnlyConfig())
+    return PipelineQuantizationConfig(quant_mapping={"transformer": chosen, "unet": chosen})

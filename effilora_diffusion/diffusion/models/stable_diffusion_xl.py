@@ -1,0 +1,36 @@
+"""Stable Diffusion XL: a UNet, two text encoders, and the image's size and crop as conditions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import IMAGE, Conditions
+from .stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL and its finetunes."""
+
+    title = "Stable Diffusion XL"
+    pipelines = ("StableDiffusionXLPipeline",)
+    prompt_outputs = ("encoder_hidden_states", None, "text_embeds", None)
+
+    def latent_moments(self, image: Tensor) -> Tensor:
+        """As usual, or with per-channel statistics where the autoencoder names them."""
+        moments = super().latent_moments(image)
+        config = self.pipe.vae.config
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            return moments
+        mean, deviation = (
+            torch.tensor(config[name], device=moments.device).view(-1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        shift = torch.stack([mean, torch.zeros_like(mean)]) * float(config.scaling_factor)
+        return (moments - shift) / deviation
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """One call of the UNet; the image's sizes are its ``time_ids``."""
+        added = {"text_embeds": conditions["text_embeds"], "time_ids": conditions[IMAGE].to(noisy.dtype)}
+        states = conditions["encoder_hidden_states"]
+        return self.model(noisy, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]

@@ -1,0 +1,27 @@
+"""Z-Image: a single-stream transformer on Qwen3 states, called with lists; time runs from noise to image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Conditions, Family
+
+
+class ZImage(Family):
+    """Z-Image and Z-Image-Turbo (whose distillation wears off as it is trained)."""
+
+    title = "Z-Image"
+    pipelines = ("ZImagePipeline",)
+    timestep_range = 1.0
+
+    def prompt_conditions(self, prompt: str) -> Conditions:
+        """States ``(tokens, width)`` and how many there are."""
+        states, _ = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
+        return {"states": states[0], "tokens": torch.tensor(len(states[0]))}
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """One call of the transformer; it predicts the opposite direction, from noise to image."""
+        states = [row[:count] for row, count in zip(conditions["states"], conditions["tokens"].tolist(), strict=True)]
+        output = self.model(list(noisy.unsqueeze(2)), 1 - timesteps / 1000, states, return_dict=False)[0]
+        return -torch.stack(output).squeeze(2)

@@ -1,0 +1,53 @@
+"""Micro-batches by position: which rows, which noise, which timesteps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.rng import draw_normal, draw_uniform
+from ..data.latents import Batch, ExampleSource, Row
+from ..models import Family
+from .loss import Objective
+
+
+class BatchDrawer:
+    """Draws micro-batches of instance images, and of class images behind them for prior preservation."""
+
+    def __init__(
+        self,
+        family: Family,
+        objective: Objective,
+        instance: ExampleSource,
+        prior: ExampleSource | None = None,
+    ):
+        self.family, self.objective, self.instance, self.prior = family, objective, instance, prior
+        self.seed = instance.config.seed
+
+    def draw(self, first: int, count: int) -> Batch:
+        """The micro-batch of instance positions ``first`` to ``first + count``."""
+        rows = [self.instance.draw(position) for position in range(first, first + count)]
+        if self.prior is not None:
+            rows += [self.prior.draw(position) for position in range(first, first + count)]
+        shape = tuple(rows[0][0].shape)
+        kinds = ["instance"] * count + ["class"] * (len(rows) - count)
+        keys = [(kind, first + index % count) for index, kind in enumerate(kinds)]
+        noise = torch.stack([draw_normal(shape, self.seed, f"{kind} noise", position) for kind, position in keys])
+        uniform = torch.cat([draw_uniform(1, self.seed, f"{kind} timestep", position) for kind, position in keys])
+        return self._batch(rows, noise, uniform, count)
+
+    def validation(self, step: int, count: int = 8) -> Batch:
+        """A batch for the Reducer: timesteps spread evenly, everything the same whenever ``step`` is the same."""
+        rows = [self.instance.draw(position) for position in range(count)]
+        noise = draw_normal((count, *rows[0][0].shape), self.seed, "reducer noise", step)
+        return self._batch(rows, noise, (torch.arange(count) + 0.5) / count, count)
+
+    def _batch(self, rows: list[Row], noise: Tensor, uniform: Tensor, instances: int) -> Batch:
+        return Batch(
+            latents=torch.stack([row[0] for row in rows]),
+            conditions=self.family.collate([row[1] for row in rows]),
+            noise=noise,
+            timesteps=self.objective.timesteps(uniform),
+            names=[row[2] for row in rows],
+            instances=instances,
+        )

@@ -1,0 +1,137 @@
+"""Everything a run consists of, loaded and checked on the CPU before the first byte goes to the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    DiffusionPipeline,
+)
+
+from ...core import EffiLoRA, EffiLoRAError
+from ...core.fingerprint import base_facts
+from ..adapters import processors as attention
+from ..config import TrainingConfig
+from ..data.folder import Example, report_problems, scan_images
+from ..models import Family, make_family
+from ..models.pipelines import load_pipeline, quantization
+from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
+
+
+@dataclass
+class Plan:
+    """What will be trained on what: the attached ``adapter`` is fresh, so that the model is still the base.
+
+    ``base`` identifies the base's weights (:func:`.base_facts`), ``images_per_step`` counts over all processes.
+    """
+
+    config: TrainingConfig
+    examples: list[Example]
+    family: Family
+    objective: Objective
+    adapter: EffiLoRA
+    base: dict[str, Any]
+    images_per_step: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every image is seen about once."""
+        return max(1, math.ceil(len(self.examples) / self.images_per_step))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.max_train_steps or self.config.num_train_epochs * self.steps_per_epoch
+
+
+def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Plan:
+    """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes."""
+    device = accelerator.device
+    if not config.instance_data_dir:
+        raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
+    examples, problems = scan_images(Path(config.instance_data_dir), config.instance_prompt)
+    if problems:
+        say(report_problems(problems))
+    family = make_family(load_base(config), device, config.max_sequence_length)
+    family.guidance_scale = config.guidance_scale
+    check_resolution(config.resolution, family)
+    objective = make_objective(config, family)
+    base = base_facts(family.model)
+    adapter_config = replace(config.adapter_config(), timestep_range=family.timestep_range)
+    adapter = attention.create_adapter(family.model, adapter_config, config.seed)
+    attention.attach(family.model, adapter)
+    if config.gradient_checkpointing:
+        if family.one_by_one and config.routing == "timestep":  # recomputation would see another call's timestep
+            raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")
+        family.enable_gradient_checkpointing()
+    per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    return Plan(config, examples, family, objective, adapter, base, per_step)
+
+
+def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:
+    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; say so of slow ones."""
+    if device.type == "cpu" and config.mixed_precision == "fp16":
+        raise EffiLoRAError("--mixed_precision fp16 needs a GPU: leave it out on a CPU")
+    if device.type == "cpu" and config.quantization is not None and config.quantization.startswith("bnb"):
+        raise EffiLoRAError(
+            f"--quantization {config.quantization} needs a GPU: leave it out on a CPU, or use torchao's"
+        )
+    if device.type == "cpu" and config.mixed_precision == "bf16":
+        say("note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster")
+
+
+def check_resolution(resolution: int, family: Family) -> None:
+    """Raise :class:`EffiLoRAError` for images that the family's tokens do not divide evenly."""
+    if resolution % family.size_multiple:
+        raise EffiLoRAError(
+            f"--resolution must be a multiple of {family.size_multiple} for {family.title}, not {resolution}"
+        )
+
+
+def make_objective(config: TrainingConfig, family: Family) -> Objective:
+    """The objective of the family's scheduler; raises :class:`EffiLoRAError` for options that it does not have."""
+    scheduler = family.pipe.scheduler
+    if type(scheduler).__name__.startswith("EDM"):
+        raise EffiLoRAError(
+            "models with an EDM scheduler (Playground 2.5) can't be trained: DDPM and flow matching can"
+        )
+    if not is_flow(scheduler):
+        if config.weighting_scheme is not None:
+            raise EffiLoRAError(f"--weighting_scheme is for flow matching, {family.title} is not: leave it out")
+        return DDPMObjective(scheduler.config, config.snr_gamma)
+    if config.snr_gamma is not None:
+        raise EffiLoRAError(
+            f"--snr_gamma is for DDPM models, {family.title} is trained by flow matching: leave it out"
+        )
+    return FlowObjective(
+        flow_shift(scheduler.config, config.resolution),
+        config.weighting_scheme or family.weighting_scheme,
+        config.logit_mean,
+        config.logit_std,
+        config.mode_scale,
+    )
+
+
+def place(model: torch.nn.Module, device: torch.device) -> None:
+    """Move a model to ``device``; those of bitsandbytes are there already, and could not be moved."""
+    if next(model.parameters()).device.type != device.type:
+        model.to(device)
+
+
+def load_base(config: TrainingConfig) -> DiffusionPipeline:
+    """The pipeline that a run trains, its denoiser quantised if the run asks for it."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    return load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype,
+        config.single_file_config,
+        revision=config.revision,
+        variant=config.variant,
+        quantization_config=quantization(config.quantization, dtype),
+    )

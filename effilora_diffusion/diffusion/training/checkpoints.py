@@ -1,0 +1,192 @@
+"""Checkpoints: safetensors and JSON only, written aside and renamed whole, chosen by a valid manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter
+from ...core.fingerprint import model_hash
+from ..data.folder import Example
+from .build import Plan
+
+MANIFEST = "manifest.json"
+CONTENT = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+_RENAMED = {"pictures": "images", "class pictures": "class images"}
+"""Fingerprint names of version 0.1.0, and what they are called now."""
+
+_NAME = re.compile(r"^checkpoint-\d+$")
+
+
+@dataclass
+class TrainingState:
+    """What a resumed run continues from, besides the adapter's weights.
+
+    ``fingerprint`` identifies model, data and settings; ``reducer`` and ``scaler`` are JSON-ready states.
+    """
+
+    step: int
+    fingerprint: dict[str, Any]
+    reducer: dict[str, Any]
+    scaler: dict[str, Any]
+    seconds: float = 0.0
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _optimizer_tensors(adapter: EffiLoRA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in adapter.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+            tensors[f"{name}:{key}"] = tensor.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows can't open folders; its file system journals the renaming itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    output: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, state: TrainingState, limit: int | None = None
+) -> Path:
+    """Write ``output/checkpoint-<step>`` so that it appears whole or not at all; then drop the oldest over ``limit``."""
+    folder = output / f"checkpoint-{state.step}"
+    aside = output / f".checkpoint-{state.step}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_adapter(aside / "adapter.safetensors", AdapterFile(adapter))
+        save_file(_optimizer_tensors(adapter, optimizer), aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
+        files = {name: _sha256(aside / name) for name in CONTENT}
+        (aside / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
+        for path in aside.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+        _sync_folder(output)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise EffiLoRAError(f"checkpoint {folder} could not be written ({error}): earlier ones are intact") from error
+    if limit is not None:
+        # Later ones stem from a run that was resumed before them: counting those would drop the one just written.
+        reached = [path for path in list_checkpoints(output) if _step(path) <= state.step]
+        for old in reached[:-limit]:
+            shutil.rmtree(old)
+    return folder
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Checkpoint folders in the order of their steps (by number, not by name)."""
+    return sorted((path for path in output.glob("checkpoint-*") if _NAME.match(path.name)), key=_step)
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why ``folder`` is not a whole checkpoint, or ``None``."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name in CONTENT:
+            if _sha256(folder / name) != manifest["files"][name]:
+                return f"{name} does not match the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its manifest can't be used ({error})"
+    return None
+
+
+def find_checkpoint(output: Path, wanted: str) -> Path:
+    """The checkpoint that ``--resume_from_checkpoint`` means; a missing or damaged one is an error, never a fresh start.
+
+    ``latest`` is the newest whole one.
+    """
+    if wanted == "latest":
+        folders = list_checkpoints(output)
+        for folder in reversed(folders):
+            if fault_of(folder) is None:
+                return folder
+        raise EffiLoRAError(f"--resume_from_checkpoint latest: no whole checkpoint among {len(folders)} in {output}")
+    folder = Path(wanted) if Path(wanted).is_dir() else output / wanted
+    if not folder.is_dir():
+        names = [path.name for path in list_checkpoints(output)]
+        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output}; there are {names}")
+    fault = fault_of(folder)
+    if fault:
+        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: {fault}")
+    return folder
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    keys = [key for key in dict.fromkeys([*saved, *now]) if saved.get(key) != now.get(key)]
+    return [f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"[:200] for key in keys]
+
+
+def load_checkpoint(
+    folder: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
+) -> TrainingState:
+    """Restore ``adapter`` and ``optimizer`` in place; raises :class:`EffiLoRAError` for another run's checkpoint."""
+    state = TrainingState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    earlier = {_RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
+    different = _differences(earlier, json.loads(json.dumps(fingerprint)))
+    if different:
+        raise EffiLoRAError(f"{folder} belongs to another run: {'; '.join(different)}")
+    saved = load_adapter_file(folder / "adapter.safetensors").adapter
+    with torch.no_grad():
+        for target, source in zip(adapter.parameters(), saved.parameters(), strict=True):
+            target.copy_(source)
+    tensors = load_file(folder / "optimizer.safetensors")
+    for name, parameter in adapter.named_parameters():
+        entries = {key.rsplit(":", 1)[1]: value for key, value in tensors.items() if key.rsplit(":", 1)[0] == name}
+        if entries:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
+            }
+    return state
+
+
+_SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpolation_mode", "train_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+            "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+            "max_grad_norm", "snr_gamma", "mixed_precision", "prior_loss_weight", "weighting_scheme",
+            "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "quantization", "guidance_scale")  # fmt: skip
+"""Settings that decide what a training step computes."""
+
+
+def fingerprint(plan: Plan, prior: list[Example], processes: int) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
+    config, family = plan.config, plan.family
+    found: dict[str, Any] = {name: getattr(config, name) for name in _SHAPING}
+    found["adapter"] = config.adapter_config().to_dict()
+    named = [config.pretrained_model_name_or_path, config.revision, config.variant]
+    found["base"] = plan.base["base_hash"] or named  # a quantised model has no hash
+    found["objective"] = plan.objective.name
+    found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
+    found["processes"] = processes
+    found["images"] = [[example.sha256[:16], example.caption] for example in plan.examples]
+    found["class images"] = [[example.sha256[:16], example.caption] for example in prior]
+    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        found["max_train_steps"] = plan.steps  # the schedule depends on it; a constant rate may be trained longer
+    return found

@@ -1,0 +1,94 @@
+"""Flags of diffusers' DreamBooth scripts that are no settings here: old commands run, or say why they can't."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ...core import EffiLoRAError
+
+NOT_NEEDED = {
+    "dataloader_num_workers": "latents are cached, nothing is loaded while training",
+    "pre_compute_text_embeddings": "text states are always computed once and cached",
+    "cache_latents": "latents are always cached",
+    "enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is used",
+    "enable_npu_flash_attention": "torch's own memory-efficient attention is used",
+    "use_8bit_adam": "the optimizer only holds the adapter, a few megabytes at most",
+    "logging_dir": "metrics go to metrics.jsonl in output_dir",
+    "local_rank": "accelerate sets it",
+    "prior_generation_precision": "class images are drawn in the precision of training",
+    "pretrained_vae_model_name_or_path": "the model's own autoencoder is used, in float32, which does not overflow",
+    "offload": "encoders always leave the GPU once their outputs are cached",
+    "upcast_before_saving": "adapters are always trained and saved in float32",
+    "output_kohya_format": "`effilora export --format kohya` writes it",
+    "skip_final_inference": "--num_validation_images 0 draws nothing",
+}
+"""Flags that change nothing here: accepted with a note."""
+
+NOT_SUPPORTED = {
+    "train_text_encoder": "only the UNet or transformer is trained",
+    "text_encoder_lr": "only the UNet or transformer is trained",
+    "report_to": "metrics go to metrics.jsonl in output_dir",
+    "push_to_hub": "upload the output folder yourself; its README.md is a model card",
+    "hub_token": "nothing is uploaded",
+    "hub_model_id": "nothing is uploaded",
+    "tokenizer_name": "the model's own tokenizer is used",
+    "tokenizer_max_length": "the tokenizer's own length is used",
+    "text_encoder_use_attention_mask": "DeepFloyd IF can't be trained",
+    "class_labels_conditioning": "DeepFloyd IF can't be trained",
+    "validation_images": "upscalers can't be trained",
+    "dataset_name": "give a folder with --instance_data_dir; its metadata.jsonl may hold captions",
+    "dataset_config_name": "give a folder with --instance_data_dir",
+    "image_column": "give a folder with --instance_data_dir",
+    "caption_column": "captions come from .txt files or metadata.jsonl beside the images",
+    "bnb_quantization_config_path": "use --quantization bnb-8bit or bnb-4bit",
+    "do_fp8_training": "use --quantization torchao-float8",
+    "aspect_ratio_buckets": "images are cropped to squares",
+    "use_aspect_ratio_buckets": "images are cropped to squares",
+    "use_dora": "the adapter is EffiLoRA",
+    "do_edm_style_training": "models with an EDM scheduler can't be trained",
+    "precondition_outputs": "the loss is that of the velocity, as in the paper of Stable Diffusion 3",
+    "final_validation_prompt": "use --validation_prompt",
+    "repeats": "--num_train_epochs or --max_train_steps say how long",
+    "cache_dir": "set HF_HOME instead",
+    "adam_weight_decay_text_encoder": "only the UNet or transformer is trained",
+    "lora_blocks": "name the layers with --target_modules",
+    "text_encoder_out_layers": "the pipeline's own layers are used, in training as in sampling",
+    "remote_text_encoder": "prompts are encoded here",
+    "fsdp_text_encoder": "prompts are encoded on each process",
+    "validation_num_inference_steps": "use --validation_inference_steps",
+    "prodigy_beta3": "the optimizer is AdamW",
+    "prodigy_decouple": "the optimizer is AdamW",
+    "prodigy_safeguard_warmup": "the optimizer is AdamW",
+    "prodigy_use_bias_correction": "the optimizer is AdamW",
+    "caption_dropout": "captions are never dropped",
+    "complex_human_instruction": "the pipeline's own is used, in training as in sampling",
+    "system_prompt": "the pipeline's own is used, in training as in sampling",
+}
+"""Flags that would change the result: refused with the reason."""
+
+
+def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
+    """Let ``parser`` know the flags, without showing them in its help."""
+    for name in (*NOT_NEEDED, *NOT_SUPPORTED, "optimizer", "lora_layers"):
+        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def translate_diffusers_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` without these flags: notes for some, :class:`EffiLoRAError` for others, two become settings of ours."""
+    for name in [name for name in given if name in NOT_SUPPORTED]:
+        raise EffiLoRAError(f"--{name} is not supported ({NOT_SUPPORTED[name]}): leave it out")
+    for name in [name for name in given if name in NOT_NEEDED]:
+        print(f"note: --{name} is not needed: {NOT_NEEDED[name]}")
+    kept = {name: value for name, value in given.items() if name not in NOT_NEEDED}
+    optimizer = [word.lower() for word in kept.pop("optimizer", ["adamw"])]
+    if optimizer != ["adamw"]:
+        raise EffiLoRAError(
+            f"--optimizer {' '.join(optimizer)} is not supported: the optimizer is AdamW, leave it out"
+        )
+    layers = kept.pop("lora_layers", None)
+    if layers is not None and "target_modules" in kept:
+        raise EffiLoRAError("--lora_layers and --target_modules mean the same: give one of them")
+    if layers is not None:
+        kept["target_modules"] = [name.strip() for word in layers for name in word.split(",") if name.strip()]
+    return kept

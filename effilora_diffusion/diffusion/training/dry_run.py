@@ -1,0 +1,132 @@
+"""The report before a run: what will be trained on what, for how long, and the memory it will take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config import TrainingConfig
+from ..models import IMAGE, Family
+from .build import Plan
+
+BYTES_PER_TRAINED = 16
+"""Per trained parameter: float32 value, gradient and AdamW's two moments."""
+
+
+@dataclass
+class DryRunReport:
+    """Facts about a run that is about to start; memory in bytes, ``activations`` ``None`` where it can't be told."""
+
+    family: str
+    objective: str
+    model: str
+    config: TrainingConfig
+    counts: dict[str, int]
+    layers: int
+    linears: int
+    sizes: list[tuple[int, int]]
+    captions: int
+    steps: int
+    processes: int
+    weights: int
+    encoders: int
+    activations: int | None
+
+    def lines(self) -> list[str]:
+        """The report as lines of text."""
+        c = self.config
+        per_step = c.train_batch_size * c.gradient_accumulation_steps * self.processes
+        epochs = self.steps * per_step / len(self.sizes)
+        small = sum(min(size) < c.resolution for size in self.sizes)
+        enlarged = f", {small} smaller than that and enlarged" if small else ""
+        trained = self.counts["stored"]
+        adapter = trained * BYTES_PER_TRAINED
+        activations = "not predicted for this model" if self.activations is None else _size(self.activations)
+        known = self.weights + adapter + (self.activations or 0)
+        total = f"about {_size(known)}" if self.activations is not None else f"more than {_size(known)}"
+        if c.gradient_checkpointing:
+            activations += " kept, one block more at a time"
+        return [
+            f"model       {self.family} ({self.model}), {self.objective}",
+            f"images      {len(self.sizes)} with {self.captions} different captions, at {c.resolution} px{enlarged}",
+            f"adapter     rank {c.rank}, {c.heads} heads, {c.routing} routing on {self.linears} linear maps in "
+            f"{self.layers} layers: {trained:,} parameters, {_size(4 * trained)} on disk",
+            f"steps       {self.steps} of {per_step} images, {epochs:.1f} epochs",
+            f"memory      {total} while training: weights {_size(self.weights)}, adapter {_size(adapter)}, "
+            f"activations {activations}; encoders before that {_size(self.encoders)}",
+        ]
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def dry_run_report(plan: Plan, processes: int) -> DryRunReport:
+    """Gather the report; nothing is computed and nothing moves to the device."""
+    family, adapter = plan.family, plan.adapter
+    own = {id(parameter) for parameter in adapter.parameters()}
+    others = [part for part in family.parts() if part is not family.model]
+    return DryRunReport(
+        family=family.title,
+        objective=plan.objective.name,
+        model=type(family.model).__name__,
+        config=plan.config,
+        counts=adapter.parameter_counts(),
+        layers=len(adapter.blocks),
+        linears=sum(len(site.linears) for site in adapter.sites),
+        sizes=[example.size for example in plan.examples],
+        captions=len({example.caption for example in plan.examples}),
+        steps=plan.steps,
+        processes=processes,
+        weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
+        encoders=sum(_bytes(value) for part in others for value in part.parameters()),
+        activations=activation_bytes(plan.config, family, plan.examples[0].caption),
+    )
+
+
+def _bytes(value: Tensor) -> int:
+    if hasattr(value, "__tensor_flatten__"):  # a quantised weight of torchao is made of several tensors
+        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.numel() * value.element_size()
+
+
+def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> int | None:
+    """Memory of what a forward pass keeps for the backward pass, found by running it on shapes without values.
+
+    ``None`` for models whose shapes depend on values (prompts of free length, some masks), and for quantised ones:
+    their layers keep tensors from one call to the next, which must not be without values.
+    """
+    if getattr(family.model, "hf_quantizer", None) is not None:
+        return None
+    kept: dict[Any, int] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def keep(value: Tensor) -> None:
+        if isinstance(value, nn.Parameter):
+            return
+        storage = value.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(value)  # so that no other storage gets the same address
+
+    alive: list[Tensor] = []
+    rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    edge = config.resolution
+    try:
+        with mode:
+            with torch.no_grad(), family.encoding_on(torch.device("cpu")):  # nothing is on the device yet
+                conditions = family.prompt_conditions(caption)
+                image = torch.empty(1, 3, edge, edge, dtype=family.pipe.vae.dtype)
+                latents = family.latent_moments(image)[0]
+            batch = family.collate([{**conditions, IMAGE: torch.zeros(6)}] * rows)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+                family.predict(torch.empty(rows, *latents.shape), torch.full((rows,), 500.0), batch)
+            weights = [mode.from_tensor(value).untyped_storage()._cdata for value in family.model.parameters()]
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
+        return None
+    finally:
+        alive.clear()
+    return sum(size for storage, size in kept.items() if storage not in set(weights))

@@ -1,0 +1,98 @@
+"""What a run leaves to read: the model card in the output folder, and the summary on the screen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...core.files import write_atomic
+from ..config import TrainingConfig
+from ..models.pipelines import EMBEDDED_BASE
+from .outputs import CARD_FILE, COMPARISON_FILE
+
+
+@dataclass
+class Summary:
+    """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
+
+    ``component`` is the trained part; ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
+    """
+
+    config: TrainingConfig
+    steps: int
+    seconds: float
+    parameters: dict[str, int] = field(default_factory=dict)
+    export_error: float = 0.0
+    component: str = "unet"
+    loader: bool = True
+    comfyui: bool = True
+
+    def lines(self, output: Path) -> list[str]:
+        """The summary as lines of text."""
+        counts = self.parameters
+        missing = f"least squares, {self.export_error:.1%} of the update missing (none with --routing static)"
+        exact = "exact" if self.export_error == 0 else missing
+        if not self.loader:
+            exact += "; diffusers has no loader for it in this pipeline: use load_adapter, or export --format merged"
+        return [
+            f"trained {self.steps} steps in {self.seconds:.0f} s ({self.seconds / max(1, self.steps):.3f} s a step)",
+            f"parameters: {counts['trained_per_step']:,} trained per step, {counts['trained_ever']:,} ever, "
+            f"{counts['stored']:,} stored",
+            f"adapter     {_described(output / 'effilora.safetensors')}",
+            f"plain LoRA  {_described(output / 'pytorch_lora_weights.safetensors')}, {exact}",
+            f"model card  {output / 'README.md'}",
+        ]
+
+
+def _described(path: Path) -> str:
+    return f"{path} ({path.stat().st_size / 1000:.0f} kB)"
+
+
+def write_report(output: Path, summary: Summary) -> None:
+    """Write ``README.md``, a model card with the run's images and how to use the result."""
+    c = summary.config
+    base = c.pretrained_model_name_or_path or EMBEDDED_BASE
+    counts = summary.parameters
+    gap = "exactly" if summary.export_error == 0 else f"but for {summary.export_error:.1%} of its update"
+    images = "![before and after](before_after.png)\n" if (output / COMPARISON_FILE).exists() else ""
+    front = [f"base_model: {c.pretrained_model_name_or_path}"] if c.pretrained_model_name_or_path else []
+    head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
+                      f"instance_prompt: {json.dumps(c.instance_prompt, ensure_ascii=False)}", "---"])  # fmt: skip
+    text = f"""{head}
+
+# {c.instance_prompt or output.name}
+
+An EffiLoRA adapter for {base}.
+
+{images}
+| | |
+|---|---|
+| steps | {summary.steps} of batch {c.train_batch_size} x {c.gradient_accumulation_steps}, {summary.seconds:.0f} s |
+| adapter | rank {c.rank}, {c.heads} heads, {c.routing} routing, Reducer {c.reducer} |
+| parameters | {counts["trained_per_step"]:,} trained per step, {counts["trained_ever"]:,} ever, {counts["stored"]:,} stored |
+| settings | [config.yaml](config.yaml) repeats the run |
+
+## Use
+
+```python
+from effilora_diffusion import load_adapter
+
+load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline of {base}
+```
+
+`pytorch_lora_weights.safetensors` is the same as plain LoRA{_elsewhere(summary)}; it reproduces the adapter {gap}.
+"""
+    write_atomic(output / CARD_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _elsewhere(summary: Summary) -> str:
+    """Where the plain LoRA can be used."""
+    places = [' for `pipe.load_lora_weights("...")`'] if summary.loader else []
+    if summary.comfyui and summary.component == "unet":
+        places.append(" for ComfyUI and A1111 `effilora export effilora.safetensors lora.safetensors --format kohya`")
+    elif summary.comfyui:
+        places.append(" for ComfyUI")
+    if not summary.loader:
+        places.append(" diffusers has no loader for it in this pipeline")
+    return "," + ",".join(places)

@@ -1,0 +1,49 @@
+"""Preparing a run: threads, output folder, optimizer, schedule, and what identifies the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from ...core import EffiLoRA
+from ..config import TrainingConfig
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Undo ``accelerate launch``'s default of one thread where a single process trains on the CPU."""
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if alone and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
+def make_optimizer(config: TrainingConfig, adapter: EffiLoRA, lr_factor: float) -> torch.optim.Optimizer:
+    """AdamW over every parameter of ``adapter``; frozen heads have no gradient and are skipped by it."""
+    return torch.optim.AdamW(
+        adapter.parameters(),
+        lr=config.learning_rate * lr_factor,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=next(adapter.parameters()).device.type in ("cpu", "cuda"),
+    )
+
+
+def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step, so that resuming needs no scheduler state."""
+    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        placeholder,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    factor = schedule.lr_lambdas[0]
+    return lambda step: float(peak * factor(step))

@@ -1,0 +1,282 @@
+"""Fine-tuning on instruction data, on transformers' ``Trainer``: the Reducer as a callback, checkpoints, what is written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..core import AdapterFile, EffiLoRA, EffiLoRAError, Reducer, calibrate, load_adapter_file, save_adapter
+from ..core.files import ADAPTER_FILE, trim_log, write_atomic
+from ..core.fingerprint import base_facts, is_base
+from ..core.sites import is_transposed
+from .config import (
+    DataOptions,
+    ImageDataOptions,
+    LanguageAdapterOptions,
+    LanguageTrainingArguments,
+    ModelOptions,
+    as_mistakes,
+)
+from .datasets import Collator, Datasets, prepare, read_files
+from .export import COMPONENT, write_peft_folder
+from .models import load_model
+from .outputs import REDUCER_FILE, REDUCER_STATE, check_output, find_checkpoint, open_output, step_of
+from .targets import attach, create_adapter
+
+MEASURED = 16
+"""Examples on which the Reducer measures importance."""
+
+CALIBRATION_EXAMPLES = 128
+
+
+class ReducerCallback(TrainerCallback):
+    """Chooses the layers that every optimizer step trains, and measures their importance when it is due.
+
+    ``batches`` are always the same, and nothing in their loss is random: every measurement is comparable.
+    """
+
+    def __init__(self, reducer: Reducer, model: nn.Module, batches: list[dict[str, Any]]):
+        self.reducer, self.model, self.batches = reducer, model, batches
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean loss on the batches; with several processes the first one's, lest they choose different layers."""
+        training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        found = torch.zeros((), device=device)
+        for batch in self.batches:
+            found += self.model(**{name: value.to(device) for name, value in batch.items()}).loss.float()
+        self.model.train(training)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(found, 0)
+        return float(found) / len(self.batches)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first micro-batch of a step."""
+        if self.reducer.due(state.global_step):
+            self.reducer.update(state.global_step, self.loss)
+        self.reducer.begin_step(state.global_step)
+
+
+class LanguageTrainer(Trainer):
+    """A ``Trainer`` whose checkpoints hold the adapter and the Reducer instead of the whole model."""
+
+    label_smoother: Any
+
+    def __init__(self, adapter: EffiLoRA, reducer: Reducer, metadata: dict[str, Any], **options: Any):
+        model = options["model"]
+        quantized = getattr(model, "is_quantized", False)
+        model.is_quantized = False  # the trainer takes adapters on a quantised base, but knows only PEFT's
+        try:
+            super().__init__(**options)
+        finally:
+            model.is_quantized = quantized
+        self.adapter, self.reducer, self.metadata = adapter, reducer, metadata
+        if self.label_smoother is not None:
+            # the trainer knows of text models only that a token's label is the next one
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer over the whole adapter, whatever the Reducer has frozen at the moment."""
+        self.adapter.set_active(None)
+        return super().create_optimizer(model)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The figures of a step, with the number of layers that it trained; broken weights end the run here, not at its end."""
+        _check_finite(self.adapter, f" by step {self.state.global_step}")
+        super().log({**logs, "active_layers": len(self.reducer.active)}, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(
+            folder / ADAPTER_FILE, AdapterFile(self.adapter, {**self.metadata, "steps": self.state.global_step})
+        )
+        text = json.dumps(self.reducer.state_dict())
+        write_atomic(folder / REDUCER_STATE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_weights(folder)
+        try:
+            state = json.loads((folder / REDUCER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EffiLoRAError(f"--resume_from_checkpoint {folder}: {REDUCER_STATE} can't be read") from error
+        self.reducer.load_state_dict(state)
+        if self.reducer.log is not None:  # later steps are about to be done again
+            trim_log(self.reducer.log, step_of(folder))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(str(self.state.best_model_checkpoint)))
+
+    @torch.no_grad()
+    def _load_weights(self, folder: Path) -> None:
+        content = load_adapter_file(folder / ADAPTER_FILE)
+        saved = content.adapter
+        if is_base(self.metadata, content.metadata) is False:
+            raise EffiLoRAError(
+                f"--resume_from_checkpoint {folder}: it was trained on {content.metadata.get('base_model')}, "
+                "and this base has other weights"
+            )
+        if saved.config != self.adapter.config or saved.sites != self.adapter.sites:
+            raise EffiLoRAError(f"--resume_from_checkpoint {folder}: its adapter has another configuration or base")
+        for target, source in zip(self.adapter.parameters(), saved.parameters(), strict=True):
+            target.copy_(source)
+
+
+def run(
+    model_options: ModelOptions,
+    data: DataOptions | ImageDataOptions,
+    options: LanguageAdapterOptions,
+    args: LanguageTrainingArguments,
+) -> dict[str, Any]:
+    """Train, evaluate and write an adapter; returns the figures of the run (of a process that writes none: nothing)."""
+    if not model_options.model_name_or_path:
+        raise EffiLoRAError("--model_name_or_path is missing: a model folder, hub id or .gguf file")
+    config = options.adapter_config()
+    output = Path(args.output_dir)
+    checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
+    check_output(output, args.overwrite_output_dir, checkpoint)
+    records, held = read_files(data)
+    images = isinstance(data, ImageDataOptions)
+    model, reader = _load(model_options, images)
+    datasets = prepare(data, records, held, model, reader)
+    metadata = _metadata(model_options, data, datasets, model)
+    adapter = attach(model, create_adapter(model, config, args.seed))
+    trainer = make_trainer(datasets, model, adapter, args, metadata)
+    _rehearse(trainer, checkpoint)
+    if args.process_index == 0:
+        open_output(output, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    figures: dict[str, Any] = {
+        "loss": trainer.state.log_history[-1].get("train_loss"),
+        "steps": trainer.state.global_step,
+    }
+    _check_learned(adapter)
+    if args.process_index == 0:
+        figures["export_error"] = _write(output, trainer, datasets)
+    if datasets.validation is not None:
+        figures["eval_loss"] = trainer.evaluate()["eval_loss"]
+    if datasets.shortened():
+        figures["cut_examples"] = datasets.shortened()
+    counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
+    return {**figures, **counts} if args.process_index == 0 else {}
+
+
+def make_trainer(
+    datasets: Datasets, model: nn.Module, adapter: EffiLoRA, args: TrainingArguments, metadata: dict[str, Any]
+) -> LanguageTrainer:
+    """The trainer of ``adapter`` on ``model``, with its Reducer."""
+    reducer = Reducer(adapter, args.seed, Path(args.output_dir) / REDUCER_FILE if args.process_index == 0 else None)
+    mode = adapter.config.reducer.mode
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = mode != "off"  # frozen layers have no gradient to wait for
+    measured = datasets.batches(MEASURED, args.per_device_train_batch_size) if mode == "importance" else []
+    with as_mistakes():
+        return LanguageTrainer(
+            adapter,
+            reducer,
+            metadata,
+            model=model,
+            args=args,
+            train_dataset=datasets.rows,
+            eval_dataset=datasets.validation,
+            data_collator=Collator(datasets.encoder),
+            callbacks=[ReducerCallback(reducer, model, measured)],
+        )
+
+
+def _load(options: ModelOptions, images: bool) -> tuple[nn.Module, Any]:
+    more = {"revision": options.model_revision} if options.model_revision else {}
+    name = str(options.model_name_or_path)
+    return load_model(name, options.gguf_file, options.dtype, options.quantization, images, **more)
+
+
+def _metadata(
+    options: ModelOptions, data: DataOptions | ImageDataOptions, datasets: Datasets, model: nn.Module
+) -> dict[str, Any]:
+    """What an adapter's file says about its origin."""
+    return {
+        "component": COMPONENT,
+        "base_model": options.model_name_or_path,
+        "gguf_file": options.gguf_file,
+        "model_revision": options.model_revision,
+        "dtype": options.dtype,
+        "quantization": options.quantization,
+        **base_facts(model),
+        "examples": len(datasets.examples),
+        "prompt_template": datasets.encoder.template,
+        "max_length": datasets.encoder.max_length,
+        "images": isinstance(data, ImageDataOptions),
+        "fan_in_fan_out": any(is_transposed(part) for part in model.modules()),
+    }
+
+
+def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
+    """Make what a run needs once: settings that can't be are told before an earlier run's files are deleted.
+
+    Also refuses to go on from the end: such a run would do nothing, and say that it had.
+    """
+    args = trainer.args
+    with as_mistakes():
+        updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+        trainer.create_optimizer()
+        trainer.create_scheduler(max(1, wanted), trainer.optimizer)
+    trainer.optimizer = trainer.lr_scheduler = None  # the trainer makes its own, by its own count of steps
+    if checkpoint is not None and step_of(checkpoint) >= wanted:
+        raise EffiLoRAError(
+            f"{checkpoint} has {step_of(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
+        )
+
+
+def _check_finite(adapter: EffiLoRA, when: str = "") -> None:
+    if not all(bool(value.isfinite().all()) for value in adapter.parameters()):
+        raise EffiLoRAError(
+            f"the adapter's weights are no longer finite{when}: lower --learning_rate; no adapter was written"
+        )
+
+
+def _check_learned(adapter: EffiLoRA) -> None:
+    """Raise :class:`EffiLoRAError` if the run has learned nothing, or broken its weights: that is no success."""
+    _check_finite(adapter)
+    if not any(bool(heads.any()) for heads in adapter.B):
+        raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
+
+
+def _write(output: Path, trainer: LanguageTrainer, datasets: Datasets) -> float:
+    """Calibrate on training examples, write the native file and the PEFT folder; returns the plain form's relative error."""
+    model: Any = trainer.model
+    model.eval()
+    facts = {**trainer.metadata, "steps": trainer.state.global_step}
+    save_adapter(output / ADAPTER_FILE, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
+    calibration, error = calibrate(model, trainer.adapter, lambda: _drive(model, datasets))
+    content = AdapterFile(trainer.adapter, {**facts, "export_error": error}, calibration)
+    content.sha256 = save_adapter(output / ADAPTER_FILE, content)
+    write_peft_folder(output, content)
+    return error
+
+
+@torch.no_grad()
+def _drive(model: nn.Module, datasets: Datasets) -> None:
+    """Run the model over examples without padding, so that only real tokens are measured."""
+    device = next(model.parameters()).device
+    for index in range(min(CALIBRATION_EXAMPLES, len(datasets.examples))):
+        try:
+            inputs = datasets.single(index)
+        except EffiLoRAError as error:  # an image that the run has never come to
+            warnings.warn(f"left out of the calibration: {error}", stacklevel=2)
+            continue
+        model(**{name: value.to(device) for name, value in inputs.items()})

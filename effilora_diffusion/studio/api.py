@@ -1,0 +1,75 @@
+"""Named endpoints for programs: ``gradio_client`` calls them by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .. import EffiLoRAError
+from ..core import is_native, load_adapter_file
+from ..diffusion.adapters.lora_files import describe_plain
+from .queue import MODEL_QUEUE, one_line
+from .runs import Run
+from .session import Request, Session
+
+
+def add_endpoints(session: Session) -> None:
+    """Add ``/generate``, ``/list_adapters`` and ``/train_status`` to the page that is being built."""
+    defaults = session.defaults()
+
+    def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = defaults["steps"],
+                 guidance_scale: float = defaults["guidance_scale"], negative_prompt: str = "",
+                 width: int = defaults["edge"], height: int = defaults["edge"]) -> gr.FileData:  # fmt: skip
+        """Draw one image; returns the PNG, which carries its parameters."""
+        try:
+            chosen = [(str(adapter), float(strength))] if adapter else []
+            size = {"width": int(width), "height": int(height), "seed": int(seed), "steps": int(steps)}
+            wanted = Request(
+                str(prompt or ""), str(negative_prompt or ""), chosen, guidance_scale=float(guidance_scale), **size
+            )
+            (path,) = (event for event in session.draw(wanted, preview_every=0) if isinstance(event, Path))
+        except Exception as error:
+            raise gr.Error(one_line(error), print_exception=False) from error
+        return gr.FileData(path=str(path), orig_name=path.name)
+
+    def list_adapters() -> list[dict[str, Any]]:
+        """The adapters that ``generate`` knows: name, kind, trigger prompt, base model, rank, heads, checkpoints."""
+        found = []
+        for name, path in session.adapters().items():
+            try:
+                found.append({"name": name, **_facts(path), "checkpoints": sorted(session.checkpoints(name))})
+            except (EffiLoRAError, OSError):
+                continue
+        return found
+
+    def train_status(name: str) -> dict[str, Any]:
+        """A training run: state (new, running, done, stopped, failed, deleted, elsewhere), message, step, steps, loss."""
+        try:
+            status = Run(session.outputs, name).status()
+        except Exception as error:
+            raise gr.Error(one_line(error), print_exception=False) from error
+        last = status.metrics[-1] if status.metrics else {}
+        facts = {"state": status.state, "message": status.message, "step": status.step, "steps": status.steps}
+        return {**facts, "loss": last.get("loss"), "active_layers": last.get("active_layers")}
+
+    gr.api(generate, api_name="generate", **MODEL_QUEUE)
+    gr.api(list_adapters, api_name="list_adapters")
+    gr.api(train_status, api_name="train_status")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a list says of one file."""
+    if is_native(path):
+        content = load_adapter_file(path)
+        own: dict[str, Any] = {
+            "kind": "effilora",
+            "rank": content.adapter.config.rank,
+            "heads": content.adapter.config.heads,
+        }
+        named = content.metadata
+    else:
+        named = describe_plain(path)
+        own = {"kind": "lora", "rank": max(named["ranks"], default=None), "heads": 1}
+    return {**own, "trigger_prompt": named.get("trigger_prompt"), "base_model": named.get("base_model")}

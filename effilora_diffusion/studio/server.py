@@ -1,0 +1,172 @@
+"""Starting the web UI: the page, its safe settings, and the command that serves it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from .. import EffiLoRAError
+from ..diffusion.config import PRECISIONS
+from . import figures
+from .api import add_endpoints
+from .session import Session
+from .tabs.adapters import AdaptersTab
+from .tabs.compare import CompareTab
+from .tabs.generate import GenerateTab
+from .tabs.inspect import InspectTab
+from .tabs.train import TrainTab
+
+LOOPBACK = "127.0.0.1"
+
+STYLE = """
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
+#slider { max-width: 460px; }
+#status p, #compare-status p { font-variant-numeric: tabular-nums; }
+.trigger { align-self: center; padding-left: 4px; font-size: 14px; }
+@media (max-width: 480px) {
+  .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
+}
+"""
+
+HEAD = """<style>
+@media (max-width: 480px) { .gradio-container .app { padding: 10px !important; } }
+.dark .tab-container button[aria-selected="true"] { color: var(--primary-300) !important; }
+</style>
+<script>
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  const shown = ["draw", "compare", "draw-heads"].map((id) => document.getElementById(id));
+  const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
+  if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
+}, true);
+const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status", "draw-heads": "inspect-status" };
+document.addEventListener("click", (event) => {
+  const button = event.target.closest && event.target.closest("button");
+  if (button && below[button.id] && window.innerWidth <= 640)
+    document.getElementById(below[button.id]).scrollIntoView({ behavior: "smooth" });
+});
+const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").forEach(
+  (found) => found.setAttribute("role", "group"));
+new MutationObserver(labelled).observe(document.documentElement, { childList: true, subtree: true });
+</script>"""
+"""What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
+Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the images are below the form, and a click on
+the button goes there. Gradio labels plain ``div`` elements, which screen
+readers pass over unless they have a role."""
+
+
+def theme() -> gr.Theme:
+    """Gradio's soft theme, its fonts from the system, its colours dark enough to be read (WCAG AA)."""
+    soft = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return soft.set(
+        block_title_text_color="*primary_700",
+        block_label_text_color="*primary_700",
+        block_title_text_color_dark="white",
+        block_label_text_color_dark="white",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        background_fill_primary="*neutral_50",  # Soft's own, which set() would forget
+        color_accent="*primary_600",
+        checkbox_label_background_fill_selected="*primary_600",
+        checkbox_background_color_selected="*primary_700",
+    )
+
+
+def make_page(session: Session) -> gr.Blocks:
+    """The whole page, not yet served."""
+    with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# EffiLoRA", elem_id="title")
+        generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
+        adapters, inspect = AdaptersTab(session), InspectTab(session)
+        tabs: dict[str, Any] = {
+            "Generate": generate,
+            "Compare": compare,
+            "Train": train,
+            "Adapters": adapters,
+            "Inspect": inspect,
+        }
+        shown: dict[str, gr.Tab] = {}
+        with gr.Tabs():
+            for label, tab in tabs.items():
+                with gr.Tab(label, id=label.lower()) as shown[label]:
+                    tab.build()
+        add_endpoints(session)
+
+        def leave(visit: gr.Request) -> None:
+            session.tickets.forget(str(visit.session_hash))
+
+        page.unload(leave)
+        refreshed: dict[str, tuple[Any, Any, Any]] = {
+            "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
+            "Compare": (compare.refresh, compare.adapter, compare.adapter),
+            "Train": (train.refresh, train.which, [train.which, *train.shown]),
+            "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.image]),
+            "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
+        }
+        for label, (refresh, inputs, outputs) in refreshed.items():
+            for trigger in (page.load, shown[label].select):
+                trigger(refresh, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+    return page
+
+
+def credentials() -> tuple[str, str] | None:
+    """User and password from ``EFFILORA_AUTH`` or the file named in ``EFFILORA_AUTH_FILE``, as ``user:password``."""
+    text = os.environ.get("EFFILORA_AUTH", "")
+    file = os.environ.get("EFFILORA_AUTH_FILE")
+    if file:
+        try:
+            text = Path(file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise EffiLoRAError(f"EFFILORA_AUTH_FILE {file} can't be read: {error.strerror}") from error
+    if not text:
+        return None
+    user, colon, password = text.partition(":")
+    if not (user and colon and len(password) >= 8):
+        raise EffiLoRAError("credentials must be user:password, the password of 8 characters at least")
+    return user, password
+
+
+def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
+    """Serve the page; raises :class:`EffiLoRAError` for settings that would not be safe."""
+    auth = credentials()
+    if args.listen and auth is None:
+        raise EffiLoRAError("--listen needs credentials: set EFFILORA_AUTH=user:password or EFFILORA_AUTH_FILE")
+    session = Session(args.model, args.outputs, PRECISIONS[args.mixed_precision])
+    page = make_page(session)
+    page.queue(max_size=64, default_concurrency_limit=1)
+    _launch(
+        page,
+        server_name="0.0.0.0" if args.listen else LOOPBACK,
+        server_port=args.port,
+        share=False,
+        auth=auth,
+        allowed_paths=[str(session.history), str(session.exports)],
+        max_file_size="64mb",
+        show_error=False,
+        run_history=False,
+        footer_links=[],
+        enable_monitoring=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=theme(),
+        css=STYLE + figures.STYLE,
+        head=HEAD,
+    )
+    if block:
+        print(f"http://{LOOPBACK}:{page.server_port}", flush=True)
+        page.block_thread()
+    return page
+
+
+def _launch(page: gr.Blocks, **options: Any) -> None:
+    try:
+        page.launch(**options)
+    except OSError as error:
+        raise EffiLoRAError(f"--port {options['server_port']} can't be used: {error}") from error

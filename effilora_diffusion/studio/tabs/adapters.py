@@ -1,0 +1,249 @@
+"""The tab of adapters: what each is, bringing one, taking one elsewhere, deleting one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ... import EffiLoRAError, export_lora
+from ...core import is_native, load_adapter_file
+from ...core.attach import check_sites
+from ...core.files import write_atomic
+from ...core.fingerprint import is_base
+from ...core.inspection import inspect_adapter
+from ...diffusion.adapters import export
+from ...diffusion.adapters.active_adapters import AdapterRef
+from ...diffusion.adapters.load import component_of
+from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
+from ...diffusion.sampling.grid import labelled_grid
+from ...diffusion.sampling.png import save_png
+from ...diffusion.training.outputs import ADAPTER_FILE, COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
+from ..queue import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal, shown_file
+from ..runs import NAME, Run
+
+AS_IT_IS = "as it is"
+FORMATS = (*export.FORMATS, AS_IT_IS)
+SAMPLE_SEEDS = (0, 1, 2)
+
+
+class AdaptersTab(DrawingTab):
+    """Components and handlers of the tab."""
+
+    def build(self) -> None:
+        """Lay the tab out and wire its events."""
+        names = list(self.session.adapters())
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                self.which = gr.Dropdown(names, value=None, label="Adapter", elem_id="which",
+                                         allow_custom_value=True)  # fmt: skip
+                self.upload = gr.File(label="Bring an adapter (.safetensors)", height=160,
+                                      file_types=[".safetensors"], elem_id="adapter-upload")  # fmt: skip
+                with gr.Row():
+                    self.format = gr.Dropdown(list(FORMATS), value="diffusers", label="Take it as", min_width=120,
+                                              elem_id="format")  # fmt: skip
+                    self.export = gr.Button("Export", elem_id="export")
+                self.file = gr.File(label="To download", visible=False, interactive=False, elem_id="exported")
+                with gr.Row():
+                    self.sample = gr.Button("Draw a sample image", elem_id="draw-sample", scale=3)
+                    self.halt = gr.Button("Stop", elem_id="sample-stop", interactive=False, min_width=80)
+                with gr.Row():
+                    self.sure = gr.Checkbox(False, label="Yes, delete it", elem_id="sure", min_width=120)
+                    self.delete = gr.Button("Delete", variant="stop", elem_id="delete")
+                self.status = gr.Markdown("", elem_id="adapter-status")
+            with gr.Column(scale=6, min_width=300):
+                self.card = gr.Markdown("", elem_id="card")
+                self.image = gr.Image(label="Without and with it", show_label=False, format="png",
+                                        interactive=False, visible=False, buttons=["fullscreen"], elem_id="card-image",
+                                        alt_text="Sample images without and with the adapter")  # fmt: skip
+        self._wire()
+
+    # ------------------------------------------------------------------------------------------------------- the card
+
+    def show(self, name: str | None) -> tuple[str, Any]:
+        """An adapter's card, and the image of its training if there is one."""
+        hidden = gr.update(value=None, visible=False)
+        if not name:
+            return "No adapter yet: train one, or bring one.", hidden
+        try:
+            path = self.session.wanted(name).path
+            rows = self._native_rows(path) if is_native(path) else self._plain_rows(path)
+        except EffiLoRAError as error:
+            return f"**{plain_words(one_line(error))}**", hidden
+        rows["file"] = f"{path.stat().st_size / 1000:.0f} kB"
+        table = "\n".join(f"| {label} | {plain_words(value)} |" for label, value in rows.items())
+        card = f"| {plain_words(name)} | |\n|---|---|\n{table}"
+        samples = sorted(
+            (file for file in self._samples(path) if file.is_file()), key=lambda file: file.stat().st_mtime
+        )
+        if not samples:
+            return card, hidden
+        return card, gr.update(value=shown_file(self.image, samples[-1]), visible=True)
+
+    def _native_rows(self, path: Path) -> dict[str, Any]:
+        facts = inspect_adapter(path)
+        config, base = facts["config"], facts.get("base_model", "unknown")
+        if is_base(self.session.base, facts) is False:
+            base = f"{base}: another model than the one that is open, of the same shape; results may differ"
+        gap = "exact" if facts["exact_export"] else f"{facts.get('export_error', 0):.1%} of the update missing"
+        used = f"{facts['heads_used']} of {facts['heads_total']}"
+        return {
+            "trigger prompt": facts.get("trigger_prompt", "unknown"),
+            "base": base,
+            "adapter": f"EffiLoRA, rank {config['rank']}, {config['heads']} heads, {config['routing']} routing",
+            "parameters": f"{facts['parameters']:,} in {facts['maps']} linear maps",
+            "heads in use": used if facts["heads_used"] else f"{used}: it changes nothing",
+            "trained": f"{facts.get('steps', '?')} steps on {facts.get('images', '?')} images",
+            "as plain LoRA": gap,
+        }
+
+    def _plain_rows(self, path: Path) -> dict[str, Any]:
+        facts = describe_plain(path)
+        return {
+            "trigger prompt": facts.get("trigger_prompt", "unknown"),
+            "base": facts.get("base_model", "unknown"),
+            "adapter": f"plain LoRA, rank {', '.join(map(str, facts['ranks'][:6])) or 'unknown'}",
+            "parameters": f"{facts['parameters']:,} in {facts['layers']} layers",
+        }
+
+    def _samples(self, path: Path) -> list[Path]:
+        """Where an adapter's sample images may lie; the newest is shown."""
+        if path.parent == self.session.uploads:
+            return [path.with_suffix(".png")]
+        return [path.parent / COMPARISON_FILE, path.parent / SAMPLE_FILE]
+
+    def draw_sample(self, visit: gr.Request, name: str | None) -> Iterator[tuple[Any, ...]]:
+        """Draw the adapter's prompt without and with it, and keep that beside the adapter."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        same = gr.update()
+        try:
+            path, trigger = self.session.adapter_path(name or ""), self.session.trigger(name or "")
+            if not trigger:
+                raise EffiLoRAError("its prompt is not known: draw with it in the first tab")
+            rows: list[tuple[str, list[Image.Image]]] = []
+            for label, adapters in (("without", []), (f"with {name}", [(str(name), 1.0)])):
+                rows.append((label, []))
+                for seed in SAMPLE_SEEDS:
+                    text = f"Image {sum(len(row) for _, row in rows) + 1} of {2 * len(SAMPLE_SEEDS)}"
+                    yield same, same, text, *BUSY
+                    rows[-1][1].append(self.session.image(self.session.usual(trigger, adapters, seed), ticket.stop))
+            save_png(labelled_grid(rows, trigger), self._samples(path)[-1])
+        except Exception as error:
+            yield same, same, refusal(error), *IDLE
+            return
+        finally:
+            self.tickets.end(visitor, ticket)
+        yield *self.show(name), "The sample is kept beside the adapter.", *IDLE
+
+    # ------------------------------------------------------------------------------------------------ in, out, deleted
+
+    def bring(self, file: str | None) -> tuple[Any, str]:
+        """Take an adapter in, judged by its content: it must fit the model that is open here."""
+        if file is None:
+            return gr.update(), ""
+        try:
+            name, remark = self.take_in(Path(file))
+        except Exception as error:
+            return gr.update(), refusal(error, "Not taken").replace(plain_words(f"{Path(file).parent}/"), "")
+        return gr.update(choices=list(self.session.adapters()), value=name), f"{name} is here.{remark}"
+
+    def take_in(self, file: Path) -> tuple[str, str]:
+        """Copy a file into the adapters; returns its name, and a remark if it fits in part only.
+
+        Raises :class:`EffiLoRAError` for a file that can't be used.
+        """
+        remark = ""
+        if is_plain_lora(file):
+            facts, one = describe_plain(file), AdapterRef(file)
+            with self.session.holding():
+                self.session.stack.use([one])  # whether it fits is known once it is loaded
+                acts = self.session.stack.layers(one)
+                self.session.stack.use([])
+            if acts < facts["layers"]:
+                remark = (
+                    f" It acts on {acts} of its {facts['layers']} layers: **this model does not have the others.**"
+                )
+        else:
+            content = load_adapter_file(file)
+            check_sites(component_of(self.session.pipe), content.adapter.sites)
+            facts = content.metadata
+        stem = file.stem
+        if file.name in (ADAPTER_FILE, LORA_FILE):  # every run's files have these names, which say nothing
+            stem = str(facts.get("trigger_prompt") or "adapter")
+        stem = "".join(letter if letter.isalnum() or letter in " _-" else "-" for letter in stem)[:60].strip(" -")
+        stem = stem if NAME.fullmatch(stem) else "adapter"
+        name, number = stem, 2
+        while name in self.session.adapters() or (self.session.uploads / f"{name}.safetensors").exists():
+            name, number = f"{stem} {number}", number + 1
+        target = self.session.uploads / f"{name}.safetensors"
+        write_atomic(target, lambda temporary: shutil.copyfile(file, temporary))
+        return name, remark
+
+    def write(self, name: str | None, format: str) -> tuple[Any, str]:
+        """Export the adapter; the file can then be downloaded."""
+        nothing = gr.update(visible=False)
+        try:
+            path = self.session.adapter_path(name or "")
+            if format not in FORMATS:
+                raise EffiLoRAError(f"choose one of {', '.join(FORMATS)}")
+            self.session.exports.mkdir(parents=True, exist_ok=True)
+            target = self.session.exports / f"{name}-{format.replace(' ', '-')}"
+            file = Path(f"{target}.safetensors")
+            if format == AS_IT_IS:
+                shutil.copyfile(path, file)
+                return gr.update(value=str(file), visible=True), "The file as it is."
+            if not is_native(path):
+                raise EffiLoRAError("it is a plain LoRA already: take it as it is")
+            folder = format in ("peft", "merged")
+            if folder:
+                shutil.rmtree(target, ignore_errors=True)
+            target = target if folder else file
+            error = export_lora(path, target, format, self.session.model)
+        except Exception as problem:
+            return nothing, refusal(problem, "Not exported")
+        missing = "exact" if error == 0 else f"least squares, {error:.1%} of the update is missing"
+        if format == "merged":  # a whole model: too large to be sent through a browser
+            return nothing, f"The whole model with the adapter in it is in `{target}`: {missing}."
+        if folder:
+            target = Path(shutil.make_archive(str(target), "zip", target))
+        return gr.update(value=str(target), visible=True), f"Plain LoRA for {format}: {missing}."
+
+    def remove(self, name: str | None, sure: bool) -> tuple[Any, bool, str]:
+        """Delete an adapter; of a training run only the adapter's files, its images stay."""
+        try:
+            path = self.session.adapter_path(name or "")
+            if not sure:
+                raise EffiLoRAError("tick the box first: a deleted adapter is gone")
+            brought = path.parent == self.session.uploads
+            if not brought and Run(self.session.outputs, path.parent.name).running:
+                raise EffiLoRAError("it is being trained: stop that first")
+            path.unlink()
+            (path.with_suffix(".png") if brought else path.parent / LORA_FILE).unlink(missing_ok=True)
+        except (EffiLoRAError, OSError) as error:
+            return gr.update(), False, refusal(error, "Not deleted")
+        names = list(self.session.adapters())
+        return gr.update(choices=names, value=names[0] if names else None), False, f"{name} is deleted."
+
+    def refresh(self, name: str | None) -> tuple[Any, str, Any]:
+        """The adapters as they are on the disk now, and the card of the chosen one (or the newest)."""
+        names = list(self.session.adapters())
+        name = name if self.session.knows(name) else next(iter(names), None)
+        return gr.update(choices=names, value=name), *self.show(name)
+
+    def _wire(self) -> None:
+        hidden: dict[str, Any] = {"api_visibility": "private"}
+        shown = [self.card, self.image]
+        self.which.change(self.show, self.which, shown, queue=False, show_progress="hidden", **hidden)
+        self.upload.upload(self.bring, self.upload, [self.which, self.status], api_name="add_adapter")
+        self.export.click(self.write, [self.which, self.format], [self.file, self.status], **hidden)
+        outputs = [*shown, self.status, self.sample, self.halt]
+        self.wire_drawing(
+            [self.sample.click], self.draw_sample, [self.which], outputs, self.status, self.sample, self.halt
+        )
+        self.halt.click(self.stop, None, self.status, queue=False, show_progress="hidden", **hidden)
+        self.delete.click(self.remove, [self.which, self.sure], [self.which, self.sure, self.status], **hidden)

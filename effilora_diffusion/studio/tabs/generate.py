@@ -1,0 +1,239 @@
+"""The tab that draws: prompt, adapters, settings, images as they come, and their seeds to take again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ... import EffiLoRAError
+from ...diffusion.sampling.png import read_parameters
+from ...diffusion.sampling.stream import Progress
+from ..adapter_row import NONE, AdapterRow
+from ..queue import DrawingTab, plain_words, refusal
+from ..session import MAX_GUIDANCE, MAX_STEPS, MIN_EDGE, Request
+
+SLOTS = 3
+"""Adapters that can act at once."""
+
+EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow background", "a twemoji emoji of castle")
+"""Prompts to begin with on the embedded base."""
+
+
+class GenerateTab(DrawingTab):
+    """Components and handlers of the tab; handlers are plain functions over the :class:`~.studio.Session`."""
+
+    def build(self) -> None:
+        """Lay the tab out and wire its events; call it within a tab of a Blocks."""
+        defaults = self.session.defaults()
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                self.prompt = gr.Textbox(
+                    label="Prompt", lines=2, elem_id="prompt", placeholder="what to draw; Ctrl+Enter draws"
+                )
+                with gr.Row():
+                    self.go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                    self.halt = gr.Button("Stop", interactive=False, elem_id="stop", min_width=100)
+                self.slots = [AdapterRow(self.session, number) for number in range(1, SLOTS + 1)]
+                self.slots[0].build()
+                with gr.Accordion("More adapters", open=False):
+                    for slot in self.slots[1:]:
+                        slot.build()
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    self.negative = gr.Textbox(label="Negative prompt", lines=1)
+                    with gr.Row():
+                        self.steps = gr.Slider(1, MAX_STEPS, defaults["steps"], step=1, label="Steps")
+                        self.guidance = gr.Slider(
+                            0, MAX_GUIDANCE, defaults["guidance_scale"], step=0.1, label="Guidance"
+                        )
+                    with gr.Row():
+                        self.width = gr.Slider(
+                            MIN_EDGE, self.session.max_edge, defaults["edge"], step=8, label="Width"
+                        )
+                        self.height = gr.Slider(
+                            MIN_EDGE, self.session.max_edge, defaults["edge"], step=8, label="Height"
+                        )
+                with gr.Row():
+                    self.count = gr.Number(4, label="Images", precision=0, min_width=90)
+                    self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
+                    self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
+                if self.session.model is None:
+                    gr.Examples([[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples")
+            with gr.Column(scale=6, min_width=320):
+                self.status = gr.Markdown("Ready.", elem_id="status")
+                self.gallery = gr.Gallery(
+                    label="Images", columns=3, height=460, object_fit="contain", format="png", elem_id="images",
+                    buttons=["download", "download_all", "fullscreen"], interactive=False,
+                )  # fmt: skip
+                with gr.Column(visible=False, elem_id="chosen") as self.chosen:
+                    self.facts = gr.Markdown()
+                    with gr.Row():
+                        self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse", min_width=120)
+                        self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore", min_width=120)
+        with gr.Accordion("History, and reading parameters from an image", open=False, elem_id="history"):
+            self.past = gr.Gallery(label="Drawn before", columns=8, height=220, object_fit="contain", format="png")
+            self.upload = gr.File(label="An image drawn here (PNG)", file_types=[".png"], type="filepath", height=110)
+        self.selected = gr.State(None)
+        self._wire()
+
+    @property
+    def form(self) -> list[Any]:
+        """All inputs of a drawing, in the order of :meth:`request`."""
+        flat = [part for slot in self.slots for part in slot.parts]
+        return [self.prompt, self.negative, self.steps, self.guidance, self.width, self.height, self.count, self.seed,
+                self.random, *flat]  # fmt: skip
+
+    @staticmethod
+    def request(prompt: str, negative: str, steps: float, guidance: float, width: float, height: float, count: float,
+                seed: float | None, use_random: bool, *slots: Any) -> Request:  # fmt: skip
+        """The form as a :class:`Request`; raises :class:`EffiLoRAError` for fields that hold no number."""
+        try:
+            numbers = [int(value) for value in (steps, width, height, count, seed or 0)]
+            scale = float(guidance)
+            triples = [slots[start : start + 3] for start in range(0, len(slots), 3)]
+            chosen = [(str(name), float(power)) for name, power, on in triples if on and name and name != NONE]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise EffiLoRAError("a setting is no number: fill every field") from error
+        if len({name for name, _ in chosen}) < len(chosen):
+            raise EffiLoRAError("the same adapter is chosen twice: choose it once and change its strength")
+        if use_random:
+            numbers[4] = random.SystemRandom().randrange(2**32)
+        return Request(str(prompt or ""), str(negative or ""), chosen, numbers[0], scale, *numbers[1:])
+
+    def draw(self, visit: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Draw what the form says; yields updates of the page after every step."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        files: list[Path] = []
+        try:
+            wanted = self.request(*values)
+            self.session.check(wanted)
+            yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.gallery: [],
+                   self.seed: wanted.seed, self.status: "Preparing ...", self.chosen: gr.update(visible=False)}  # fmt: skip
+            for event in self.session.draw(wanted, ticket.stop):
+                if isinstance(event, Path):
+                    files.append(event)
+                    yield {self.gallery: [str(file) for file in files]}
+                else:
+                    yield self._progress(event, files)
+        except Exception as error:
+            yield {**self._idle(), self.status: refusal(error)}
+            return
+        finally:
+            self.tickets.end(visitor, ticket)
+        word = "Stopped" if len(files) < wanted.count else "Done"
+        yield {**self._idle(), self.gallery: [str(file) for file in files],
+               self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}."}  # fmt: skip
+
+    def _progress(self, event: Progress, files: list[Path]) -> dict[Any, Any]:
+        """The step in words; a preview stands behind the finished images until its own image is finished."""
+        left = f", {event.seconds:.0f} s left" if event.seconds is not None else ""
+        text = f"Image {event.index + 1} of {event.count}: step {event.step} of {event.steps}{left}"
+        found: dict[Any, Any] = {self.status: text}
+        if event.preview is not None:
+            found[self.gallery] = [*map(str, files), event.preview]
+        return found
+
+    def _idle(self) -> dict[Any, Any]:
+        return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False)}
+
+    def select(self, event: gr.SelectData) -> tuple[Any, Any, str | None]:
+        """Show the facts of the image that was clicked."""
+        name = Path(str(event.value["image"]["path"])).name  # Gradio gives its own copy; ours has the same name
+        path = self.session.history / name
+        if not path.is_file():
+            return gr.update(visible=False), "", None
+        facts = read_parameters(path)
+        adapters = (
+            ", ".join(f"{plain_words(entry['file'])} at {entry['strength']:g}" for entry in facts["adapters"])
+            or "no adapter"
+        )
+        return gr.update(visible=True), f"Seed **{facts['seed']}**, {adapters}", name
+
+    def reuse_seed(self, name: str | None) -> tuple[Any, Any]:
+        """Put the chosen image's seed into the form."""
+        facts = self._facts(name)
+        return facts["seed"], False
+
+    def _facts(self, name: str | None) -> dict[str, Any]:
+        if not name or not (self.session.history / Path(name).name).is_file():
+            raise gr.Error("choose an image first", print_exception=False)
+        return read_parameters(self.session.history / Path(name).name)
+
+    def restore_all(self, name: str | None) -> list[Any]:
+        """Put everything the chosen image was drawn with into the form."""
+        return self.filled(self._facts(name))
+
+    def read_upload(self, path: str | None) -> list[Any]:
+        """Fill the form from the parameters in an image that somebody brings."""
+        if path is None:
+            return [gr.update() for _ in self.form] + [gr.update()]
+        try:
+            return self.filled(read_parameters(Path(path)))
+        except (EffiLoRAError, KeyError, TypeError, ValueError, OverflowError) as error:
+            text = (
+                plain_words(error) if isinstance(error, EffiLoRAError) else "this image's parameters are not complete"
+            )
+            return [gr.update() for _ in self.form] + [f"**Not read:** {text}"]
+
+    def filled(self, facts: dict[str, Any]) -> list[Any]:
+        """The form with an image's parameters, and what is to be said of it."""
+        usual = self.session.defaults()  # `effilora generate` leaves what was not given to the model
+        steps, guidance = facts["num_inference_steps"], facts["guidance_scale"]
+        steps = usual["steps"] if steps is None else steps
+        guidance = usual["guidance_scale"] if guidance is None else guidance
+        here: list[tuple[str, float]] = []
+        missing = []
+        for entry in facts["adapters"]:
+            try:
+                here.append((self._known(str(entry["file"])), float(entry["strength"])))
+            except EffiLoRAError:
+                missing.append(plain_words(entry["file"], 80))
+        missing += [plain_words(name, 80) for name, _ in here[SLOTS:]]
+        slots: list[Any] = []
+        for index in range(SLOTS):
+            slots += [*(here[index] if index < len(here) else (NONE, 1.0)), True]
+        text = "The form holds that image's settings."
+        if missing:
+            text = (
+                f"The form holds that image's settings, **but for adapters that are not here:** {', '.join(missing)}."
+            )
+        return [str(facts["prompt"]), str(facts["negative_prompt"] or ""), int(steps), float(guidance),
+                int(facts["width"]), int(facts["height"]), 1, int(facts["seed"]), False, *slots, text]  # fmt: skip
+
+    def _known(self, file: str) -> str:
+        """The name in our list of an adapter that an image names: ours, or the file's of the command line."""
+        name = file if file in self.session.adapters() else file.removesuffix(".safetensors")
+        self.session.wanted(name)
+        return name
+
+    def refresh(self) -> list[Any]:
+        """The adapters and the history as they are on the disk now."""
+        names = [NONE, *self.session.adapters()]
+        return [*[gr.update(choices=names) for _ in self.slots], [str(path) for path in self.session.drawn()]]
+
+    def _wire(self) -> None:
+        private: dict[str, Any] = {"api_visibility": "private"}
+        at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
+        outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
+        drawn = self.wire_drawing(
+            [self.go.click, self.prompt.submit], self.draw, self.form, outputs, self.status, self.go, self.halt
+        )
+        refreshed = [*[slot.choice for slot in self.slots], self.past]
+        for event in drawn:
+            event.then(self.refresh, None, refreshed, **at_once)
+        self.halt.click(self.stop, None, self.status, **at_once)
+        chosen = [self.chosen, self.facts, self.selected]
+        self.gallery.select(self.select, None, chosen, **private)
+        self.past.select(self.select, None, chosen, **private)
+        self.reuse.click(self.reuse_seed, self.selected, [self.seed, self.random], **private)
+        self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
+        self.upload.upload(
+            self.read_upload, self.upload, [*self.form, self.status], api_name="read_parameters",
+            api_visibility="undocumented",
+        )  # fmt: skip
+        for slot in self.slots:
+            slot.wire(self.prompt)

@@ -1,0 +1,289 @@
+"""The tab that trains: images checked as they come, presets, every setting of the trainer, and the run as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from ... import EffiLoRAError
+from ...core.image_io import ImageError, inspect_image
+from ...diffusion.config import TrainingConfig
+from ...diffusion.data.folder import scan_images
+from ...diffusion.training.example import example_settings
+from .. import figures
+from ..queue import plain_words, refusal, shown_file
+from ..runs import Run, Status, dry_run, list_runs
+from ..session import Session
+from ..train_form import PRESETS, component_of, run_settings, shown_fields, usual_settings
+
+CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
+"""Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
+
+MAX_IMAGES = 200
+_STARTING = threading.Lock()
+"""Two visitors that start at once do so one after the other."""
+
+
+class TrainTab:
+    """Components and handlers of the tab."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def build(self) -> None:
+        """Lay the tab out and wire its events."""
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                self.files = gr.File(label="5 to 30 images of one subject", file_count="multiple", height=180,
+                                     file_types=["image"], elem_id="train-files")  # fmt: skip
+                self.example = gr.Button("Take the example's images", size="sm", elem_id="train-example")
+                self.table = gr.Dataframe(
+                    headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
+                    interactive=True, label="Images; captions may stay empty", wrap=True, elem_id="train-table",
+                    static_columns=[0, 1],
+                )  # fmt: skip
+                self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
+                                         elem_id="train-prompt")  # fmt: skip
+                with gr.Row():
+                    self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
+                    self.preset = gr.Radio(list(PRESETS), value="better", label="Preset", elem_id="train-preset")
+                with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
+                    usual = usual_settings(self.session)
+                    self.advanced = [component_of(entry, usual[entry.name]) for entry in shown_fields()]
+                self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
+                with gr.Row():
+                    self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
+                    self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
+                    self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
+                self.note = gr.Markdown("", elem_id="train-note")
+                self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
+                                          visible=False, elem_id="train-checked")  # fmt: skip
+            with gr.Column(scale=6, min_width=320):
+                self.which = gr.Dropdown(
+                    self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
+                )
+                self.status = gr.Markdown("No run yet.", elem_id="train-status")
+                self.plot = gr.LinePlot(
+                    None, x="step", y="loss", color="curve", color_map=CURVES, colors_in_legend=[], height=260,
+                    label="Loss: every step in grey, the mean in blue", elem_id="train-plot", buttons=[],
+                )  # fmt: skip
+                self.sample = gr.Image(label="Latest images", show_label=False, format="png", interactive=False,
+                                       height=330, buttons=["fullscreen"], elem_id="train-sample",
+                                       alt_text="Validation images of the run")  # fmt: skip
+                self.layers = gr.HTML("", elem_id="train-layers")
+                self.report = gr.Textbox(label="Report before the first step", lines=6, max_lines=12, interactive=False,
+                                         visible=False, elem_id="train-report")  # fmt: skip
+        self.timer = gr.Timer(2.0)
+        self._wire()
+
+    @property
+    def shown(self) -> list[Any]:
+        """What :meth:`look` fills."""
+        return [self.status, self.plot, self.sample, self.layers, self.report]
+
+    def runs(self) -> list[str]:
+        """Names of the runs on the disk, the newest first."""
+        return list_runs(self.session.outputs)
+
+    def check(self, files: list[str] | None, table: Any) -> list[list[str]]:
+        """A row per image that was brought: its name, what is wrong with it if anything, its caption (kept if written)."""
+        rows, seen, written = [], dict[str, str](), captions_of(table)
+        for path in [Path(file) for file in files or []]:
+            try:
+                (width, height), remarks = inspect_image(path)
+                first = seen.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
+                remarks += [f"the same file as {first}"] if first != path.name else []
+                verdict = "; ".join([f"good, {width} x {height}", *remarks])
+            except ImageError as error:
+                verdict = f"bad: {error.reason}"
+            except OSError as error:
+                verdict = f"bad: can't be read ({error.strerror})"
+            rows.append([path.name, verdict, written.get(path.name, "")])
+        return rows
+
+    def take_example(self) -> tuple[list[str], str, str]:
+        """The example's images, its prompt, and a name for the run."""
+        settings = example_settings()
+        files = sorted(str(path) for path in Path(settings["instance_data_dir"]).glob("*.png"))
+        return files, settings["instance_prompt"], "my-cat"
+
+    def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+              *advanced: Any) -> tuple[Any, str]:  # fmt: skip
+        """Copy the images and their captions into a data set of the run's name, and start the trainer."""
+        try:
+            with _STARTING:
+                run = self._free_run(name)
+                prompt = self._checked(files, prompt, preset)
+                folder = self.session.outputs / "datasets" / run.name
+                settings = run_settings(self.session, prompt, preset, folder, list(advanced))
+                TrainingConfig(**settings)  # before the images are touched
+                self._keep(files or [], table, folder)
+                scan_images(folder, prompt)
+                run.start(settings)
+        except Exception as error:
+            return gr.update(), refusal(error, "Not started")
+        return gr.update(choices=self.runs(), value=run.name), "Starting ..."
+
+    def _free_run(self, name: str | None) -> Run:
+        """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
+        name = str(name or "").strip()
+        if not name:
+            raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
+        run = Run(self.session.outputs, name)
+        run.check_free()
+        if name in self.session.adapters():
+            raise EffiLoRAError(f"there is an adapter named {name}: give another name")
+        return run
+
+    def check_first(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+                    *advanced: Any) -> Iterator[tuple[Any, str]]:  # fmt: skip
+        """The trainer's report on what it would do, without training."""
+        yield gr.update(), "Loading model and images ..."
+        folder = self.session.fresh_folder("checking")
+        try:
+            self._free_run(name)
+            prompt = self._checked(files, prompt, preset)
+            self._keep(files or [], table, folder / "images")
+            report = dry_run(run_settings(self.session, prompt, preset, folder / "images", list(advanced)), folder)
+        except Exception as error:
+            yield gr.update(visible=False), refusal(error, "It would not start")
+            return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield gr.update(value=report, visible=True), "Nothing is in the way."
+
+    def _checked(self, files: list[str] | None, prompt: str, preset: str) -> str:
+        """The prompt; raises :class:`EffiLoRAError` for what is missing in the form."""
+        if not files:
+            raise EffiLoRAError("there are no images: drop some, or take the example's")
+        if len(files) > MAX_IMAGES:
+            raise EffiLoRAError(f"there are {len(files)} images, {MAX_IMAGES} at most can be taken here")
+        if not str(prompt or "").strip():
+            raise EffiLoRAError("the prompt is missing: a few words that name the subject, as 'a photo of sks dog'")
+        if preset not in PRESETS:
+            raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
+        return str(prompt).strip()
+
+    def _keep(self, files: list[str], table: Any, folder: Path) -> None:
+        """Copy images, and the captions in the table by the images' names, into a data set."""
+        captions = captions_of(table)
+        fresh = self.session.fresh_folder("images")
+        for index, file in enumerate(files):
+            name = f"{index:03d}-{Path(file).name[-60:]}"
+            shutil.copyfile(file, fresh / name)
+            if captions.get(Path(file).name):
+                (fresh / name).with_suffix(".txt").write_text(captions[Path(file).name], encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.rename(folder)
+
+    def end(self, name: str) -> str:
+        """Stop a run after its step."""
+        try:
+            run = Run(self.session.outputs, name)
+            if not run.running:
+                return "It is not running here."
+            begun = run.status().step > 0
+            run.stop()
+        except Exception as error:
+            return refusal(error, "Not stopped")
+        return "Stopping after this step; the checkpoint follows." if begun else "Stopping before its first step."
+
+    def go_on(self, name: str) -> str:
+        """Resume a run that was stopped or killed."""
+        try:
+            Run(self.session.outputs, name).resume()
+        except Exception as error:
+            return refusal(error, "Not resumed")
+        return "Resuming ..."
+
+    def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
+        """The run as it stands: words, curve of the loss, latest images, trained layers, the report before it."""
+        hidden = gr.update(visible=False)
+        if not name:
+            return "No run yet.", None, None, "", hidden
+        try:
+            run = Run(self.session.outputs, name)
+            status = run.status()
+        except EffiLoRAError as error:
+            return f"**{plain_words(error)}**", None, None, "", hidden
+        words = plain_words(status.message)
+        text = f"**{words}**" if status.state == "failed" else words
+        report = run.report()
+        shown = gr.update(value=report, visible=True) if report else hidden
+        if not status.metrics:
+            return text, None, None, "", shown
+        history = run.history(status.step)
+        layers = figures.active(history, status.step) + figures.importance(history) if history else ""
+        image = shown_file(self.sample, status.sample) if status.sample else None
+        return f"{text}  \n{progress_of(status)}", curve_of(status.metrics), image, layers, shown
+
+    def watch(self, name: str | None, seen: Any) -> tuple[Any, ...]:
+        """:meth:`look` again if the run has moved since ``seen``; a page that is left open costs the trainer nothing."""
+        try:
+            status = Run(self.session.outputs, name or "").status()
+            now: Any = [name, status.message, status.step, str(status.sample)]
+        except EffiLoRAError:
+            now = [name]
+        if now == seen:
+            return *[gr.skip()] * len(self.shown), seen
+        return *self.look(name), now
+
+    def _wire(self) -> None:
+        hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        self.files.change(self.check, [self.files, self.table], self.table, **hidden)
+        self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
+        form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
+        self.look_first.click(
+            self.check_first, form, [self.checked, self.note], show_progress="hidden",
+            api_visibility="private", concurrency_id="check", concurrency_limit=1,
+        )  # fmt: skip
+        self.start.click(self.begin, form, [self.which, self.note], **hidden)
+        self.stop.click(self.end, self.which, self.note, **hidden)
+        self.resume.click(self.go_on, self.which, self.note, **hidden)
+        self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
+        seen = gr.State(None)
+        self.timer.tick(self.watch, [self.which, seen], [*self.shown, seen], show_progress="hidden", **hidden)
+
+    def refresh(self, name: str | None) -> tuple[Any, ...]:
+        """The runs as they are on the disk now, and the chosen one (or the newest) as it stands."""
+        names = self.runs()
+        name = name or next(iter(names), None)
+        return gr.update(choices=names, value=name), *self.look(name)
+
+
+def progress_of(status: Status) -> str:
+    """How far a run is, in words."""
+    last = status.metrics[-1]
+    done = f"step {status.step} of {status.steps}" if status.steps else f"step {status.step}"
+    left = ""
+    if status.state == "running" and status.steps:
+        recent = [line["seconds"] for line in status.metrics[-20:]]
+        left = f", about {sum(recent) / len(recent) * (status.steps - status.step):.0f} s left"
+    return f"{done}, loss {last['loss']:.4f}, {last['active_layers']} layers active{left}"
+
+
+def curve_of(metrics: list[dict[str, Any]]) -> pd.DataFrame:
+    """The loss by step, as it is and as a running mean, in 200 points at most."""
+    table = pd.DataFrame({"step": [line["step"] for line in metrics], "loss": [line["loss"] for line in metrics]})
+    mean = table.assign(loss=table["loss"].rolling(max(1, len(table) // 15), min_periods=1).mean())
+    every = max(1, len(table) // 200)
+    curves = zip(CURVES, (table, mean), strict=True)
+    return pd.concat([frame.iloc[::every].assign(curve=name) for name, frame in curves], ignore_index=True)
+
+
+def captions_of(table: Any) -> dict[str, str]:
+    """Captions by file name in a Dataframe's value, whatever form Gradio gives it; rows may have been added or deleted."""
+    rows = table.values.tolist() if isinstance(table, pd.DataFrame) else list(table or [])
+    found = {}
+    for row in rows:
+        if len(row) > 2 and not pd.isna(row[0]) and not pd.isna(row[2]) and str(row[2]).strip():
+            found[str(row[0])] = str(row[2]).strip()
+    return found

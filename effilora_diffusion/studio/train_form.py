@@ -1,0 +1,101 @@
+"""The advanced section of the Train tab: a component for every setting of the trainer, and the settings of a run from them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import gradio as gr
+
+from .. import EffiLoRAError
+from ..diffusion.config import TrainingConfig, base_type
+from ..diffusion.training.example import example_settings
+from .session import Session
+
+PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
+"""Length of training by name, as a share of the usual number of steps."""
+
+USUAL_STEPS = 800
+
+OWN_FIELDS = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir", "dry_run",
+              "overwrite_output_dir", "resume_from_checkpoint", "class_data_dir", "seed", "num_train_epochs")  # fmt: skip
+"""Settings that the tab gives itself."""
+
+PRESET_FIELDS = {"max_train_steps": "the preset's", "validation_steps": "a quarter of the steps",
+                 "checkpointing_steps": "a quarter of the steps", "validation_prompt": "the prompt"}  # fmt: skip
+"""Settings that are empty in the form, and what they are unless something is written there."""
+
+
+def shown_fields() -> list[Field[Any]]:
+    """The settings of the advanced section."""
+    return [entry for entry in fields(TrainingConfig) if entry.name not in OWN_FIELDS]
+
+
+def usual_settings(session: Session) -> dict[str, Any]:
+    """What suits the open model, for every shown field but those of :data:`PRESET_FIELDS`: the form shows just these."""
+    found = {entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+             for entry in shown_fields()}  # fmt: skip
+    found |= {"resolution": session.defaults()["edge"], "learning_rate": 1e-4}
+    if session.model is None:
+        found |= {name: value for name, value in example_settings().items() if name in found}
+    return {name: None if name in PRESET_FIELDS else value for name, value in found.items()}
+
+
+def component_of(entry: Field[Any], usual: Any) -> Any:
+    """The component that shows a setting, made from its type, choices, help text and ``usual`` value."""
+    kind = base_type(get_type_hints(TrainingConfig)[entry.name])
+    rest = f"; empty: {PRESET_FIELDS[entry.name]}" if entry.name in PRESET_FIELDS else ""
+    common: dict[str, Any] = {
+        "label": entry.name,
+        "info": entry.metadata["help"] + rest,
+        "elem_id": f"train-{entry.name}",
+    }
+    if kind is bool:
+        return gr.Checkbox(usual, **common)
+    if entry.metadata["choices"]:
+        return gr.Dropdown(["", *entry.metadata["choices"]], value=usual or "", **common)
+    if kind in (int, float) and usual is not None:  # a Number without a value comes back from the browser as 0
+        return gr.Number(usual, precision=0 if kind is int else None, **common)
+    text = "\n".join(usual) if isinstance(usual, list) else usual or ""
+    return gr.Textbox(text, lines=1, max_lines=6, **common)
+
+
+def from_component(entry: Field[Any], value: Any, usual: Any) -> Any:
+    """A component's value as the setting's; empty means ``usual``, and an empty list where lists are usual."""
+    is_list = str(get_type_hints(TrainingConfig)[entry.name]).startswith("list")
+    if is_list and (value or usual is not None):
+        return [line.strip() for line in str(value or "").splitlines() if line.strip()]
+    if value is None or value == "":
+        return usual
+    kind = base_type(get_type_hints(TrainingConfig)[entry.name])
+    try:
+        return kind(value)
+    except (ValueError, OverflowError) as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise EffiLoRAError(f"--{entry.name} must be {wanted}, not {value!r}") from error
+
+
+def run_settings(session: Session, prompt: str, preset: str, folder: Path, advanced: list[Any]) -> dict[str, Any]:
+    """The settings of a run: those that the form shows, and what follows from preset and prompt where it shows nothing."""
+    usual = usual_settings(session)
+    entries = zip(shown_fields(), advanced, strict=True)
+    chosen = {entry.name: from_component(entry, value, usual[entry.name]) for entry, value in entries}
+    if chosen["max_train_steps"] is None:
+        steps = example_settings()["max_train_steps"] if session.model is None else USUAL_STEPS
+        chosen["max_train_steps"] = round(steps * PRESETS[preset])
+    quarter = max(1, chosen["max_train_steps"] // 4)
+    for name, value in (
+        ("validation_steps", quarter),
+        ("checkpointing_steps", quarter),
+        ("validation_prompt", [prompt]),
+    ):
+        chosen[name] = value if chosen[name] is None else chosen[name]
+    classes = str(session.outputs / "datasets" / "class images")
+    return {
+        **chosen,
+        "pretrained_model_name_or_path": session.model,
+        "instance_prompt": prompt,
+        "instance_data_dir": str(folder),
+        "class_data_dir": classes if chosen["with_prior_preservation"] else None,
+    }

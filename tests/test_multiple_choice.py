@@ -1,0 +1,83 @@
+"""Multiple-choice questions: read in the formats of the commonsense tasks, answered by likelihood."""
+
+import pytest
+import torch
+from tiny_language import build, tokenizer
+
+from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.core import EffiLoRAConfig
+from effilora_diffusion.language.batches import collate
+from effilora_diffusion.language.encoding import Encoder
+from effilora_diffusion.language.multiple_choice import Question, choose, likelihoods, question
+from effilora_diffusion.language.targets import attach, create_adapter
+
+PIQA = {"instruction": "How do you cut? Solution1: with a knife Solution2: with a spoon Answer format: solution1/solution2",
+        "input": "", "output": "the correct answer is solution1", "answer": "solution1"}  # fmt: skip
+
+
+def test_the_commonsense_tasks_name_their_choices():
+    found = question(PIQA)
+    assert found.answers == ["the correct answer is solution1", "the correct answer is solution2"]
+    assert found.correct == 0
+    boolq = question({"instruction": "is water wet? Answer format: true/false", "answer": "false"})
+    assert (boolq.answers[boolq.correct], len(boolq.answers)) == ("the correct answer is false", 2)
+    own = question({"instruction": "cat in German", "choices": ["Hund", "Katze"], "answer": "Katze"})
+    assert (own.answers, own.correct) == (["Hund", "Katze"], 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "word"),
+    [
+        ({"instruction": "why?"}, "needs 'choices'"),
+        ({"instruction": "x", "choices": ["a"], "answer": "a"}, "two texts or more"),
+        ({"instruction": "x", "choices": ["a", 2], "answer": "a"}, "two texts or more"),
+        ({"instruction": "x", "choices": ["a", "b"], "answer": "c"}, "is none of"),
+        ({**PIQA, "answer": "solution3"}, "is none of"),
+    ],
+)
+def test_questions_that_can_t_be_asked_are_named(record, word):
+    with pytest.raises(EffiLoRAError, match=f"line 3: .*{word}"):
+        question(record, "line 3")
+
+
+def test_likelihoods_are_those_of_the_answers_alone():
+    model, encoder = build("llama"), Encoder(tokenizer())
+    questions = [Question({"instruction": "x" * n}, ["a", "bcd", "ef"], 0) for n in (2, 7)]
+    found = likelihoods(model, encoder, questions, batch_size=4)
+    for one, row in zip(questions, found, strict=True):
+        for answer, value in zip(one.answers, row, strict=True):
+            item = encoder.encode({**one.record, "output": answer})
+            with torch.no_grad():
+                loss = model(**collate([item], 0)).loss  # the mean over answered tokens
+            assert value == pytest.approx(-float(loss), abs=1e-4)
+
+
+def test_questions_that_can_t_be_judged_are_refused_not_counted():
+    model, encoder = build("llama"), Encoder(tokenizer(), max_length=12)
+    asked = {"choices": ["yes", "no"], "answer": "yes"}
+    with pytest.warns(UserWarning, match="data, record 1: longer than 12 tokens"):
+        assert len(choose(model, encoder, [question({"instruction": "x" * 30, **asked}, "data, record 1")])) == 1
+    long = question({"instruction": "x", "choices": ["y" * 30, "n" * 30], "answer": "y" * 30}, "data, record 2")
+    with pytest.raises(EffiLoRAError, match="data, record 2: it is longer than the model's 12 tokens"):
+        choose(model, encoder, [long])
+    model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(EffiLoRAError, match="data, record 3: the model's output is not finite"):
+        choose(model, encoder, [question({"instruction": "x", **asked}, "data, record 3")])
+
+
+def test_a_model_that_has_learned_the_answers_chooses_them():
+    model, encoder = build("llama"), Encoder(tokenizer())
+    pairs = {"a": "z", "b": "y", "c": "x", "d": "w"}
+    questions = [Question({"instruction": key}, list(pairs.values()), index) for index, key in enumerate(pairs)]
+    adapter = attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",))))
+    optimizer = torch.optim.AdamW(adapter.parameters(), 3e-2)
+    batch = collate([encoder.encode({"instruction": key, "output": value}) for key, value in pairs.items()], 0)
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert choose(model, encoder, questions) == [True] * 4
+    adapter.strength = 0
+    assert not all(choose(model, encoder, questions))
+    with pytest.raises(EffiLoRAError, match="no questions"):
+        choose(model, encoder, [])
