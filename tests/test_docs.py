@@ -22,4 +22,4 @@ def test_the_page_has_every_family_with_its_file(family):
 
 def test_the_example_on_the_page_is_the_file_it_shows():
     shown = PAGE.split("```python\n")[1].split("```")[0].strip()
-    assert shown in (ROOT / "effilora_diffusion/diffusion/families/auraflow.py").read_text(encoding="utf-8")
+    assert shown in (ROOT / "effilora_diffusion/diffusion/models/auraflow.py").read_text(encoding="utf-8")

@@ -161,9 +161,8 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     try:
         config = EffiLoRAConfig.from_dict(header["config"])
         sites = [Site.from_dict(entry) for entry in header["sites"]]
-        metadata: dict[str, Any] = {
-            _RENAMED.get(key, key): value for key, value in dict(header.get("metadata") or {}).items()
-        }
+        saved: dict[str, Any] = dict(header.get("metadata") or {})
+        metadata = {_RENAMED.get(key, key): value for key, value in saved.items()}
     except EffiLoRAError as error:
         raise EffiLoRAError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError) as error:
