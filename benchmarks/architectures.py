@@ -13,9 +13,8 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from effilora_diffusion import EffiLoRAConfig
+from effilora_diffusion import EffiLoRAConfig, attach, create_adapter
 from effilora_diffusion.core import EffiLoRA
-from effilora_diffusion.diffusion.adapters import processors as attention
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.language import targets as attachment
 
@@ -117,8 +116,8 @@ def fresh_adapter(model: nn.Module, attached: bool = True, **options: Any) -> Ef
     if isinstance(model, PreTrainedModel):
         adapter = attachment.create_adapter(model, EffiLoRAConfig(target_modules=("paper",), **options))
         return attachment.attach(model, adapter) if attached else adapter
-    adapter = attention.create_adapter(model, EffiLoRAConfig(**options))
-    return attention.attach(model, adapter) if attached else adapter
+    adapter = create_adapter(model, EffiLoRAConfig(**options))
+    return attach(model, adapter) if attached else adapter
 
 
 def _unet_inputs(unet: nn.Module, batch: int, size: int, tokens: int) -> dict[str, Any]:

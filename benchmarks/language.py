@@ -30,14 +30,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from effilora_diffusion import EffiLoRAConfig, ReducerConfig
+from effilora_diffusion import EffiLoRAConfig, ReducerConfig, attach, detach
 from effilora_diffusion.core import EffiLoRA, Reducer, exit_code
 from effilora_diffusion.language.encoding import Encoder, Example, Examples
 from effilora_diffusion.language.generate import answers
 from effilora_diffusion.language.models import load_model
 from effilora_diffusion.language.multiple_choice import choose, question
 from effilora_diffusion.language.records import read_records
-from effilora_diffusion.language.targets import attach, create_adapter, detach
+from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import ReducerCallback
 
 from .language_data import TASKS, fetch_model

@@ -1,42 +1,51 @@
-"""EffiLoRA Diffusion: teach a diffusers model a new subject or style with one small adapter."""
+"""EffiLoRA Diffusion: teach a diffusers model a new subject or style with one small adapter.
+
+The functions are the same for diffusers pipelines and transformers models; ``docs/api.md`` shows a training loop.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, ReducerConfig
-    from .diffusion.adapters.export import export_lora
-    from .diffusion.adapters.load import load_adapter, remove_adapter
+    from .api import (
+        attach,
+        create_adapter,
+        detach,
+        export_lora,
+        load_adapter,
+        merge,
+        remove_adapter,
+        save_adapter,
+        unmerge,
+    )
+    from .core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, ReducerConfig
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "EffiLoRA": ".core",
-    "EffiLoRAConfig": ".core",
-    "EffiLoRAError": ".core",
-    "ReducerConfig": ".core",
-    "export_lora": ".diffusion.adapters.export",
-    "load_adapter": ".diffusion.adapters.load",
-    "remove_adapter": ".diffusion.adapters.load",
-}
-"""Where each public name is: imported when it is used, since torch and diffusers take seconds."""
-
 __all__ = [
+    "AdapterFile",
     "EffiLoRA",
     "EffiLoRAConfig",
     "EffiLoRAError",
     "ReducerConfig",
     "__version__",
+    "attach",
+    "create_adapter",
+    "detach",
     "export_lora",
     "load_adapter",
+    "merge",
     "remove_adapter",
+    "save_adapter",
+    "unmerge",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import what is used when it is used: torch and diffusers take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".core" if name[0].isupper() else ".api", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -179,7 +179,7 @@ def test_token_gates_depend_on_the_token_and_timestep_gates_on_the_timestep_only
 def test_timestep_routing_without_a_timestep_says_so(toy, x):
     adapter = make_adapter(routing="timestep")
     with pytest.raises(EffiLoRAError, match="timestep"):
-        adapter.code(0, x)
+        adapter.activations(0, x)
     attach(toy, adapter)
     with pytest.raises(EffiLoRAError, match="timestep"):
         toy(x)
@@ -232,8 +232,8 @@ def test_dropout_acts_in_training_only(toy, x):
 def test_dropout_keeps_the_mean_of_the_code(x):
     adapter = make_adapter(heads=1, dropout=0.4).train()
     torch.manual_seed(0)
-    mean = torch.stack([adapter.code(0, x)[0] for _ in range(3000)]).mean(0)
-    torch.testing.assert_close(mean, adapter.eval().code(0, x)[0], rtol=0, atol=0.08)
+    mean = torch.stack([adapter.activations(0, x)[0] for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(mean, adapter.eval().activations(0, x)[0], rtol=0, atol=0.08)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
-from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.studio.adapter_row import AdapterRow
 from effilora_diffusion.studio.server import make_page
@@ -344,7 +344,7 @@ def test_a_file_s_words_about_itself_never_replace_what_is_measured(session):
     content = load_adapter_file(session.outputs / "cat" / "effilora.safetensors")
     lies = {"config": 5, "layers": [1], "parameters": "many", "heads_used": "all", "export_error": "none", "exact_export": True,
             "trigger_prompt": "x`\n\n![a](http://evil.example/t.png)<img src=x>", "steps": {"a": 1}}  # fmt: skip
-    save_adapter(session.uploads / "evil.safetensors", AdapterFile(content.adapter, lies, content.calibration))
+    save_adapter_file(session.uploads / "evil.safetensors", AdapterFile(content.adapter, lies, content.calibration))
     card, _ = built(AdaptersTab, session).show("evil")
     assert "rank 4, 3 heads, token routing" in card
     assert "of the update missing" in card

@@ -237,11 +237,11 @@ def test_a_map_called_twice_with_different_inputs_uses_each_input(toy, x):
 def test_an_open_scope_shares_the_code_of_one_input_and_never_of_two(x):
     adapter, scope = make_adapter(), Scope()
     scope.open = True
-    first = scope.code(adapter, 0, x)
-    assert scope.code(adapter, 0, x) is first
-    assert not torch.allclose(scope.code(adapter, 0, 2 * x)[0], first[0])
-    assert not torch.allclose(scope.code(adapter, 2, x)[0], first[0])  # the same A, another router
-    assert not torch.allclose(scope.code(make_adapter(seed=7), 0, x)[0], first[0])
+    first = scope.activations(adapter, 0, x)
+    assert scope.activations(adapter, 0, x) is first
+    assert not torch.allclose(scope.activations(adapter, 0, 2 * x)[0], first[0])
+    assert not torch.allclose(scope.activations(adapter, 2, x)[0], first[0])  # the same A, another router
+    assert not torch.allclose(scope.activations(make_adapter(seed=7), 0, x)[0], first[0])
 
 
 def test_single_sites_finds_each_target_once_with_its_block_as_layer(toy):

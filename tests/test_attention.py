@@ -15,15 +15,10 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 
+from effilora_diffusion import detach
 from effilora_diffusion.core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, adapters_of
 from effilora_diffusion.core.attach import merge
-from effilora_diffusion.diffusion.adapters.processors import (
-    attach,
-    create_adapter,
-    detach,
-    find_sites,
-    is_effilora_processor,
-)
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, find_sites, is_effilora_processor
 
 ROUTINGS = ["token", "static", "timestep"]
 
@@ -94,24 +89,38 @@ def test_every_processor_is_an_effilora_one_that_passes_for_the_original():
 def test_the_code_of_a_site_is_computed_once_for_its_maps(routing):
     unet = tiny_unet()
     adapter = attached(unet, routing=routing)
-    calls, original = [], adapter.code
-    adapter.__dict__["code"] = lambda index, x: calls.append(index) or original(index, x)
+    calls, original = [], adapter.activations
+    adapter.__dict__["activations"] = lambda index, x: calls.append(index) or original(index, x)
     for _ in range(2):
         run(unet)
         assert sorted(calls) == list(range(len(adapter.sites)))
         calls.clear()
 
 
-def test_processors_that_do_not_share_the_code_lose_time_and_not_the_adapter():
+@pytest.mark.parametrize("install", [AttnProcessor2_0, AttnProcessor])
+def test_processors_that_are_installed_later_share_the_activations_too(install):
     unet = tiny_unet()
     adapter = attached(unet)
     shared = run(unet)
-    unet.set_attn_processor(AttnProcessor2_0())
-    unet.effilora.check.handle.remove()  # else they would be wrapped again
-    calls, original = [], adapter.code
-    adapter.__dict__["code"] = lambda index, x: calls.append(index) or original(index, x)
-    assert torch.equal(run(unet), shared)
-    assert len(calls) == sum(len(site.linears) for site in adapter.sites) == 32
+    unet.set_attn_processor(install())
+    assert not any(is_effilora_processor(module.processor) for module in attentions(unet).values())
+    calls, original = [], adapter.activations
+    adapter.__dict__["activations"] = lambda index, x: calls.append(index) or original(index, x)
+    torch.testing.assert_close(run(unet), shared, rtol=1e-4, atol=1e-5)
+    assert sorted(calls) == list(range(len(adapter.sites)))
+
+
+def test_a_processor_that_is_called_without_its_attention_shares_the_activations():
+    unet = tiny_unet()
+    adapter = attached(unet)
+    attention = next(module for path, module in attentions(unet).items() if path.endswith("attn1"))
+    x = torch.randn(1, 5, attention.to_q.in_features, generator=torch.Generator().manual_seed(3))
+    calls, original = [], adapter.activations
+    adapter.__dict__["activations"] = lambda index, x: calls.append(index) or original(index, x)
+    alone = attention.processor(attention, x)
+    assert len(calls) == 2  # q, k and v together, and the output
+    assert torch.equal(alone, attention(x))
+    assert not attention._effilora_scope.open
 
 
 def test_nothing_is_kept_between_calls():
@@ -191,7 +200,8 @@ def test_replaced_processors_keep_the_effect_of_the_adapter(swap, order):
         change(unet)
     found, bare = run(unet, inputs()), run(base, inputs())
     cross = [module.processor for path, module in attentions(unet).items() if path.endswith("attn2")]
-    assert all(isinstance(processor, kind) and is_effilora_processor(processor) for processor in cross)
+    assert all(isinstance(processor, kind) for processor in cross)
+    assert order == "after" or all(map(is_effilora_processor, cross))
 
     adapter.enabled = False
     assert torch.equal(run(unet, inputs()), bare)
@@ -218,17 +228,6 @@ def test_an_ip_adapter_sees_the_same_update_as_merged_weights(order):
     merge(merged)
     torch.testing.assert_close(run(unet, ip_inputs()), run(merged, ip_inputs()), rtol=1e-4, atol=1e-5)
     assert sum("to_k_ip" in key for key in unet.state_dict()) == 4  # its weights are in the model, once
-
-
-def test_replaced_processors_share_the_code_again():
-    unet = tiny_unet()
-    adapter = attached(unet)
-    unet.set_attn_processor(AttnProcessor2_0())
-    assert not any(is_effilora_processor(module.processor) for module in attentions(unet).values())
-    calls, original = [], adapter.code
-    adapter.__dict__["code"] = lambda index, x: calls.append(index) or original(index, x)
-    run(unet)
-    assert len(calls) == len(adapter.sites)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -275,8 +274,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(routing):
         if checkpointing:
             unet.enable_gradient_checkpointing()
         adapter = attached(unet, routing=routing)
-        calls, original = [], adapter.code
-        adapter.__dict__["code"] = lambda index, x, calls=calls, original=original: (
+        calls, original = [], adapter.activations
+        adapter.__dict__["activations"] = lambda index, x, calls=calls, original=original: (
             calls.append(index) or original(index, x)
         )
         unet(**unet_input()).sample.square().mean().backward()

@@ -11,8 +11,9 @@ from conftest import assert_same, footprint, randomise
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
+from effilora_diffusion import detach
 from effilora_diffusion.core import EffiLoRAConfig, EffiLoRAError
-from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach, is_effilora_processor
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, is_effilora_processor
 
 WIDTH = 32
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, export_lora, load_adapter, remove_adapter
-from effilora_diffusion.core import AdapterFile, adapters_of, load_adapter_file, save_adapter
+from effilora_diffusion.core import AdapterFile, adapters_of, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.adapters.processors import create_adapter
 from effilora_diffusion.diffusion.sampling.generate import draw_images
 
@@ -284,7 +284,7 @@ def test_another_model_of_the_same_shape_and_an_idle_adapter_are_warned_of(tiny_
         pipe.unet.conv_in.weight.mul_(2)
     load_adapter(pipe, runs["token"])
     assert f"was trained on {tiny_pipeline}" in caplog.text
-    save_adapter(tmp_path / "idle.safetensors", AdapterFile(create_adapter(pipe.unet, EffiLoRAConfig())))
+    save_adapter_file(tmp_path / "idle.safetensors", AdapterFile(create_adapter(pipe.unet, EffiLoRAConfig())))
     load_adapter(pipe, tmp_path / "idle.safetensors")
     assert "the adapter idle changes nothing" in caplog.text
 

@@ -8,13 +8,13 @@ from helpers import make_subject, trainer
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, build, draw
 
-from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, export_lora, load_adapter
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, detach, export_lora, load_adapter
 from effilora_diffusion.core import adapters_of
 from effilora_diffusion.core.inspection import inspect_adapter
+from effilora_diffusion.core.load import host_model
 from effilora_diffusion.core.sites import is_target
 from effilora_diffusion.diffusion import models as families
-from effilora_diffusion.diffusion.adapters.load import component_of
-from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
 from effilora_diffusion.diffusion.models import family_class, make_family
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training.trainer import CALIBRATION_BATCHES
@@ -89,7 +89,7 @@ def with_random_heads(adapter, seed=0):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_images_are_the_base_s_until_trained_at_strength_zero_and_after_detaching(name):
     pipe = build(name)
-    model = component_of(pipe)
+    model = host_model(pipe)
     before = draw(pipe, name, PROMPT)
     everything = EffiLoRAConfig(target_modules=("attention", "feed_forward"))
     adapter = attach(model, create_adapter(model, everything))
@@ -104,7 +104,7 @@ def test_images_are_the_base_s_until_trained_at_strength_zero_and_after_detachin
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_targeted_projection_belongs_to_one_site(name):
-    model = component_of(build(name))
+    model = host_model(build(name))
     config = EffiLoRAConfig()
     adapter = create_adapter(model, config)
     found = [path for site in adapter.sites for path, _ in site.linears]
@@ -119,7 +119,7 @@ def test_every_targeted_projection_belongs_to_one_site(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_feed_forward_targets_leave_only_embeddings_modulations_and_the_last_layers(name):
-    model = component_of(build(name))
+    model = host_model(build(name))
     adapter = create_adapter(model, EffiLoRAConfig(target_modules=("attention", "feed_forward")))
     found = {path for site in adapter.sites for path, _ in site.linears}
     left = {path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)} - found
@@ -130,7 +130,7 @@ def test_feed_forward_targets_leave_only_embeddings_modulations_and_the_last_lay
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fusing_projections_under_an_adapter_is_refused(name):
-    model = component_of(build(name))
+    model = host_model(build(name))
     fuse = getattr(model, "fuse_qkv_projections", None)
     attach(model, create_adapter(model, EffiLoRAConfig()))
     if fuse is not None:
@@ -173,7 +173,7 @@ def test_a_saved_adapter_draws_the_trained_images_in_a_fresh_pipeline_and_leaves
     load_adapter(pipe, trained.output)
     assert torch.equal(draw(pipe, name, PROMPT), expected)
     assert (expected - base).abs().mean() > 1
-    detach(component_of(pipe))
+    detach(host_model(pipe))
     assert torch.equal(draw(pipe, name, PROMPT), base)
 
 
@@ -212,7 +212,7 @@ def test_static_adapters_become_the_same_model_by_load_lora_weights(runs, folder
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_LOADER])
 def test_the_printed_gap_is_what_the_plain_lora_misses_of_the_layers_updates(runs, folders, name):
     trained, _, _ = runs(name, "token")
-    ours, stock = (component_of(pipe) for pipe in (pipelines(trained, folders(name))))
+    ours, stock = (host_model(pipe) for pipe in (pipelines(trained, folders(name))))
     missed, total = [], []
 
     def compare(module, args, output, path):

@@ -18,7 +18,7 @@ from effilora_diffusion.core import (
     attach,
     calibrate,
     load_adapter_file,
-    save_adapter,
+    save_adapter_file,
 )
 from effilora_diffusion.core.files import MAX_BYTES, header_sha256, is_native, tensors_sha256
 
@@ -39,7 +39,7 @@ def attach_to_toy(adapter):
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "subject.safetensors"
-    save_adapter(path, AdapterFile(make_adapter(), dict(METADATA)))
+    save_adapter_file(path, AdapterFile(make_adapter(), dict(METADATA)))
     return path
 
 
@@ -70,7 +70,7 @@ def test_a_saved_adapter_loads_bit_for_bit(tmp_path, routing, heads, sharing):
     reducer = ReducerConfig(mode="importance", active=0.3)
     adapter = make_adapter(routing=routing, heads=heads, a_sharing=sharing, rank=2, alpha=3.0, reducer=reducer)
     path = tmp_path / "new folder" / "a.safetensors"
-    digest = save_adapter(path, AdapterFile(adapter, dict(METADATA)))
+    digest = save_adapter_file(path, AdapterFile(adapter, dict(METADATA)))
     loaded = load_adapter_file(path)
     assert loaded.metadata == METADATA
     assert loaded.sha256 == digest
@@ -81,7 +81,7 @@ def test_a_saved_adapter_loads_bit_for_bit(tmp_path, routing, heads, sharing):
 
 
 def test_saving_again_gives_the_same_checksum_and_other_weights_another(tmp_path):
-    digests = [save_adapter(tmp_path / "a", AdapterFile(make_adapter(seed=seed))) for seed in (3, 3, 4)]
+    digests = [save_adapter_file(tmp_path / "a", AdapterFile(make_adapter(seed=seed))) for seed in (3, 3, 4)]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -89,7 +89,7 @@ def test_calibration_is_kept(tmp_path):
     adapter = make_adapter()
     model = attach_to_toy(adapter)
     calibration, _ = calibrate(model, adapter, lambda: model(toy_input()))
-    save_adapter(tmp_path / "a", AdapterFile(adapter, {}, calibration))
+    save_adapter_file(tmp_path / "a", AdapterFile(adapter, {}, calibration))
     loaded = load_adapter_file(tmp_path / "a").calibration
     assert set(loaded) == {site.name for site in adapter.sites}
     assert all(torch.equal(loaded[name], calibration[name]) for name in calibration)
@@ -98,7 +98,7 @@ def test_calibration_is_kept(tmp_path):
 @pytest.mark.parametrize("sharing", ["width", "slice", "none"])
 def test_every_tensor_is_stored_once_under_a_name_no_lora_reader_takes(tmp_path, sharing):
     adapter = make_adapter(a_sharing=sharing)
-    save_adapter(tmp_path / "a", AdapterFile(adapter))
+    save_adapter_file(tmp_path / "a", AdapterFile(adapter))
     header, tensors = read_raw(tmp_path / "a")
     assert sum(value.numel() for value in tensors.values()) == adapter.parameter_counts()["stored"]
     expected = {"width": 2, "slice": 1, "none": len(adapter.sites)}[sharing]
@@ -112,8 +112,8 @@ def test_half_precision_storage_rounds_the_weights_and_halves_the_file(tmp_path)
     adapter = make_adapter(rank=16)
     full, half = tmp_path / "full", tmp_path / "half"
     calibration = {adapter.sites[0].name: torch.rand(4, 16, 16) * 1e6}
-    save_adapter(full, AdapterFile(adapter, {}, calibration))
-    save_adapter(half, AdapterFile(adapter, {}, calibration), torch.float16)
+    save_adapter_file(full, AdapterFile(adapter, {}, calibration))
+    save_adapter_file(half, AdapterFile(adapter, {}, calibration), torch.float16)
     tensors = read_raw(half)[1]
     assert {value.dtype for name, value in tensors.items() if "calibration" not in name} == {torch.float16}
     assert half.stat().st_size < 0.65 * full.stat().st_size
@@ -135,7 +135,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_old_file_stays(saved,
         with torch.no_grad():
             list(getattr(content.adapter, part).parameters())[-1].view(-1)[3 if part != "G" else 0] = value
     with pytest.raises(EffiLoRAError, match=r"NaN or infinite.*nothing was written"):
-        save_adapter(saved, content)
+        save_adapter_file(saved, content)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -146,9 +146,9 @@ def test_weights_too_large_for_half_precision_are_not_saved_as_such(saved):
     with torch.no_grad():
         adapter.B[0][0, 0, 0] = 70000.0
     with pytest.raises(EffiLoRAError, match="infinite"):
-        save_adapter(saved, AdapterFile(adapter), torch.float16)
+        save_adapter_file(saved, AdapterFile(adapter), torch.float16)
     assert saved.read_bytes() == before
-    save_adapter(saved, AdapterFile(adapter))
+    save_adapter_file(saved, AdapterFile(adapter))
     assert load_adapter_file(saved).adapter.B[0].max() == 70000.0
 
 
@@ -312,7 +312,7 @@ def test_a_header_that_is_no_object_is_refused(tmp_path, text):
 def test_random_damage_is_noticed_or_harmless(tmp_path):
     path, rng = tmp_path / "a.safetensors", random.Random(0)
     adapter = make_adapter(blocks=1, rank=1, heads=2)
-    digest = save_adapter(path, AdapterFile(adapter, dict(METADATA)))
+    digest = save_adapter_file(path, AdapterFile(adapter, dict(METADATA)))
     original, refused, harmless = path.read_bytes(), 0, 0
     for trial in range(300):
         data = bytearray(original)

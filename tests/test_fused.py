@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import assert_same, footprint, make_adapter, make_toy, randomise, tiny_unet, toy_input, unet_input
 
+from effilora_diffusion import detach
 from effilora_diffusion.core import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.core import attach as attach_maps
 from effilora_diffusion.core.attach import merge
-from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
 
 
 def run(unet):

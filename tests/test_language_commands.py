@@ -8,13 +8,13 @@ import torch
 from conftest import randomise
 from tiny_language import build, save, tokenizer
 
-from effilora_diffusion import EffiLoRAConfig
+from effilora_diffusion import EffiLoRAConfig, attach, load_adapter
 from effilora_diffusion.cli import main
-from effilora_diffusion.core import AdapterFile, calibrate, load_adapter_file, save_adapter
+from effilora_diffusion.core import AdapterFile, calibrate, load_adapter_file, save_adapter_file
 from effilora_diffusion.language.encoding import Encoder
 from effilora_diffusion.language.generate import _ask, answers, stream
 from effilora_diffusion.language.models import load_model
-from effilora_diffusion.language.targets import attach, create_adapter, load_adapter
+from effilora_diffusion.language.targets import create_adapter
 
 PAIRS = {"ab": "u", "bc": "yy", "cdef": "x", "d": "www"}
 CHOICES = [*PAIRS.values(), "v"]
@@ -35,7 +35,7 @@ def trained(folder, template="chat"):
     calibration, error = calibrate(model, adapter, lambda: model(input_ids=inputs["input_ids"]))
     metadata = {"base_model": str(folder / "model"), "component": "language", "prompt_template": template,
                 "export_error": error}  # fmt: skip
-    save_adapter(folder / "run" / "effilora.safetensors", AdapterFile(adapter, metadata, calibration))
+    save_adapter_file(folder / "run" / "effilora.safetensors", AdapterFile(adapter, metadata, calibration))
     return folder
 
 
@@ -112,7 +112,7 @@ def test_an_answer_ends_where_the_model_s_positions_do(name):
 def test_every_adapter_is_compared_with_the_base(place, tmp_path, caplog):
     content = load_adapter_file(place / "run" / "effilora.safetensors")
     content.metadata |= {"base_hash": "0123456789abcdef"}
-    save_adapter(tmp_path / "other.safetensors", content)
+    save_adapter_file(tmp_path / "other.safetensors", content)
     adapters = ["--adapter", str(place / "run"), "--adapter", str(tmp_path / "other.safetensors")]
     assert main(["chat", *adapters, "--prompt", "ab", "--max_new_tokens", "2"]) == 0
     assert "other.safetensors was trained on" in caplog.text
@@ -217,7 +217,7 @@ def test_merging_into_another_base_is_told(place, tmp_path, caplog):
     tokenizer().save_pretrained(tmp_path / "other")
     content = load_adapter_file(place / "run" / "effilora.safetensors")
     content.metadata["base_hash"] = "0123456789abcdef"
-    save_adapter(tmp_path / "a.safetensors", content)
+    save_adapter_file(tmp_path / "a.safetensors", content)
     command = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "merged"), "--format", "merged", "--model"]
     assert main([*command, str(tmp_path / "other")]) == 0
     assert "another model of the same shape" in caplog.text
@@ -280,7 +280,7 @@ def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, words, message):
     content = AdapterFile(create_adapter(build("llama"), EffiLoRAConfig(target_modules=("paper",))))
-    save_adapter(tmp_path / "images.safetensors", content)
+    save_adapter_file(tmp_path / "images.safetensors", content)
     (tmp_path / "bad.jsonl").write_text('{"instruction": "why?"}')
     stand_ins = {"RUN": str(place / "run"), "IMAGES": str(tmp_path / "images.safetensors"),
                  "BAD": str(tmp_path / "bad.jsonl")}  # fmt: skip

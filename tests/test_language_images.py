@@ -9,16 +9,16 @@ from PIL import Image
 from tiny_language import VOCAB, save
 from tiny_vision import VISION_MODELS, build_vision, save_vision
 
-from effilora_diffusion import EffiLoRAError
+from effilora_diffusion import EffiLoRAError, attach, detach, load_adapter
 from effilora_diffusion.cli import main as cli
-from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, load_adapter_file, save_adapter
+from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, load_adapter_file, save_adapter_file
 from effilora_diffusion.language.config import LanguageTrainingArguments
 from effilora_diffusion.language.encoding import IGNORED
 from effilora_diffusion.language.generate import answers
 from effilora_diffusion.language.images import ImageEncoder, ImageExamples, image_paths, open_image
 from effilora_diffusion.language.main import main
 from effilora_diffusion.language.multiple_choice import choose, question
-from effilora_diffusion.language.targets import attach, create_adapter, detach, load_adapter
+from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import LanguageTrainer
 
 IMAGE = VOCAB - 1
@@ -134,7 +134,7 @@ def test_every_relative_is_adapted_and_batches_are_their_examples(name, place, m
     said = answers(model, encoder, mixed[:2], 6)
     assert said == answers(model, encoder, mixed[:2], 6, batch_size=1)
     assert said == answers(model, encoder, mixed[:2], 6, use_cache=False)
-    save_adapter(tmp_path / "effilora.safetensors", AdapterFile(adapter))
+    save_adapter_file(tmp_path / "effilora.safetensors", AdapterFile(adapter))
     detach(model)
     with torch.no_grad():
         assert torch.equal(model(**encoder.collate(items)).logits, base)

@@ -5,10 +5,10 @@ import torch
 from conftest import randomise
 from tiny_language import LANGUAGE_MODELS, build, rows
 
-from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
-from effilora_diffusion.core import AdapterFile, EffiLoRA, calibrate, merge, save_adapter, to_lora, unmerge
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, attach, detach, load_adapter
+from effilora_diffusion.core import AdapterFile, EffiLoRA, calibrate, merge, save_adapter_file, to_lora, unmerge
 from effilora_diffusion.core.peft_format import add_to_weights, write_peft
-from effilora_diffusion.language.targets import attach, create_adapter, detach, find_sites, load_adapter
+from effilora_diffusion.language.targets import create_adapter, find_sites
 
 PAPER = EffiLoRAConfig(rank=4, heads=3, target_modules=("paper",))
 
@@ -94,7 +94,7 @@ def test_a_saved_adapter_is_the_same_on_a_fresh_model(name, tmp_path):
     model, ids = build(name), rows()
     adapter = adapted(model)
     expected = logits(model, ids)
-    save_adapter(tmp_path / "effilora.safetensors", AdapterFile(adapter, {"base_model": name}))
+    save_adapter_file(tmp_path / "effilora.safetensors", AdapterFile(adapter, {"base_model": name}))
     fresh = build(name)
     load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh, ids), expected)

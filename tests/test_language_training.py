@@ -12,11 +12,11 @@ from language_runs import logs, make_place, same, weights, words
 from tiny_language import VOCAB, save, tokenizer, write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from effilora_diffusion import detach, load_adapter
 from effilora_diffusion.cli import main as cli
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.language.main import main
 from effilora_diffusion.language.models import load_model
-from effilora_diffusion.language.targets import detach, load_adapter
 
 SCRIPT = str(Path(__file__).parents[1] / "train_scripts" / "train_llm_effilora.py")
 

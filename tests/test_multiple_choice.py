@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_language import build, tokenizer
 
-from effilora_diffusion import EffiLoRAError
+from effilora_diffusion import EffiLoRAError, attach
 from effilora_diffusion.core import EffiLoRAConfig
 from effilora_diffusion.language.batches import collate
 from effilora_diffusion.language.encoding import Encoder
 from effilora_diffusion.language.multiple_choice import Question, choose, likelihoods, question
-from effilora_diffusion.language.targets import attach, create_adapter
+from effilora_diffusion.language.targets import create_adapter
 
 PIQA = {"instruction": "How do you cut? Solution1: with a knife Solution2: with a spoon Answer format: solution1/solution2",
         "input": "", "output": "the correct answer is solution1", "answer": "solution1"}  # fmt: skip

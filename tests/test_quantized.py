@@ -10,11 +10,11 @@ from helpers import make_subject, settings, trainer
 from tiny_families import build, draw
 from torch import nn
 
-from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, load_adapter
+from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, detach, load_adapter
 from effilora_diffusion.core.attach import merge
 from effilora_diffusion.core.fingerprint import model_hash
-from effilora_diffusion.diffusion.adapters.load import component_of
-from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, detach
+from effilora_diffusion.core.load import host_model
+from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.models import make_family
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline, quantization
@@ -57,12 +57,12 @@ def test_a_quantised_base_is_trained_on_and_left_as_it_was(folder, kind, tmp_pat
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert "weights 0.1 MB" in capsys.readouterr().out  # a quarter of what float32 takes
     with pytest.raises(EffiLoRAError, match="quantised"):
-        merge(component_of(adapted_with_static_gates(folder, kind)))
+        merge(host_model(adapted_with_static_gates(folder, kind)))
 
 
 def adapted_with_static_gates(folder, kind):
     pipe = load_pipeline(str(folder), quantization_config=quantization(kind, torch.float32))
-    model = component_of(pipe)
+    model = host_model(pipe)
     attach(model, randomise(create_adapter(model, EffiLoRAConfig(routing="static"))))
     return pipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_families import FAMILIES, build, sampling
 
-from effilora_diffusion.diffusion.adapters.load import component_of
+from effilora_diffusion.core.load import host_model
 from effilora_diffusion.diffusion.sampling.generate import draw_images
 from effilora_diffusion.diffusion.sampling.stream import Stop, draw_live, settle
 
@@ -49,7 +49,7 @@ def test_a_stop_ends_within_a_step_and_the_next_drawing_is_clean(name):
     pipe = build(name)
     expected = draw_images(pipe, [PROMPT], [3], **options(name, 30))[0]
     stop, steps = Stop(), []
-    slow = component_of(pipe).register_forward_pre_hook(lambda module, args: time.sleep(0.02))
+    slow = host_model(pipe).register_forward_pre_hook(lambda module, args: time.sleep(0.02))
     for progress in draw_live(pipe, PROMPT, [3, 4, 5], stop, **options(name, 30)):
         steps.append(progress.step)
         assert progress.image is None

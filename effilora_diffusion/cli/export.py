@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from ..core import load_adapter_file
-from ..core.files import adapter_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the adapter in another format and say how close it is."""
-    from ..language.export import export, is_language
+    from ..api import default_format, export_lora
+    from ..core.convert import describe_export_error
+    from ..core.files import adapter_path, load_adapter_file
 
     content = load_adapter_file(adapter_path(args.adapter))
-    if is_language(content):
-        form = args.format or "peft"
-        error = export(content, Path(args.output), form, args.model)
-    else:
-        from ..diffusion.adapters.export import export_lora
-
-        form = args.format or "diffusers"
-        error = export_lora(content, args.output, form, args.model, args.single_file_config)
-    exact = "exact" if error == 0 else f"least squares: {error:.2%} of the adapter's update is missing"
-    print(f"{args.output} ({form}, {exact})")
+    format = args.format or default_format(content)
+    error = export_lora(content, args.output, format, args.model, args.single_file_config)
+    print(f"{args.output} ({format}, {describe_export_error(error)})")

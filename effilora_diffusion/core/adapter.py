@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from .sites import Site
 TIMESTEP_FEATURES = 16
 """Width of the noise level's encoding that the ``timestep`` router reads."""
 
-Code = tuple[Tensor, tuple[Tensor, ...]]
-"""What the maps of one site share for one input, see :meth:`EffiLoRA.code`."""
+SharedActivations = tuple[Tensor, tuple[Tensor, ...]]
+"""What the linears of one site share for one input, see :meth:`EffiLoRA.activations`."""
 
 
 def timestep_features(timesteps: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ class EffiLoRA(nn.Module):
         self.block_strength: dict[str, float] = {}
         self.cut_blocks: frozenset[str] = frozenset()
         self.noise_features: Tensor | None = None
-        self.hooks: list[Any] = []
+        self.attached = False
         self.A = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
         for key, width in a_widths(config, self.sites).items():
@@ -131,11 +130,11 @@ class EffiLoRA(nn.Module):
             raise EffiLoRAError("timestep routing needs the timestep: run the model the adapter is attached to")
         return torch.mm(router, self.noise_features.to(router).t()).softmax(0)
 
-    def code(self, index: int, x: Tensor) -> Code:
-        """What the maps of site ``index`` share for an input x ``(..., d_in)``: codes, and each map's heads.
+    def activations(self, index: int, x: Tensor) -> SharedActivations:
+        """What the linears of site ``index`` share for x ``(..., d_in)``: low-rank activations, and each one's heads.
 
-        Codes are ``(rows, K)`` and a map's heads ``(d_out, K)``: K is r where the heads are mixed before they are applied
-        (one head, static gates), else N r, the gated codes of all heads side by side for one product.
+        The activations are ``(rows, K)`` and a linear's heads ``(d_out, K)``: K is r where the heads are mixed before they are applied
+        (one head, static gates), else N r, the gated activations of all heads side by side for one product.
         """
         site = self.sites[index]
         shared = self.shared_a(site)
@@ -165,21 +164,23 @@ class EffiLoRA(nn.Module):
             return torch.matmul(gates, heads)
         return heads.flatten(1)
 
-    def add_to(self, output: Tensor, index: int, position: int, code: Code, fresh: bool) -> Tensor:
-        """``output + scale * heads * code`` in one product; ``output`` ``(..., d_out)`` is the site's map ``position``.
+    def add_to(self, output: Tensor, index: int, position: int, shared: SharedActivations, fresh: bool) -> Tensor:
+        """``output + scale * heads * activations`` in one product.
+
+        ``output`` ``(..., d_out)`` is that of the site's linear number ``position``.
 
         ``fresh`` outputs (of a plain linear layer, which nobody else holds) are added to in place.
         """
-        codes, heads = code[0], code[1][position]
+        activations, heads = shared[0], shared[1][position]
         scale = self.site_scale(self.sites[index])
         if output.dtype != heads.dtype:  # the base may be fp16 or quantised; the adapter computes in its own dtype
-            update = F.linear(codes, heads) * scale
+            update = F.linear(activations, heads) * scale
             return output + update.view(output.shape).to(output.dtype)
         flat = output.flatten(0, -2)
         matrix = heads.t()
         if fresh:
-            return flat.addmm_(codes, matrix, alpha=scale).view(output.shape)
-        return torch.addmm(flat, codes, matrix, alpha=scale).view(output.shape)
+            return flat.addmm_(activations, matrix, alpha=scale).view(output.shape)
+        return torch.addmm(flat, activations, matrix, alpha=scale).view(output.shape)
 
     def set_active(self, layers: Sequence[str] | None, train_shared: bool = True) -> None:
         """Train the heads of ``layers`` only (``None``: all). Frozen heads keep no gradient, so no optimizer moves them.

@@ -1,70 +1,100 @@
-"""Attaching adapters to a model: forward hooks on its linear maps, exactly undone by detaching.
+"""Attach adapters to a model: forward hooks on its linears, exactly undone by detaching.
 
 No module is replaced, so quantised layers work as they are, state-dict keys of the base never change, and whatever
-later swaps attention processors (IP-Adapter, slicing, another backend) cannot drop the adapter.
+later swaps attention processors (IP-Adapter, slicing, another backend) or wraps linears (PEFT) cannot drop the adapter.
+Everything that attaching adds is owned by one object on the model, :class:`AdapterHost`.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Code, EffiLoRA, timestep_features
+from .adapter import EffiLoRA, SharedActivations, timestep_features
 from .errors import EffiLoRAError
-from .sites import Site, check_sites, is_transposed
+from .sites import check_sites, is_transposed, linears_of
+
+logger = logging.getLogger(__name__)
 
 HOST_ATTRIBUTE = "effilora"
-"""Name under which the host model carries its adapters (an ``nn.ModuleDict`` by adapter name)."""
+"""Name under which the model carries its adapters (an :class:`AdapterHost`, by adapter name)."""
 
 SCOPE_ATTRIBUTE = "_effilora_scope"
-"""Name under which a module that calls several maps on one input carries their :class:`Scope`."""
+"""Name under which a module that calls several linears on one input carries their :class:`Scope`."""
 
 
 class Scope:
-    """What the maps of one layer share during one call, so that ``h = A x`` is computed once for q, k and v.
+    """What the linears of one module share during one call, so that ``h = A x`` is computed once for q, k and v.
 
-    Open only while an attention processor runs: outside it nothing is kept, so recomputation (gradient
-    checkpointing) and later calls never meet a stale tensor.
+    Open only while the module runs: outside it nothing is kept, so recomputation (gradient checkpointing) and later
+    calls never meet a stale tensor.
     """
 
     def __init__(self) -> None:
         self.open = False
-        self.memo: list[tuple[EffiLoRA, int, Tensor, Code]] = []
+        self.memo: list[tuple[EffiLoRA, int, Tensor, SharedActivations]] = []
 
-    def code(self, adapter: EffiLoRA, index: int, x: Tensor) -> Code:
-        """The site's code for ``x``, from the memo if a map of this call has already asked for it."""
-        for owner, site, source, code in self.memo:
+    def activations(self, adapter: EffiLoRA, index: int, x: Tensor) -> SharedActivations:
+        """The shared activations of site ``index`` for ``x``, computed by the first linear of the call that asks."""
+        for owner, site, source, found in self.memo:
             if owner is adapter and site == index and source is x:
-                return code
-        code = adapter.code(index, x)
+                return found
+        found = adapter.activations(index, x)
         if self.open:
-            self.memo.append((adapter, index, x, code))
-        return code
+            self.memo.append((adapter, index, x, found))
+        return found
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: open the scope; entries of a call that an error cut short are dropped."""
+        self.memo.clear()
+        self.open = True
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook: close the scope."""
+        self.open = False
+        self.memo.clear()
 
 
 class AdapterHost(nn.ModuleDict):
-    """The adapters of one model by name, and the base weights that merging has overwritten."""
+    """The adapters of one model by name, and everything that attaching them has added to the model.
+
+    Attributes:
+        originals: base weights that merging has overwritten, by module path.
+        handles: hook handles by adapter name.
+        scopes: paths of the modules that carry a :class:`Scope`.
+        scope_handles: hook handles of the scopes.
+        processors: attention processors that were swapped, by module path (diffusers models only).
+        cleanups: called with the model when its last adapter goes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.originals: dict[str, Tensor] = {}
+        self.handles: dict[str, list[Any]] = {}
+        self.scopes: list[str] = []
+        self.scope_handles: list[Any] = []
+        self.processors: dict[str, Any] = {}
+        self.cleanups: list[Callable[[nn.Module], None]] = []
 
 
 class LinearHook:
-    """Forward hook of one adapted linear map. An object, not a closure, so that a deep copy of the model is whole."""
+    """Forward hook of one adapted linear. An object, not a closure, so that models can be deep-copied and pickled."""
 
     def __init__(self, adapter: EffiLoRA, index: int, path: str, scope: Scope):
         self.adapter, self.index, self.scope = adapter, index, scope
         self.position = [name for name, _ in adapter.sites[index].linears].index(path)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The map's output with the adapter's update added."""
+        """The linear's output with the adapter's update added."""
         if not self.adapter.acts:
             return output
-        code = self.scope.code(self.adapter, self.index, args[0])
-        return self.adapter.add_to(output, self.index, self.position, code, _is_fresh(module))
+        shared = self.scope.activations(self.adapter, self.index, args[0])
+        return self.adapter.add_to(output, self.index, self.position, shared, _is_fresh(module))
 
 
 def _is_fresh(module: nn.Module) -> bool:
@@ -73,7 +103,7 @@ def _is_fresh(module: nn.Module) -> bool:
 
 
 class TimestepHook:
-    """Forward pre-hook of the host that shows the timestep to a ``timestep`` router.
+    """Forward pre-hook of the model that shows the timestep to a ``timestep`` router.
 
     With gradient checkpointing, run the backward pass before the next forward pass: recomputation sees the last one's.
     """
@@ -92,63 +122,146 @@ class TimestepHook:
         self.adapter.noise_features = timestep_features(scaled)
 
 
+class SaveBase:
+    """Stands in for the model's ``save_pretrained`` while adapters are attached: writes the base alone, with a warning."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.__signature__ = inspect.signature(self.model.save_pretrained)  # pipelines look at it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class's own ``save_pretrained`` on the model without its adapters."""
+        adapters = adapters_of(self.model)
+        merged = [name for name, adapter in adapters.items() if adapter.merged]
+        logger.warning(
+            "save_pretrained writes the base model without its adapters (%s)%s: save those with save_adapter_file",
+            ", ".join(adapters),
+            f", but with the merged weights of {', '.join(merged)}" if merged else "",
+        )
+        host = self.model._modules.pop(HOST_ATTRIBUTE)
+        try:
+            return type(self.model).save_pretrained(self.model, *args, **kwargs)
+        finally:
+            self.model._modules[HOST_ATTRIBUTE] = host
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself where ``model`` is what ``torch.compile`` made of it."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
 def adapters_of(model: nn.Module) -> dict[str, EffiLoRA]:
     """The adapters attached to ``model`` by name, in the order they were attached."""
-    host = getattr(model, HOST_ATTRIBUTE, None)
+    host = getattr(unwrap(model), HOST_ATTRIBUTE, None)
     return dict(host.items()) if isinstance(host, AdapterHost) else {}  # type: ignore[arg-type]
+
+
+def host_of(model: nn.Module) -> AdapterHost:
+    """The object on ``model`` that owns its adapters; there must be one."""
+    host = getattr(unwrap(model), HOST_ATTRIBUTE)
+    assert isinstance(host, AdapterHost)
+    return host
 
 
 def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
     """Let ``adapter`` act on ``model``; it is registered once, as ``model.effilora[name]``.
 
-    Raises :class:`EffiLoRAError` if the name is taken, the adapter is attached elsewhere, or its layers are not found
-    in the model with the same widths. Nothing is changed in that case.
+    Args:
+        model: image or language model, compiled or not; linears may be quantised or wrapped by PEFT.
+        adapter: made for a model with the same linears.
+        name: under which it can be detached and merged.
+
+    Returns:
+        ``adapter``, on the model's device.
+
+    Raises:
+        EffiLoRAError: the name is taken, the adapter is attached elsewhere, or its linears are not found in the model
+            with the same widths. Nothing is changed in that case.
     """
+    compiled, model = model, unwrap(model)
     if name in adapters_of(model):
         raise EffiLoRAError(f"an adapter named {name!r} is already attached: detach it or give another name")
     if not name or "." in name:
         raise EffiLoRAError(f"an adapter's name must be non-empty and without dots, not {name!r}")
-    if adapter.hooks:
+    if adapter.attached:
         raise EffiLoRAError("this adapter is attached to a model already: detach it first")
     check_sites(model, adapter.sites)
     if not adapters_of(model):
+        if hasattr(type(model), "save_pretrained"):
+            model.__dict__["save_pretrained"] = SaveBase(model)
         setattr(model, HOST_ATTRIBUTE, AdapterHost())
+    host = host_of(model)
     adapter.to(next(model.parameters()).device)
-    getattr(model, HOST_ATTRIBUTE)[name] = adapter
-    modules = dict(model.named_modules())
-    for index, site in enumerate(adapter.sites):
-        scope = _scope_of(modules, site)
-        for path, _ in site.linears:
-            hook = LinearHook(adapter, index, path, scope)
-            adapter.hooks.append(modules[path].register_forward_hook(hook))
-    if adapter.config.routing == "timestep" and adapter.config.heads > 1:
-        adapter.hooks.append(model.register_forward_pre_hook(TimestepHook(adapter), with_kwargs=True))
+    host[name] = adapter
+    host.handles[name] = _add_hooks(model, host, adapter)
+    adapter.attached = True
+    _forget_compiled(compiled)
     return adapter
 
 
-def _scope_of(modules: dict[str, nn.Module], site: Site) -> Scope:
-    """The scope of the nearest ancestor of the site's maps that has one (an attention with our processor)."""
-    parts = site.linears[0][0].split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        scope = getattr(modules[".".join(parts[:length])], SCOPE_ATTRIBUTE, None)
-        if scope is not None:
-            return scope
-    return Scope()
+def _add_hooks(model: nn.Module, host: AdapterHost, adapter: EffiLoRA) -> list[Any]:
+    handles: list[Any] = []
+    linears = linears_of(model)
+    for index, site in enumerate(adapter.sites):
+        scope = _scope_of(model, host, site.parent) if len(site.linears) > 1 else Scope()
+        for path, _ in site.linears:
+            handles.append(linears[path].register_forward_hook(LinearHook(adapter, index, path, scope)))
+    if adapter.config.routing == "timestep" and adapter.config.heads > 1:
+        handles.append(model.register_forward_pre_hook(TimestepHook(adapter), with_kwargs=True))
+    return handles
+
+
+def _scope_of(model: nn.Module, host: AdapterHost, path: str) -> Scope:
+    """The scope of the module at ``path``, opened by hooks for the length of its calls."""
+    module = model.get_submodule(path)
+    if path not in host.scopes:
+        scope = Scope()
+        setattr(module, SCOPE_ATTRIBUTE, scope)
+        host.scopes.append(path)
+        host.scope_handles += [
+            module.register_forward_pre_hook(scope.enter),
+            module.register_forward_hook(scope.leave, always_call=True),
+        ]
+    found = getattr(module, SCOPE_ATTRIBUTE)
+    assert isinstance(found, Scope)
+    return found
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Let compiled code be compiled again: Dynamo's guards do not see hooks that come or go after compilation."""
+    if unwrap(model) is not model or any(part._compiled_call_impl is not None for part in model.modules()):
+        torch.compiler.reset()
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter (or all) off ``model``; merged weights are restored first. Exact inverse of :func:`attach`."""
+    compiled, model = model, unwrap(model)
     attached = adapters_of(model)
     for key in list(attached) if name is None else [name]:
         adapter = named(model, key)
         unmerge(model, key)
-        for hook in adapter.hooks:
-            hook.remove()
-        adapter.hooks.clear()
-        adapter.noise_features = None
-        del getattr(model, HOST_ATTRIBUTE)[key]
+        host = host_of(model)
+        for handle in host.handles.pop(key):
+            handle.remove()
+        adapter.attached, adapter.noise_features = False, None
+        del host[key]
     if attached and not adapters_of(model):
-        delattr(model, HOST_ATTRIBUTE)
+        _close(model)
+    _forget_compiled(compiled)
+
+
+def _close(model: nn.Module) -> None:
+    """Remove what the adapters of ``model`` had in common."""
+    host = host_of(model)
+    for cleanup in host.cleanups:
+        cleanup(model)
+    for handle in host.scope_handles:
+        handle.remove()
+    for path in host.scopes:
+        delattr(model.get_submodule(path), SCOPE_ATTRIBUTE)
+    model.__dict__.pop("save_pretrained", None)
+    delattr(model, HOST_ATTRIBUTE)
 
 
 def named(model: nn.Module, name: str) -> EffiLoRA:
@@ -162,10 +275,13 @@ def named(model: nn.Module, name: str) -> EffiLoRA:
 def merge(model: nn.Module, name: str = "default") -> None:
     """Add an adapter's update to the base weights, so that it costs nothing more; :func:`unmerge` restores the bits.
 
-    Raises :class:`EffiLoRAError` where the update is no fixed matrix (token and timestep routing with several heads),
-    where a base weight is not in floating point, and where a result would not be finite; nothing is changed then. The
-    strength at this moment is merged: set it before, changes while merged have no effect.
+    The strength at this moment is merged: set it before, changes while merged have no effect.
+
+    Raises:
+        EffiLoRAError: the update is no fixed matrix (token and timestep routing with several heads), a base weight is
+            quantised, or a result would not be finite. Nothing is changed in that case.
     """
+    model = unwrap(model)
     adapter = named(model, name)
     if adapter.merged:
         return
@@ -174,10 +290,10 @@ def merge(model: nn.Module, name: str = "default") -> None:
             f"{adapter.config.routing} routing mixes the heads differently for every input, so it can't be merged: "
             "keep the adapter attached, or export it as plain LoRA (least squares) and merge that"
         )
-    originals = getattr(model, HOST_ATTRIBUTE).originals
-    modules = dict(model.named_modules())
+    originals = host_of(model).originals
+    linears = linears_of(model)
     paths = [path for site in adapter.sites for path, _ in site.linears]
-    weights: dict[str, Tensor] = {path: modules[path].weight for path in paths}  # type: ignore[misc]
+    weights: dict[str, Tensor] = {path: linears[path].weight for path in paths}  # type: ignore[misc]
     for path, weight in weights.items():
         if not weight.is_floating_point() or type(weight.detach()) is not Tensor:
             raise EffiLoRAError(f"{path} is quantised: dequantise the model before merging, or keep it attached")
@@ -194,6 +310,7 @@ def merge(model: nn.Module, name: str = "default") -> None:
 
 def unmerge(model: nn.Module, name: str = "default") -> None:
     """Put the base weights back as they were before :func:`merge`, bit for bit (other merged adapters stay merged)."""
+    model = unwrap(model)
     adapter = named(model, name)
     if adapter.merged:
         adapter.merged = False
@@ -203,7 +320,7 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
 @torch.no_grad()
 def _rebuild(model: nn.Module) -> None:
     """Base weights = the originals plus every merged adapter's update, always computed from the originals."""
-    originals: dict[str, Tensor] = getattr(model, HOST_ATTRIBUTE).originals
+    originals = host_of(model).originals
     updates: dict[str, Tensor] = {}
     for adapter in adapters_of(model).values():
         if not adapter.merged:
@@ -212,15 +329,16 @@ def _rebuild(model: nn.Module) -> None:
             for path, _ in site.linears:
                 update = adapter.mixed_heads(index)[site.rows(path)] @ adapter.shared_a(site)
                 updates[path] = updates.get(path, 0) + adapter.site_scale(site) * update.float()
-    modules = dict(model.named_modules())
+    linears = linears_of(model)
     for path, original in originals.items():
+        weight: Any = linears[path].weight
         if path in updates:
-            update = updates[path].t() if is_transposed(modules[path]) else updates[path]
+            update = updates[path].t() if is_transposed(linears[path]) else updates[path]
             value = (original.float() + update.to(original.device)).to(original.dtype)
             if not value.isfinite().all():
                 raise EffiLoRAError(f"merging would make {path} infinite or NaN: the base is left as it was")
-            modules[path].weight.copy_(value)  # type: ignore[union-attr,operator]
+            weight.copy_(value)
         else:
-            modules[path].weight.copy_(original)  # type: ignore[union-attr,operator]
+            weight.copy_(original)
     for path in set(originals) - set(updates):
         del originals[path]

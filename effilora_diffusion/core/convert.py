@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapter import Code, EffiLoRA
+from .adapter import EffiLoRA, SharedActivations
 from .errors import EffiLoRAError
 
 RIDGE = 1e-6
@@ -31,6 +31,11 @@ class PlainLoRA:
 def is_exact(adapter: EffiLoRA) -> bool:
     """Whether the plain-LoRA form of ``adapter`` computes the same function."""
     return adapter.config.heads == 1 or adapter.config.routing == "static"
+
+
+def describe_export_error(error: float) -> str:
+    """How close the plain LoRA is, in words; ``error`` is its relative output error."""
+    return "exact" if error == 0 else f"least squares, {error:.1%} of the update missing"
 
 
 class Moments:
@@ -69,10 +74,10 @@ def calibrate(model: nn.Module, adapter: EffiLoRA, run: Callable[[], object]) ->
     moments = [Moments(adapter.config.heads, adapter.config.rank) for _ in adapter.sites]
     original = adapter.add_to
 
-    def watched(output: Tensor, index: int, position: int, code: Code, fresh: bool) -> Tensor:
+    def watched(output: Tensor, index: int, position: int, shared: SharedActivations, fresh: bool) -> Tensor:
         if position == 0:  # the site's first map: once per call, whether or not its maps share the code
-            moments[index].add(code[0])
-        return original(output, index, position, code, fresh)
+            moments[index].add(shared[0])
+        return original(output, index, position, shared, fresh)
 
     adapter.__dict__["add_to"] = watched
     try:

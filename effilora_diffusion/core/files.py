@@ -31,6 +31,10 @@ ADAPTER_FILE = "effilora.safetensors"
 """Name of the native file in a run's folder."""
 
 HEADER_KEY = "effilora"
+
+LANGUAGE = "language"
+"""The ``component`` in the metadata of an adapter for a language model."""
+
 MAX_BYTES = 8 << 30
 
 _RENAMED = {"pictures": "images"}
@@ -95,7 +99,7 @@ def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def save_adapter(path: str | Path, content: AdapterFile, dtype: torch.dtype | None = None) -> str:
+def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype | None = None) -> str:
     """Write a native file atomically; return its tensors' SHA-256. Refuses weights that are not finite.
 
     ``dtype`` stores the trained tensors in another type (``torch.float16`` halves the file); calibration stays as it
@@ -146,7 +150,7 @@ def adapter_path(path: str | Path) -> Path:
 
 
 def is_native(path: str | Path) -> bool:
-    """Whether ``path`` is a safetensors file written by :func:`save_adapter` (judged by its header)."""
+    """Whether ``path`` is a safetensors file written by :func:`save_adapter_file` (judged by its header)."""
     try:
         with safe_open(str(path), "pt") as file:
             return HEADER_KEY in (file.metadata() or {})

@@ -18,9 +18,11 @@ def model_hash(model: nn.Module, rounding: torch.dtype = torch.float16) -> str |
     if getattr(model, "hf_quantizer", None) is not None:
         return None
     digest = hashlib.sha256()
+    tuners = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, "base_layer"))  # of PEFT
     for name, value in model.state_dict().items():
-        if name.startswith("effilora"):
+        if name.startswith("effilora") or (name.startswith(tuners) and ".base_layer." not in name):
             continue
+        name = name.replace(".base_layer.", ".")
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().to(rounding)
         digest.update(f"{name}{tuple(value.shape)}".encode())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .convert import PlainLoRA, is_exact
 from .files import AdapterFile, write_atomic
-from .sites import is_transposed
+from .sites import base_layer, is_transposed
 
 
 def origin(content: AdapterFile, error: float) -> dict[str, str]:
@@ -53,7 +53,7 @@ def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile
 def add_to_weights(model: nn.Module, factors: dict[str, PlainLoRA]) -> None:
     """Add the update of every map in ``factors`` to its weight in ``model``."""
     for path, pair in factors.items():
-        module = model.get_submodule(path)
+        module = base_layer(model.get_submodule(path))
         update = pair.up @ pair.down
         weight: Any = module.weight
         weight += (update.t() if is_transposed(module) else update).to(weight)

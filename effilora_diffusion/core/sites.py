@@ -1,4 +1,4 @@
-"""Where an adapter acts: sites, each one input of one layer and the linear maps that read it."""
+"""Where an adapter acts: sites, each one input and the linears that read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
 
 @dataclass(frozen=True)
 class Site:
-    """One input and every adapted linear layer that reads it: ``h = A x`` and the gates are computed once for all.
+    """One input and every adapted linear that reads it: ``h = A x`` and the gates are computed once for all.
 
     ``linears`` pairs each linear layer's module path with its output width; ``block`` is the Reducer's unit.
     """
@@ -29,12 +29,17 @@ class Site:
     linears: tuple[tuple[str, int], ...]
 
     @property
+    def parent(self) -> str:
+        """Path of the module that calls the linears."""
+        return self.linears[0][0].rpartition(".")[0]
+
+    @property
     def out_features(self) -> int:
-        """Sum of the maps' output widths."""
+        """Sum of the linears' output widths."""
         return sum(width for _, width in self.linears)
 
     def rows(self, path: str) -> slice:
-        """The rows of the site's stacked heads that belong to the map ``path``."""
+        """The rows of the site's stacked heads that belong to the linear ``path``."""
         start = 0
         for name, width in self.linears:
             if name == path:
@@ -64,7 +69,7 @@ def block_of(path: str) -> str:
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` if ``module`` is a linear map (quantised ones included), else ``None``."""
+    """``(in_features, out_features)`` if ``module`` is a linear (quantised ones included), else ``None``."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_transposed(module):
@@ -74,8 +79,33 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear map that keeps its weight as ``(in, out)``: transformers' ``Conv1D`` of GPT-2."""
+    """Whether ``module`` is a linear that keeps its weight as ``(in, out)``: transformers' ``Conv1D`` of GPT-2."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of ``model`` by its path, in model order.
+
+    Of a linear that PEFT has wrapped, the wrapped one under the wrapper's path; what PEFT has added is left out.
+    """
+    found: dict[str, nn.Module] = {}
+    wrapper = None
+    for path, module in model.named_modules():
+        if wrapper is not None and path.startswith(wrapper):
+            continue
+        base = base_layer(module)
+        if base is not module:
+            wrapper = f"{path}."
+        if widths(base) is not None:
+            found[path] = base
+    return found
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer itself where ``module`` is PEFT's wrapper of one."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def is_target(path: str, targets: Iterable[str]) -> bool:
@@ -94,7 +124,7 @@ def single_sites(model: nn.Module, targets: Iterable[str], taken: Iterable[str] 
     """One site per targeted linear layer of ``model`` that is not in ``taken``."""
     targets, taken = tuple(targets), set(taken)
     sites = []
-    for path, module in model.named_modules():
+    for path, module in linears_of(model).items():
         size = widths(module)
         if size is not None and path not in taken and is_target(path, targets):
             sites.append(Site(path, block_of(path), size[0], ((path, size[1]),)))
@@ -102,11 +132,11 @@ def single_sites(model: nn.Module, targets: Iterable[str], taken: Iterable[str] 
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise :class:`EffiLoRAError` if a site's linear maps are missing from ``model`` or have other widths."""
-    modules = dict(model.named_modules())
+    """Raise :class:`EffiLoRAError` if a site's linears are missing from ``model`` or have other widths."""
+    linears = linears_of(model)
     for site in sites:
         for path, width in site.linears:
-            size = widths(modules[path]) if path in modules else None
+            size = widths(linears[path]) if path in linears else None
             if size != (site.in_features, width):
                 found = "is missing" if size is None else f"is {size[0]} to {size[1]} wide"
                 raise EffiLoRAError(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import EffiLoRAError, load_adapter_file
+from ..core import EffiLoRAError, attach, load_adapter_file
 from ..core.files import adapter_path
-from ..core.load import prepare_for_inference
+from ..core.load import load
 from .encoding import Encoder
 from .export import is_language
 from .generate import answers, stream
@@ -24,7 +24,6 @@ from .images import ImageEncoder
 from .models import load_model, max_positions
 from .multiple_choice import Question, choose, question
 from .records import read_records
-from .targets import attach
 
 LONGEST = 32768
 """Tokens of a conversation, where the model itself sets no limit below."""
@@ -60,12 +59,8 @@ def load_chat_model(
     model, reader = load_model(str(name), gguf, args.dtype, args.quantization, images, **more)
     if torch.cuda.is_available() and not getattr(model, "is_quantized", False):
         model.to("cuda")
-    made = [
-        prepare_for_inference(model, content, power, path)
-        for (path, power), content in zip(adapters, contents, strict=True)
-    ]
-    for index, adapter in enumerate(made):
-        attach(model, adapter, f"adapter{index}")
+    for (_, strength), content in zip(adapters, contents, strict=True):
+        load(model, content, strength, None, attach)
     return ChatModel(model, _encoder(args.prompt_template, model, reader, facts, image_folder if images else None))
 
 

@@ -7,19 +7,17 @@ from typing import Any
 
 from ..core import AdapterFile, EffiLoRAError, is_exact, to_lora
 from ..core.attach import check_sites
+from ..core.files import LANGUAGE
 from ..core.load import prepare_for_inference
 from ..core.peft_format import add_to_weights, write_peft
 from .models import load_model
-
-COMPONENT = "language"
-"""What a native file says it was trained on."""
 
 FORMATS = ("peft", "merged")
 
 
 def is_language(content: AdapterFile) -> bool:
     """Whether the adapter was trained on a language model."""
-    return bool(content.metadata.get("component") == COMPONENT)
+    return bool(content.metadata.get("component") == LANGUAGE)
 
 
 def export_error(content: AdapterFile) -> float:

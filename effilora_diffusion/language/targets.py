@@ -1,20 +1,13 @@
-"""EffiLoRA on transformers models: which linear maps are adapted, attaching, loading, removing."""
+"""Which linears of a transformers model are adapted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from ..core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site, adapters_of, load_adapter_file
-from ..core import attach as attach_maps
-from ..core import detach as detach_maps
-from ..core.attach import HOST_ATTRIBUTE, SCOPE_ATTRIBUTE, Scope
-from ..core.files import adapter_path
-from ..core.load import prepare_for_inference
-from ..core.sites import block_of, is_target, widths
+from ..core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site
+from ..core.sites import block_of, is_target, linears_of, widths
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -38,10 +31,10 @@ has fused are in it whole.
 """
 
 ALL_LINEAR = "all-linear"
-"""Stands for every linear map of the blocks, as in PEFT; the output embedding stays as it is."""
+"""Stands for every linear of the blocks, as in PEFT; the output embedding stays as it is."""
 
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
-"""Linear maps of one module that read one input."""
+"""Linears of one module that read one input."""
 
 
 def language_part(model: nn.Module) -> str:
@@ -59,18 +52,18 @@ def language_part(model: nn.Module) -> str:
 
 
 def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
-    """Sites of the maps named by ``targets``: groups of :data:`GROUPS`, ``all-linear``, or name endings.
+    """Sites of the linears named by ``targets``: groups of :data:`GROUPS`, ``all-linear``, or name endings.
 
-    Maps that read one input (q, k and v; gate and up) share a site. Raises :class:`EffiLoRAError` if none is found.
+    Linears that read one input (q, k and v; gate and up) share a site. Raises :class:`EffiLoRAError` if none is found.
     """
     targets = tuple(targets)
     names = tuple(name for target in targets for name in GROUPS.get(target, (target,)))
     root = language_part(model)
     found: dict[str, tuple[int, int]] = {}
-    for path, module in model.named_modules():
+    for path, module in linears_of(model).items():
         size = widths(module)
         inside = path.startswith(f"{root}.") if root else True
-        in_block = block_of(path) != path  # else an embedding, or what projects images
+        in_block = block_of(path) != path  # else an embedding, or the projector of image features
         if size is None or not inside or not in_block:
             continue
         if ALL_LINEAR in names or is_target(path, names):
@@ -78,18 +71,18 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> list[Site]:
     for target in targets:
         if target != ALL_LINEAR and not any(is_target(path, GROUPS.get(target, (target,))) for path in found):
             raise EffiLoRAError(
-                f"no linear map of {type(model).__name__} ends in {target}: --target_modules has {', '.join(GROUPS)}, "
+                f"no linear of {type(model).__name__} ends in {target}: --target_modules has {', '.join(GROUPS)}, "
                 f"{ALL_LINEAR}, or of {_endings(model)}"
             )
     return _grouped(found)
 
 
 def _endings(model: nn.Module) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path, part in model.named_modules() if widths(part) is not None})[:40]
+    return sorted({path.rpartition(".")[2] for path in linears_of(model)})[:40]
 
 
 def _grouped(found: dict[str, tuple[int, int]]) -> list[Site]:
-    """Sites of the maps in ``found``, in model order."""
+    """Sites of the linears in ``found``, in model order."""
     sites: list[Site] = []
     taken: set[str] = set()
     for path, (width, _) in found.items():
@@ -109,72 +102,3 @@ def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0) -> E
     if config.routing == "timestep":
         raise EffiLoRAError("--routing timestep is for diffusion models: language models have no timestep")
     return EffiLoRA(config, find_sites(model, config.target_modules), seed)
-
-
-class _Opener:
-    """Opens a module's scope for the length of its call, so that maps on one input compute ``h = A x`` once."""
-
-    def __init__(self, scope: Scope):
-        self.scope = scope
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        self.scope.memo.clear()  # of a call that was cut short by an error
-        self.scope.open = True
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.scope.open = False
-        self.scope.memo.clear()
-
-
-def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
-    """Let ``adapter`` act on a transformers model. See :func:`effilora_diffusion.core.attach`."""
-    opened = _open_scopes(model, adapter)
-    try:
-        attach_maps(model, adapter, name)
-    except EffiLoRAError:
-        for module, handles in opened:
-            _close_scope(module, handles)
-        raise
-    host = getattr(model, HOST_ATTRIBUTE)
-    host.__dict__.setdefault("openers", []).extend(opened)
-    return adapter
-
-
-def _open_scopes(model: nn.Module, adapter: EffiLoRA) -> list[tuple[nn.Module, list[Any]]]:
-    modules = dict(model.named_modules())
-    opened = []
-    for site in adapter.sites:
-        parent = modules.get(site.linears[0][0].rpartition(".")[0])
-        if len(site.linears) < 2 or parent is None or hasattr(parent, SCOPE_ATTRIBUTE):
-            continue
-        scope = Scope()
-        setattr(parent, SCOPE_ATTRIBUTE, scope)
-        opener = _Opener(scope)
-        handles = [parent.register_forward_pre_hook(opener.before)]
-        handles.append(parent.register_forward_hook(opener.after, always_call=True))
-        opened.append((parent, handles))
-    return opened
-
-
-def _close_scope(module: nn.Module, handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    delattr(module, SCOPE_ATTRIBUTE)
-
-
-def detach(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter (or all) off ``model``: afterwards it is the base, bit for bit. Exact inverse of :func:`attach`."""
-    host = getattr(model, HOST_ATTRIBUTE, None)
-    detach_maps(model, name)
-    if host is not None and not adapters_of(model):
-        for module, handles in host.openers:
-            _close_scope(module, handles)
-
-
-def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0, name: str = "default") -> EffiLoRA:
-    """Attach the adapter in ``path`` (native file, or folder of a run) to a transformers model, at strength ``scale``.
-
-    Raises :class:`EffiLoRAError`: the file is damaged, no EffiLoRA adapter, or made for another architecture.
-    """
-    content = load_adapter_file(adapter_path(path))
-    return attach(model, prepare_for_inference(model, content, scale, str(path)), name)

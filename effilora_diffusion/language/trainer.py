@@ -13,8 +13,17 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..core import AdapterFile, EffiLoRA, EffiLoRAError, Reducer, calibrate, load_adapter_file, save_adapter
-from ..core.files import ADAPTER_FILE, trim_log, write_atomic
+from ..core import (
+    AdapterFile,
+    EffiLoRA,
+    EffiLoRAError,
+    Reducer,
+    attach,
+    calibrate,
+    load_adapter_file,
+    save_adapter_file,
+)
+from ..core.files import ADAPTER_FILE, LANGUAGE, trim_log, write_atomic
 from ..core.fingerprint import base_facts, is_base
 from ..core.sites import is_transposed
 from .config import (
@@ -26,10 +35,10 @@ from .config import (
     as_mistakes,
 )
 from .datasets import Collator, Datasets, prepare, read_files
-from .export import COMPONENT, write_peft_folder
+from .export import write_peft_folder
 from .models import load_model
 from .outputs import REDUCER_FILE, REDUCER_STATE, check_output, find_checkpoint, open_output, step_of
-from .targets import attach, create_adapter
+from .targets import create_adapter
 
 MEASURED = 16
 """Examples on which the Reducer measures importance."""
@@ -101,7 +110,7 @@ class LanguageTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_adapter(
+        save_adapter_file(
             folder / ADAPTER_FILE, AdapterFile(self.adapter, {**self.metadata, "steps": self.state.global_step})
         )
         text = json.dumps(self.reducer.state_dict())
@@ -209,7 +218,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """What an adapter's file says about its origin."""
     return {
-        "component": COMPONENT,
+        "component": LANGUAGE,
         "base_model": options.model_name_or_path,
         "gguf_file": options.gguf_file,
         "model_revision": options.model_revision,
@@ -261,10 +270,10 @@ def _write(output: Path, trainer: LanguageTrainer, datasets: Datasets) -> float:
     model: Any = trainer.model
     model.eval()
     facts = {**trainer.metadata, "steps": trainer.state.global_step}
-    save_adapter(output / ADAPTER_FILE, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
+    save_adapter_file(output / ADAPTER_FILE, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
     calibration, error = calibrate(model, trainer.adapter, lambda: _drive(model, datasets))
     content = AdapterFile(trainer.adapter, {**facts, "export_error": error}, calibration)
-    content.sha256 = save_adapter(output / ADAPTER_FILE, content)
+    content.sha256 = save_adapter_file(output / ADAPTER_FILE, content)
     write_peft_folder(output, content)
     return error
 

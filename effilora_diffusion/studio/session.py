@@ -20,8 +20,8 @@ from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
 from ..core.files import ADAPTER_FILE
 from ..core.fingerprint import base_facts
+from ..core.load import host_model
 from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
-from ..diffusion.adapters.load import component_of
 from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.config import EMBEDDED_SAMPLING
 from ..diffusion.models.pipelines import EMBEDDED_BASE, load_pipeline
@@ -92,7 +92,7 @@ class Session:
         self.model, self.outputs = model, outputs.resolve()
         self.lock, self.tickets = threading.Lock(), Tickets()
         self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
-        self.base = base_facts(component_of(self.pipe))
+        self.base = base_facts(host_model(self.pipe))
         self.stack = ActiveAdapters(self.pipe)
         if torch.cuda.is_available():
             self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed
@@ -123,7 +123,7 @@ class Session:
         }
         if self.model is None:
             found = dict(EMBEDDED_SAMPLING)
-        part: Any = component_of(self.pipe)
+        part: Any = host_model(self.pipe)
         edge = part.config.get("sample_size") or 128
         return {**found, "edge": int(edge) * int(getattr(self.pipe, "vae_scale_factor", 8))}
 

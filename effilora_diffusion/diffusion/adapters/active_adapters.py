@@ -1,4 +1,4 @@
-"""Exactly the adapters that a drawing asks for, native and plain, on one pipeline."""
+"""The active adapters of a pipeline, native and plain LoRA: exactly those that a drawing asks for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from ...core import AdapterFile, EffiLoRA, EffiLoRAError, is_native, load_adapter_file
 from ...core.files import ADAPTER_FILE
 from ...core.inspection import single_head
-from .load import component_of, load_adapter, remove_adapter, unique_name
+from ...core.load import host_model, load, remove, unique_name
 from .lora_files import is_plain_lora, load_plain_lora, plain_layers, remove_plain_loras, set_plain_strengths
+from .processors import attach
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class AdapterRef:
     strength: float = 1.0
     head: int | None = None
 
-    def mark(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Any, ...]:
         """What it is loaded from: it changes when the file does."""
         return (self.path, self.path.stat().st_mtime_ns, self.head)
 
@@ -32,10 +33,7 @@ class AdapterRef:
 
 
 class ActiveAdapters:
-    """The adapters on ``pipe``: :meth:`use` loads what is missing, removes what is not wanted, keeps the rest.
-
-    Native adapters go on before plain ones, since PEFT wraps the layers that native ones look for.
-    """
+    """The adapters on ``pipe``: :meth:`use` loads what is missing, removes what is not wanted, keeps the rest."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -45,46 +43,50 @@ class ActiveAdapters:
     def use(self, wanted: list[AdapterRef]) -> None:
         """Let exactly ``wanted`` act.
 
-        Raises :class:`EffiLoRAError` for files that can't; what acts then is not said, but the next call is right again.
+        Raises:
+            EffiLoRAError: a file can't be used. The active set is undefined then; the next call recovers.
         """
-        if len({one.mark() for one in wanted}) < len(wanted):
+        if len({one.key() for one in wanted}) < len(wanted):
             raise EffiLoRAError("the same adapter is given twice: give it once, with another strength")
-        native = {one.mark(): one for one in wanted if one.head is not None or is_native(one.path)}
-        plain = {one.mark(): one for one in wanted if one.mark() not in native}
+        native = {one.key(): one for one in wanted if one.head is not None or is_native(one.path)}
+        plain = {one.key(): one for one in wanted if one.key() not in native}
         for one in plain.values():
             if not is_plain_lora(one.path):
-                load_adapter_file(one.path)  # says what is wrong with it
-        kept = _common_start(list(self.native), list(native))
-        fresh = {mark: one.content() for mark, one in native.items() if mark not in kept}
-        if self.plain and (fresh or self.plain.keys() != plain.keys()):
-            remove_plain_loras(self.pipe)
-            self.plain.clear()
-        for mark in [mark for mark in self.native if mark not in kept]:
-            remove_adapter(self.pipe, self.native.pop(mark))
-        for mark, content in fresh.items():
-            name = unique_name(component_of(self.pipe), label_of(mark[0]))
-            self.native[mark] = load_adapter(self.pipe, content, name=name)
-        for mark, one in native.items():
-            self.native[mark].strength = one.strength
+                load_adapter_file(one.path)  # raises: it says what is wrong with the file
+        self._use_native(native)
         self._use_plain(plain)
 
     def layers(self, one: AdapterRef) -> int:
         """Number of the model's layers on which a plain LoRA in use acts; its file may name more than the model has."""
-        return plain_layers(self.pipe, self.plain[one.mark()])
+        return plain_layers(self.pipe, self.plain[one.key()])
+
+    def _use_native(self, native: dict[tuple[Any, ...], AdapterRef]) -> None:
+        model = host_model(self.pipe)
+        kept = _common_start(list(self.native), list(native))
+        fresh = {key: one.content() for key, one in native.items() if key not in kept}
+        for key in [key for key in self.native if key not in kept]:
+            remove(model, self.native.pop(key))
+        for key, content in fresh.items():
+            self.native[key] = load(model, content, 1.0, unique_name(model, label_of(key[0])), attach)
+        for key, one in native.items():
+            self.native[key].strength = one.strength
 
     def _use_plain(self, plain: dict[tuple[Any, ...], AdapterRef]) -> None:
+        if self.plain and self.plain.keys() != plain.keys():
+            remove_plain_loras(self.pipe)
+            self.plain.clear()
         try:
-            for mark, one in plain.items():
-                if mark not in self.plain:
+            for key, one in plain.items():
+                if key not in self.plain:
                     name = f"plain_{len(self.plain)}"
                     load_plain_lora(self.pipe, one.path, name)
-                    self.plain[mark] = name
+                    self.plain[key] = name
         except EffiLoRAError:
             remove_plain_loras(self.pipe)
             self.plain.clear()
             raise
         if plain:
-            set_plain_strengths(self.pipe, {self.plain[mark]: one.strength for mark, one in plain.items()})
+            set_plain_strengths(self.pipe, {self.plain[key]: one.strength for key, one in plain.items()})
 
 
 def label_of(path: Path) -> str:

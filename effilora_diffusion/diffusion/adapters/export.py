@@ -7,47 +7,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core import AdapterFile, EffiLoRAError, is_exact, load_adapter_file, to_lora
+from ...core import AdapterFile, EffiLoRAError, is_exact, to_lora
 from ...core.attach import check_sites
 from ...core.convert import PlainLoRA
-from ...core.files import adapter_path
+from ...core.load import host_model
 from ...core.peft_format import add_to_weights, origin, write_peft, write_tensors
 from ..models.pipelines import EMBEDDED_BASE, load_pipeline
-from .load import component_of
 
 FORMATS = ("diffusers", "kohya", "peft", "merged")
 
 
-def export_lora(
-    adapter: str | Path | AdapterFile,
-    output: str | Path,
-    format: str = "diffusers",
-    model: str | None = None,
-    single_file_config: str | None = None,
+def export(
+    content: AdapterFile, output: Path, format: str, model: str | None = None, single_file_config: str | None = None
 ) -> float:
-    """Write ``adapter`` as plain LoRA, the scale baked in (alpha = rank).
-
-    Args:
-        adapter: native file, training folder, or loaded :class:`AdapterFile`.
-        output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``. A folder given for
-            ``diffusers`` gets ``pytorch_lora_weights.safetensors``.
-        format: one of :data:`FORMATS`. ComfyUI and A1111 read ``kohya`` of UNets, ComfyUI ``diffusers`` of some transformers.
-        model: for ``merged``: the base model (default: the one named in the adapter).
-        single_file_config: its configuration and tokenizers if it is one file (default: the one named in the adapter).
-
-    Returns:
-        The relative output error of the least-squares fit; 0 where the form is exact (one head, static gates).
-    """
+    """Write the adapter of an image model in one of :data:`FORMATS`; see :func:`effilora_diffusion.export_lora`."""
     if format not in FORMATS:
         raise EffiLoRAError(f"--format must be one of {FORMATS}, not {format!r}")
-    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
     if format == "kohya" and _component(content) != "unet":
         raise EffiLoRAError(
             "kohya naming is for UNets: programs that read LoRAs of transformers (ComfyUI) read the diffusers format"
         )
     factors = to_lora(content.adapter, content.calibration)
     error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
-    output = Path(output)
     try:
         if format == "diffusers":
             file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
@@ -109,7 +90,7 @@ def _write_merged(
     config = config or content.metadata.get("single_file_config")
     base = model or (None if named in (None, EMBEDDED_BASE) else str(named))
     pipe = load_pipeline(base, single_file_config=config)
-    part = component_of(pipe)
+    part = host_model(pipe)
     check_sites(part, content.adapter.sites)
     add_to_weights(part, factors)
     pipe.save_pretrained(output)

@@ -2,15 +2,15 @@
 
 Every attention processor is swapped for a subclass of its own class, so that signature-based keyword filters, class
 attributes such as ``_attention_backend`` and class-based look-ups see what they saw before. The processor opens the
-attention's :class:`~effilora_diffusion.core.attach.Scope` for the length of its call; the arithmetic is in forward
-hooks of the linear maps, so a processor that something else installs later can lose the sharing, never the adapter.
+attention's :class:`~effilora_diffusion.core.attach.Scope` for the length of its call. The arithmetic is in forward hooks
+of the linears and the attention's own hooks open the scope as well, so a processor that something else installs later
+loses neither the adapter nor the sharing.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -18,13 +18,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ...core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site
-from ...core import attach as attach_maps
-from ...core import detach as detach_maps
-from ...core.attach import HOST_ATTRIBUTE, SCOPE_ATTRIBUTE, Scope, adapters_of
-from ...core.sites import block_of, is_target, single_sites, widths
-
-logger = logging.getLogger(__name__)
-
+from ...core import attach as attach_to_linears
+from ...core.attach import SCOPE_ATTRIBUTE, adapters_of, host_of, unwrap
+from ...core.sites import base_layer, block_of, is_target, linears_of, single_sites, widths
 
 _SAME_INPUT = (
     ("to_q", "to_k", "to_v", "to_gate"),
@@ -40,7 +36,7 @@ def is_attention(module: nn.Module) -> bool:
     """Whether ``module`` computes attention through a processor and has linear projections of its own."""
     if not callable(getattr(module, "set_processor", None)) or getattr(module, "processor", None) is None:
         return False
-    return any(widths(part) is not None for part in module.modules())
+    return bool(linears_of(module))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -75,12 +71,12 @@ def _input_groups(module: nn.Module) -> list[tuple[str, ...]]:
     for names in _SAME_INPUT:
         groups += [(names[0], *names[3:]), names[1:3]] if cross else [names]
     known = {name for names in groups for name in names}
-    others = [name for name, part in module.named_modules() if name not in known and widths(part) is not None]
+    others = [name for name in linears_of(module) if name not in known]
     return groups + [(name,) for name in others]
 
 
 def _shared_sites(module: nn.Module, path: str, names: tuple[str, ...], config: EffiLoRAConfig) -> list[Site]:
-    """The site of the maps ``names`` of one attention; one each where their inputs differ in width."""
+    """The site of the linears ``names`` of one attention; one each where their inputs differ in width."""
     by_width: dict[int, list[tuple[str, int]]] = {}
     for name in names:
         child = _child(module, name)
@@ -97,7 +93,7 @@ def _shared_sites(module: nn.Module, path: str, names: tuple[str, ...], config: 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
     try:
-        return module.get_submodule(name)
+        return base_layer(module.get_submodule(name))
     except AttributeError:
         return None
 
@@ -130,23 +126,30 @@ def effilora_class(base: type) -> type:
     @functools.wraps(call)
     def shared_call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         scope = getattr(attn, SCOPE_ATTRIBUTE, None)
-        if scope is None or scope.open:
+        if (
+            scope is None or scope.open
+        ):  # open where the attention was called, closed where its processor is called alone
             return call(self, attn, *args, **kwargs)
-        scope.open = True
+        scope.enter(attn, args)
         try:
             return call(self, attn, *args, **kwargs)
         finally:
-            scope.open = False
-            scope.memo.clear()
+            scope.leave(attn, args, None)
 
     shared_call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
     namespace = {
         "__call__": shared_call,
         "__doc__": f"{base.__name__} whose attention computes the adapters' ``h = A x`` once for q, k and v.",
         "__module__": __name__,
+        "__reduce__": lambda self: (_new, (base,), self.__dict__),  # by its base: pickle can't find this class by name
         "_effilora_base": base,
     }
     return _EqualToBase(f"EffiLoRA{base.__name__}", (base,), namespace)
+
+
+def _new(base: type) -> Any:
+    """An EffiLoRA processor for processors of class ``base``, without its state."""
+    return object.__new__(effilora_class(base))
 
 
 def is_effilora_processor(processor: Any) -> bool:
@@ -154,116 +157,86 @@ def is_effilora_processor(processor: Any) -> bool:
     return isinstance(type(processor), _EqualToBase)
 
 
-def _wrap(processor: Any) -> Any:
-    kind: type = type(processor)
-    wrapped: Any = object.__new__(effilora_class(kind))
-    wrapped.__dict__.update(processor.__dict__)  # IP-Adapter processors carry weights: they are shared, not copied
-    return wrapped
-
-
-def _unwrap(processor: Any) -> Any:
-    plain = object.__new__(type(processor)._effilora_base)
-    plain.__dict__.update(processor.__dict__)
-    return plain
-
-
 def _swap_processors(model: nn.Module) -> None:
-    for module in model.modules():
+    """Give every attention of ``model`` an EffiLoRA processor; the host keeps the originals."""
+    originals = host_of(model).processors
+    for path, module in model.named_modules():
         if is_attention(module) and not is_effilora_processor(module.processor):
-            if not hasattr(module, SCOPE_ATTRIBUTE):
-                setattr(module, SCOPE_ATTRIBUTE, Scope())
-            original = module.processor
-            module.processor = _wrap(original)  # type: ignore[assignment]
-            module.__dict__["_effilora_original"] = original
+            original: Any = module.processor
+            swapped = _new(type(original))
+            swapped.__dict__.update(original.__dict__)  # IP-Adapter processors carry weights: shared, not copied
+            module.processor = swapped
+            originals[path] = original
 
 
 def _restore_processors(model: nn.Module) -> None:
-    for module in model.modules():
-        original = module.__dict__.pop("_effilora_original", None)
-        if is_attention(module) and is_effilora_processor(module.processor):
-            live: Any = module.processor
-            same = original is not None and type(live)._effilora_base is type(original)
-            if same:
-                original.__dict__.update(live.__dict__)  # what was set on the processor meanwhile is kept
-            module.processor = original if same else _unwrap(live)
-        if hasattr(module, SCOPE_ATTRIBUTE):
-            delattr(module, SCOPE_ATTRIBUTE)
-
-
-_FUSED = (
-    "the model's q, k and v projections {when} while an adapter is attached, which would bypass it: "
-    "{remedy}merge the adapter first, or detach it"
-)
+    """Put the original processors back; what others have installed since stays."""
+    originals = host_of(model).processors
+    for path, module in model.named_modules():
+        if not is_attention(module) or not is_effilora_processor(module.processor):
+            continue
+        live: Any = module.processor
+        original, base = originals.get(path), type(live)._effilora_base
+        plain: Any = original if type(original) is base else object.__new__(base)
+        plain.__dict__.update(live.__dict__)  # what was set on the processor meanwhile is kept
+        module.processor = plain
 
 
 class FuseGuard:
-    """Stands in for the host's ``fuse_qkv_projections`` while adapters are attached."""
+    """Refuses fused q, k and v projections while an adapter acts, since they would bypass it.
+
+    Stands in for the model's ``fuse_qkv_projections``, and is a forward pre-hook of the model as attentions can also be
+    fused one by one.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self) -> None:
         """Fuse if no adapter acts; else raise :class:`EffiLoRAError`."""
-        if any(adapter.acts for adapter in adapters_of(self.model).values()):
-            raise EffiLoRAError(_FUSED.format(when="can't be fused", remedy=""))
+        if self._acts():
+            raise EffiLoRAError(
+                "the model's q, k and v projections can't be fused while an adapter is attached, which would bypass it: "
+                "merge the adapter first, or detach it"
+            )
         type(self.model).fuse_qkv_projections(self.model)  # type: ignore[attr-defined]
 
-
-class HostCheck:
-    """Pre-hook of the host: whatever replaced processors since the last call is wrapped again, and said."""
-
-    handle: torch.utils.hooks.RemovableHandle
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Check every attention of ``module``; raises :class:`EffiLoRAError` for fused projections."""
-        if torch.compiler.is_compiling():
+    def check(self, module: nn.Module, args: Any) -> None:
+        """Raise :class:`EffiLoRAError` if an attention was fused."""
+        if not self._acts() or torch.compiler.is_compiling():
             return
-        replaced = 0
-        for part in module.modules():
-            if is_attention(part):
-                if is_fused(part) and any(adapter.acts for adapter in adapters_of(module).values()):
-                    raise EffiLoRAError(
-                        _FUSED.format(
-                            when="were fused",
-                            remedy="call unfuse_qkv_projections() (or unfuse_projections() of the attention), ",
-                        )
-                    )
-                replaced += not is_effilora_processor(part.processor)
-        if replaced:
-            logger.info(
-                "%d attention processors were replaced since the adapter was attached; wrapped again", replaced
+        if any(is_fused(part) and is_attention(part) for part in module.modules()):
+            raise EffiLoRAError(
+                "the model's q, k and v projections were fused while an adapter is attached, which would bypass it: call "
+                "unfuse_qkv_projections() (or unfuse_projections() of the attention), merge the adapter first, or detach it"
             )
-            _swap_processors(module)
+
+    def _acts(self) -> bool:
+        return any(adapter.acts for adapter in adapters_of(self.model).values())
 
 
 def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
-    """Let ``adapter`` act on a diffusers model: processors swapped, maps hooked. See :func:`effilora_diffusion.core.attach`."""
-    fused = [path for path, part in model.named_modules() if is_attention(part) and is_fused(part)]
+    """Let ``adapter`` act on a diffusers model: :func:`effilora_diffusion.core.attach`, with the processors swapped.
+
+    The original processors return with :func:`effilora_diffusion.core.detach` of the last adapter.
+    """
+    bare = unwrap(model)
+    fused = [path for path, part in bare.named_modules() if is_attention(part) and is_fused(part)]
     if fused:
         raise EffiLoRAError(f"{fused[0]} has fused q, k, v projections: call unfuse_qkv_projections() first")
-    fresh = not adapters_of(model)
+    fresh = not adapters_of(bare)
+    attach_to_linears(model, adapter, name)
+    _swap_processors(bare)
     if fresh:
-        _swap_processors(model)
-    try:
-        attach_maps(model, adapter, name)
-    except EffiLoRAError:
-        if fresh:
-            _restore_processors(model)
-        raise
-    if fresh:
-        check = HostCheck()
-        check.handle = model.register_forward_pre_hook(check)
-        getattr(model, HOST_ATTRIBUTE).check = check
-        if hasattr(type(model), "fuse_qkv_projections"):
-            model.__dict__["fuse_qkv_projections"] = FuseGuard(model)
+        guard = FuseGuard(bare)
+        if hasattr(type(bare), "fuse_qkv_projections"):
+            bare.__dict__["fuse_qkv_projections"] = guard
+        host = host_of(bare)
+        host.scope_handles.append(bare.register_forward_pre_hook(guard.check))
+        host.cleanups.append(_restore)
     return adapter
 
 
-def detach(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter (or all) off ``model``; with the last one the original processors return. Exact inverse."""
-    host = getattr(model, HOST_ATTRIBUTE, None)
-    detach_maps(model, name)
-    if host is not None and not adapters_of(model):
-        host.check.handle.remove()
-        model.__dict__.pop("fuse_qkv_projections", None)
-        _restore_processors(model)
+def _restore(model: nn.Module) -> None:
+    model.__dict__.pop("fuse_qkv_projections", None)
+    _restore_processors(model)

@@ -16,7 +16,7 @@ from diffusers import (
 
 from ...core import EffiLoRA, EffiLoRAError
 from ...core.fingerprint import base_facts
-from ..adapters import processors as attention
+from ..adapters.processors import attach, create_adapter
 from ..config import TrainingConfig
 from ..data.folder import Example, report_problems, scan_images
 from ..models import Family, make_family
@@ -64,8 +64,8 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
     objective = make_objective(config, family)
     base = base_facts(family.model)
     adapter_config = replace(config.adapter_config(), timestep_range=family.timestep_range)
-    adapter = attention.create_adapter(family.model, adapter_config, config.seed)
-    attention.attach(family.model, adapter)
+    adapter = create_adapter(family.model, adapter_config, config.seed)
+    attach(family.model, adapter)
     if config.gradient_checkpointing:
         if family.one_by_one and config.routing == "timestep":  # recomputation would see another call's timestep
             raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter
+from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
 from ...core.fingerprint import model_hash
 from ..data.folder import Example
 from .build import Plan
@@ -74,7 +74,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_adapter(aside / "adapter.safetensors", AdapterFile(adapter))
+        save_adapter_file(aside / "adapter.safetensors", AdapterFile(adapter))
         save_file(_optimizer_tensors(adapter, optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
         files = {name: _sha256(aside / name) for name in CONTENT}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ...core import AdapterFile, EffiLoRAError, save_adapter
+from ...core import AdapterFile, EffiLoRAError, save_adapter_file
 from ...core.files import ADAPTER_FILE
-from ..adapters.export import export_lora
+from ..adapters.export import export
 from ..config import TrainingConfig
 from .checkpoints import list_checkpoints
 
@@ -23,8 +23,8 @@ SAMPLES_FOLDER = "samples"
 
 def write_adapters(output: Path, content: AdapterFile) -> None:
     """Write the native adapter, and beside it the plain LoRA that stock diffusers loads from the folder."""
-    content.sha256 = save_adapter(output / ADAPTER_FILE, content)
-    export_lora(content, output / LORA_FILE)
+    content.sha256 = save_adapter_file(output / ADAPTER_FILE, content)
+    export(content, output / LORA_FILE, "diffusers")
 
 
 def remove_run(output: Path) -> None:

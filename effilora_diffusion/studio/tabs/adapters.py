@@ -16,9 +16,9 @@ from ...core.attach import check_sites
 from ...core.files import write_atomic
 from ...core.fingerprint import is_base
 from ...core.inspection import inspect_adapter
+from ...core.load import host_model
 from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
-from ...diffusion.adapters.load import component_of
 from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
@@ -170,7 +170,7 @@ class AdaptersTab(DrawingTab):
                 )
         else:
             content = load_adapter_file(file)
-            check_sites(component_of(self.session.pipe), content.adapter.sites)
+            check_sites(host_model(self.session.pipe), content.adapter.sites)
             facts = content.metadata
         stem = file.stem
         if file.name in (ADAPTER_FILE, LORA_FILE):  # every run's files have these names, which say nothing

@@ -1,0 +1,259 @@
+"""The public functions: one each for diffusers pipelines, diffusers models, transformers models and other modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import core
+from .core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
+from .core.files import LANGUAGE, adapter_path
+from .core.fingerprint import base_facts
+from .core.load import Attach, host_model, load, remove
+from .core.sites import single_sites
+
+
+def _comes_from(model: nn.Module, library: str) -> bool:
+    return any(kind.__module__.split(".")[0] == library for kind in type(core.unwrap(model)).__mro__)
+
+
+def _attach_of(model: nn.Module) -> Attach:
+    """How ``model`` takes an adapter: the attention processors of diffusers models are swapped as well."""
+    if _comes_from(model, "diffusers"):
+        from .diffusion.adapters.processors import attach
+
+        return attach
+    return core.attach
+
+
+def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None, seed: int = 0) -> EffiLoRA:
+    """Create an adapter to be trained; until then it changes nothing.
+
+    Args:
+        pipeline_or_model: diffusers pipeline or model, transformers model, or any module with linears.
+        config: rank, heads, routing, targets; default: ``EffiLoRAConfig()``. ``target_modules`` are groups
+            (``attention``, ``feed_forward``, for language models also ``paper`` and ``all-linear``) and name endings.
+        seed: of the initial values of A and the routers.
+
+    Returns:
+        The adapter, on the CPU in float32, not yet attached.
+
+    Raises:
+        EffiLoRAError: no linear of the model is targeted.
+
+    Example:
+        >>> from effilora_diffusion import EffiLoRAConfig, attach, create_adapter
+        >>> adapter = attach(pipe, create_adapter(pipe, EffiLoRAConfig(rank=8)))
+        >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+    """
+    model, config = core.unwrap(host_model(pipeline_or_model)), config or EffiLoRAConfig()
+    if _comes_from(model, "diffusers"):
+        from .diffusion.adapters.processors import create_adapter as create
+
+        return create(model, config, seed)
+    if _comes_from(model, "transformers"):
+        from .language.targets import create_adapter as create
+
+        return create(model, config, seed)
+    return EffiLoRA(config, single_sites(model, config.target_modules), seed)
+
+
+def attach(pipeline_or_model: Any, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
+    """Let an adapter act on a model: hooks on its linears, and on diffusers models EffiLoRA attention processors.
+
+    Args:
+        pipeline_or_model: as for :func:`create_adapter`; it may be compiled or quantised, or carry plain LoRAs.
+        adapter: of :func:`create_adapter`, for a model with the same linears.
+        name: under which it can be detached and merged.
+
+    Returns:
+        The adapter, moved to the model's device. Its ``strength`` and ``enabled`` may change at any time; at strength 0
+        the model computes what it did before, bit for bit.
+
+    Raises:
+        EffiLoRAError: the name is taken, the adapter is attached already or does not fit; nothing is changed then.
+
+    Example:
+        >>> adapter = attach(pipe, create_adapter(pipe))
+        >>> adapter.strength = 0.5
+    """
+    model = host_model(pipeline_or_model)
+    return _attach_of(model)(model, adapter, name)
+
+
+def detach(pipeline_or_model: Any, name: str | None = None) -> None:
+    """Take one adapter, or all, off a model, which is then what it was, bit for bit.
+
+    Args:
+        pipeline_or_model: what the adapter was attached to.
+        name: of the adapter; ``None`` for all.
+
+    Raises:
+        EffiLoRAError: no adapter of that name is attached.
+
+    Example:
+        >>> detach(pipe, "default")
+    """
+    core.detach(host_model(pipeline_or_model), name)
+
+
+def merge(pipeline_or_model: Any, name: str = "default") -> None:
+    """Add an attached adapter's update to the base weights, so that it costs nothing more.
+
+    Args:
+        pipeline_or_model: what the adapter is attached to.
+        name: of the adapter.
+
+    Raises:
+        EffiLoRAError: the update is no fixed matrix (several heads with token or timestep routing), or a weight is
+            quantised; nothing is changed then.
+
+    Example:
+        >>> load_adapter(pipe, "outputs/my-dog", name="dog")
+        >>> merge(pipe, "dog")
+    """
+    core.merge(host_model(pipeline_or_model), name)
+
+
+def unmerge(pipeline_or_model: Any, name: str = "default") -> None:
+    """Undo :func:`merge`, bit for bit; the adapter acts through its hooks again.
+
+    Example:
+        >>> unmerge(pipe, "dog")
+    """
+    core.unmerge(host_model(pipeline_or_model), name)
+
+
+def load_adapter(
+    pipeline_or_model: Any, path: str | Path | AdapterFile, scale: float = 1.0, name: str | None = None
+) -> EffiLoRA:
+    """Load an adapter for inference; several may act together, also with plain LoRAs, in any order.
+
+    Args:
+        pipeline_or_model: stock diffusers pipeline or model, or transformers model.
+        path: native ``.safetensors`` file, output folder of a training run, or an :class:`AdapterFile`.
+        scale: strength; 0 gives the base's output bit for bit, negative values push away from the subject.
+        name: under which it can be removed; default: the file's or folder's name, numbered if it is taken.
+
+    Returns:
+        The adapter: set ``strength`` and ``enabled`` on it at any time.
+
+    Raises:
+        EffiLoRAError: the file is damaged, no EffiLoRA adapter, or made for another architecture.
+
+    Example:
+        >>> pipe = StableDiffusionPipeline.from_pretrained("assets/base")
+        >>> dog = load_adapter(pipe, "outputs/my-dog", scale=0.8)
+        >>> image = pipe("a photo of sks dog").images[0]
+    """
+    model = host_model(pipeline_or_model)
+    return load(model, path, scale, name, _attach_of(model))
+
+
+def remove_adapter(pipeline_or_model: Any, name: str | EffiLoRA | None = None) -> None:
+    """Take an adapter off again: afterwards the model is the base, bit for bit.
+
+    Args:
+        pipeline_or_model: what it was loaded into.
+        name: its name, or what :func:`load_adapter` returned; ``None`` for all.
+
+    Raises:
+        EffiLoRAError: it is not attached there.
+
+    Example:
+        >>> remove_adapter(pipe, dog)
+    """
+    remove(host_model(pipeline_or_model), name)
+
+
+def save_adapter(
+    adapter: EffiLoRA,
+    path: str | Path,
+    model: Any = None,
+    run: Callable[[], object] | None = None,
+    **metadata: Any,
+) -> None:
+    """Write an adapter as a native file: one ``.safetensors`` with configuration, origin and checksum.
+
+    Args:
+        adapter: trained; attached or not.
+        path: of the file, written whole or not at all.
+        model: the pipeline or model it was trained on, whose identity the file then names; without it the export formats
+            do not know which component the adapter is for.
+        run: drives the model over a few typical inputs while the adapter is attached. Adapters with several heads and
+            token or timestep routing need it to become plain LoRA later; others do not.
+        metadata: further JSON-ready facts, as ``trigger_prompt="a photo of sks dog"``.
+
+    Raises:
+        EffiLoRAError: weights that are not finite, or ``run`` without ``model``.
+        OSError: the file can't be written.
+
+    Example:
+        >>> save_adapter(adapter, "dog.safetensors", pipe, trigger_prompt="a photo of sks dog")
+    """
+    if run is not None and model is None:
+        raise EffiLoRAError("save_adapter: to calibrate with run, give the model that it drives")
+    facts: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
+    if model is not None:
+        bare = core.unwrap(host_model(model))
+        facts = {"base_model": getattr(model, "name_or_path", None), "base_class": type(bare).__name__}
+        facts |= {**base_facts(bare), "component": _component(model, bare)}
+        if run is not None:
+            calibration, facts["export_error"] = core.calibrate(bare, adapter, run)
+    save_adapter_file(Path(path), AdapterFile(adapter, {**facts, **metadata}, calibration))
+
+
+def _component(pipeline_or_model: Any, model: nn.Module) -> str:
+    """The part of a pipeline that the adapter is for, which is the prefix of its names in plain LoRA files."""
+    if _comes_from(model, "transformers"):
+        return LANGUAGE
+    if isinstance(pipeline_or_model, nn.Module):
+        return "unet" if "UNet" in type(model).__name__ else "transformer"
+    return "unet" if getattr(pipeline_or_model, "unet", None) is not None else "transformer"
+
+
+def export_lora(
+    adapter: str | Path | AdapterFile,
+    output: str | Path,
+    format: str | None = None,
+    model: str | None = None,
+    single_file_config: str | None = None,
+) -> float:
+    """Write an adapter as plain LoRA, or its base model with the update merged in.
+
+    Args:
+        adapter: native file, output folder of a training run, or an :class:`AdapterFile`.
+        output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``.
+        format: ``diffusers`` (default of image models), ``kohya`` (UNets, for ComfyUI and A1111), ``peft`` (default of
+            language models) or ``merged``.
+        model: for ``merged``: folder or hub id of the base; default: the one that the adapter names.
+        single_file_config: configuration and tokenizers of the base if it is one checkpoint file.
+
+    Returns:
+        Relative output error of the plain LoRA: 0 where it is exact (one head, static gates).
+
+    Raises:
+        EffiLoRAError: the format does not suit the model, or the output can't be written.
+
+    Example:
+        >>> export_lora("outputs/my-dog", "dog.safetensors", format="kohya")
+        0.0
+    """
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    format = format or default_format(content)
+    if content.metadata.get("component") == LANGUAGE:
+        from .language.export import export as export_language_adapter
+
+        return export_language_adapter(content, Path(output), format, model)
+    from .diffusion.adapters.export import export as export_image_adapter
+
+    return export_image_adapter(content, Path(output), format, model, single_file_config)
+
+
+def default_format(content: AdapterFile) -> str:
+    """The format that :func:`export_lora` writes if none is named."""
+    return "peft" if content.metadata.get("component") == LANGUAGE else "diffusers"
