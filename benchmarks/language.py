@@ -33,9 +33,9 @@ from transformers import Trainer, TrainingArguments
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig, attach, detach
 from effilora_diffusion.core import EffiLoRA, Reducer, exit_code
 from effilora_diffusion.language.encoding import Encoder, Example, Examples
-from effilora_diffusion.language.generate import answers
+from effilora_diffusion.language.generate import generate_answers
 from effilora_diffusion.language.models import load_model
-from effilora_diffusion.language.multiple_choice import choose, question
+from effilora_diffusion.language.multiple_choice import grade, parse_question
 from effilora_diffusion.language.records import read_records
 from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import ReducerCallback
@@ -104,7 +104,7 @@ class Bench:
             chosen = ordered[start : start + 32]
             with self.autocast():
                 found = float(model(**self.encoder.collate(chosen)).loss)
-            count = sum(item.answered for item in chosen)
+            count = sum(item.num_label_tokens for item in chosen)
             total, tokens = total + found * count, tokens + count
         return total / tokens
 
@@ -114,8 +114,8 @@ class Bench:
         model.eval()
         records = [record for record in self.records["held_out"] if task in (None, record["task"])]
         with self.autocast():
-            said = answers(model, self.encoder, records, ANSWER_TOKENS, batch_size=64)
-            right = choose(model, self.encoder, [question(record) for record in records], batch_size=64)
+            said = generate_answers(model, self.encoder, records, ANSWER_TOKENS, batch_size=64)
+            right = grade(model, self.encoder, [parse_question(record) for record in records], batch_size=64)
         found: dict[str, dict[str, list[bool]]] = {}
         for record, text, chosen in zip(records, said, right, strict=True):
             figures = found.setdefault(record["task"], {"exact": [], "choice": []})

@@ -11,7 +11,7 @@ from torch import nn
 from . import core
 from .core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
 from .core.files import LANGUAGE, adapter_path
-from .core.fingerprint import base_facts
+from .core.fingerprint import base_fingerprint
 from .core.load import Attach, host_model, load, remove
 from .core.sites import single_sites
 
@@ -201,7 +201,7 @@ def save_adapter(
     if model is not None:
         bare = core.unwrap(host_model(model))
         facts = {"base_model": getattr(model, "name_or_path", None), "base_class": type(bare).__name__}
-        facts |= {**base_facts(bare), "component": _component(model, bare)}
+        facts |= {**base_fingerprint(bare), "component": _component(model, bare)}
         if run is not None:
             calibration, facts["export_error"] = core.calibrate(bare, adapter, run)
     save_adapter_file(Path(path), AdapterFile(adapter, {**facts, **metadata}, calibration))

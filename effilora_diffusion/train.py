@@ -2,7 +2,7 @@
 
 import sys
 
-from .diffusion.training.main import main
+from .cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

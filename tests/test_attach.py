@@ -18,7 +18,7 @@ from effilora_diffusion.core import (
     merge,
     unmerge,
 )
-from effilora_diffusion.core.attach import Scope
+from effilora_diffusion.core.attachment import Scope
 from effilora_diffusion.core.sites import single_sites
 
 ROUTINGS = ["token", "static", "timestep"]

@@ -24,7 +24,7 @@ from effilora_diffusion import (
     remove_adapter,
     save_adapter,
 )
-from effilora_diffusion.core.attach import adapters_of
+from effilora_diffusion.core.attachment import adapters_of
 from effilora_diffusion.core.fingerprint import model_hash
 from effilora_diffusion.core.load import host_model
 from effilora_diffusion.diffusion.adapters.processors import is_effilora_processor

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import (
 
 from effilora_diffusion import detach
 from effilora_diffusion.core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, adapters_of
-from effilora_diffusion.core.attach import merge
+from effilora_diffusion.core.attachment import merge
 from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter, find_sites, is_effilora_processor
 
 ROUTINGS = ["token", "static", "timestep"]

@@ -6,8 +6,8 @@ from helpers import arguments, make_subject, settings, trainer
 from tiny_families import build
 
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.cli.train import main
 from effilora_diffusion.diffusion.training.dry_run import dry_run_report
-from effilora_diffusion.diffusion.training.main import main
 
 
 @pytest.fixture(scope="module")

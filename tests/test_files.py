@@ -222,7 +222,7 @@ def test_stored_weights_that_are_not_finite_are_refused(saved, name, value):
     tensors = read_raw(saved)[1]
     tensors[name].view(-1)[0] = value
     forge(saved, tensors=tensors)
-    assert_refused(saved, f"{name} holds NaN")
+    assert_refused(saved, f"{name} has NaN")
 
 
 def test_stored_weights_beyond_float32_are_refused(saved):

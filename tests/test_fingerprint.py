@@ -11,7 +11,7 @@ from torch import nn
 
 from effilora_diffusion import load_adapter
 from effilora_diffusion.core import merge
-from effilora_diffusion.core.fingerprint import base_facts, is_base
+from effilora_diffusion.core.fingerprint import base_fingerprint, same_base
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,11 +24,11 @@ def linear(seed):
 @pytest.mark.parametrize("one", TYPES)
 @pytest.mark.parametrize("other", TYPES)
 def test_a_base_is_known_again_in_another_type(one, other):
-    facts, named = (base_facts(linear(0).to(kind)) for kind in (one, other))
+    facts, named = (base_fingerprint(linear(0).to(kind)) for kind in (one, other))
     halves = {one, other} == {torch.float16, torch.bfloat16}
-    assert is_base(facts, named) is (None if halves else True)
-    stranger = base_facts(linear(1).to(other))
-    assert is_base(facts, stranger) is (None if halves else False)
+    assert same_base(facts, named) is (None if halves else True)
+    stranger = base_fingerprint(linear(1).to(other))
+    assert same_base(facts, stranger) is (None if halves else False)
 
 
 def test_a_fine_tuned_base_is_another():
@@ -36,8 +36,8 @@ def test_a_fine_tuned_base_is_another():
     with torch.no_grad():
         for value in tuned.parameters():
             value.mul_(1.01)
-    assert is_base(base_facts(tuned), base_facts(base)) is False
-    assert is_base(base_facts(base), {}) is None
+    assert same_base(base_fingerprint(tuned), base_fingerprint(base)) is False
+    assert same_base(base_fingerprint(base), {}) is None
 
 
 def test_a_base_with_a_merged_adapter_is_no_other_model(tmp_path, caplog):

@@ -7,7 +7,7 @@ from conftest import assert_same, footprint, make_adapter, make_toy, randomise, 
 from effilora_diffusion import detach
 from effilora_diffusion.core import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.core import attach as attach_maps
-from effilora_diffusion.core.attach import merge
+from effilora_diffusion.core.attachment import merge
 from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
 
 

@@ -9,7 +9,7 @@ from helpers import make_subject, trainer
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import AdapterFile, attach, calibrate, detach, load_adapter_file
-from effilora_diffusion.core.inspection import head_usage, inspect_adapter, logged_layers, reducer_history, single_head
+from effilora_diffusion.core.inspection import head_usage, inspect_adapter, logged_blocks, reducer_history, single_head
 from effilora_diffusion.studio import figures
 
 
@@ -79,7 +79,7 @@ def test_a_run_s_log_becomes_its_history(tiny_pipeline, tmp_path):
     run.run()
     content = load_adapter_file(tmp_path / "out" / "effilora.safetensors")
     layers, log = list(content.adapter.blocks), tmp_path / "out" / "reducer.jsonl"
-    assert logged_layers(log) == layers
+    assert logged_blocks(log) == layers
     history = reducer_history(log, layers, 12)
     assert history.steps == [3, 6, 9]
     for layer, score in zip(run.reducer.blocks, run.reducer.scores, strict=True):

@@ -12,7 +12,7 @@ from effilora_diffusion import EffiLoRAConfig, attach, load_adapter
 from effilora_diffusion.cli import main
 from effilora_diffusion.core import AdapterFile, calibrate, load_adapter_file, save_adapter_file
 from effilora_diffusion.language.encoding import Encoder
-from effilora_diffusion.language.generate import _ask, answers, stream
+from effilora_diffusion.language.generate import _encode_prompt, generate_answers, stream_answer
 from effilora_diffusion.language.models import load_model
 from effilora_diffusion.language.targets import create_adapter
 
@@ -55,39 +55,39 @@ def test_answers_of_a_batch_are_those_of_its_questions_and_of_a_stream(template)
     model, encoder = build("llama"), Encoder(tokenizer(), template)
     randomise(attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",)))), 4)
     records = [{"instruction": text} for text in ("a", "what is it", "hm?", "one more")]
-    single = [answers(model, encoder, [record], 6)[0] for record in records]
-    assert answers(model, encoder, records, 6, batch_size=3) == single
-    assert ["".join(stream(model, encoder, record, max_new_tokens=6)).strip() for record in records] == single
+    single = [generate_answers(model, encoder, [record], 6)[0] for record in records]
+    assert generate_answers(model, encoder, records, 6, batch_size=3) == single
+    assert ["".join(stream_answer(model, encoder, record, max_new_tokens=6)).strip() for record in records] == single
     assert len(set(single)) > 1
 
 
 def test_an_answer_ends_with_its_turn(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     load_adapter(model, place / "run")
-    assert answers(model, encoder, [{"instruction": key} for key in PAIRS], 30) == list(PAIRS.values())
+    assert generate_answers(model, encoder, [{"instruction": key} for key in PAIRS], 30) == list(PAIRS.values())
     turns = [{"role": "user", "content": "ab"}]
     asked = [{"messages": turns}, {"messages": [*turns, {"role": "assistant", "content": "no"}]}]
-    assert answers(model, encoder, asked, 30) == ["u", "u"]  # an answer that is there already is left out
+    assert generate_answers(model, encoder, asked, 30) == ["u", "u"]  # an answer that is there already is left out
 
 
 def test_an_answer_also_ends_where_the_model_s_own_settings_say(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     load_adapter(model, place / "run")
-    (full,) = answers(model, encoder, [{"instruction": "d"}], 30)
+    (full,) = generate_answers(model, encoder, [{"instruction": "d"}], 30)
     assert full == "www"
     model.generation_config.eos_token_id = [2, *encoder.tokens("w")]
-    assert answers(model, encoder, [{"instruction": "d"}], 30) == ["w"]
+    assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == ["w"]
 
 
 def test_an_answer_also_ends_with_the_mark_of_its_template(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     load_adapter(model, place / "run")
-    assert answers(model, encoder, [{"instruction": "d"}], 30) == ["www"]
+    assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == ["www"]
     encoder = Encoder(tokenizer())
     encoder.tokenizer.add_special_tokens({"additional_special_tokens": ["w"]})
     encoder.tokenizer.chat_template = MARKED
     assert encoder.stop_tokens == [2, *encoder.tokens("w")]
-    assert answers(model, encoder, [{"instruction": "d"}], 30) == [""]  # a mark is no word
+    assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == [""]  # a mark is no word
 
 
 MARKED = (
@@ -102,11 +102,11 @@ def test_an_answer_ends_where_the_model_s_positions_do(name):
     model, encoder = build(name), Encoder(tokenizer(), max_length=64)
     model.generation_config.eos_token_id = None
     record = {"instruction": "x" * 200}
-    prompt = len(_ask(model, encoder, record, 40).ids)
+    prompt = len(_encode_prompt(model, encoder, record, 40).ids)
     assert prompt == 64 - 16  # of 64 positions a quarter is left for the answer
-    assert len(encoder.tokens(answers(model, encoder, [record], 40)[0])) <= 16
-    assert "".join(stream(model, encoder, record, max_new_tokens=40)) is not None
-    assert len(_ask(model, encoder, {"instruction": "x"}, 40).ids) < 48
+    assert len(encoder.tokens(generate_answers(model, encoder, [record], 40)[0])) <= 16
+    assert "".join(stream_answer(model, encoder, record, max_new_tokens=40)) is not None
+    assert len(_encode_prompt(model, encoder, {"instruction": "x"}, 40).ids) < 48
 
 
 def test_every_adapter_is_compared_with_the_base(place, tmp_path, caplog):
@@ -115,7 +115,7 @@ def test_every_adapter_is_compared_with_the_base(place, tmp_path, caplog):
     save_adapter_file(tmp_path / "other.safetensors", content)
     adapters = ["--adapter", str(place / "run"), "--adapter", str(tmp_path / "other.safetensors")]
     assert main(["chat", *adapters, "--prompt", "ab", "--max_new_tokens", "2"]) == 0
-    assert "other.safetensors was trained on" in caplog.text
+    assert "the adapter other was trained on" in caplog.text
 
 
 def test_sampling_follows_its_seed(place):
@@ -124,14 +124,14 @@ def test_sampling_follows_its_seed(place):
     said = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        said += answers(model, encoder, [{"instruction": "ab"}], **options)
+        said += generate_answers(model, encoder, [{"instruction": "ab"}], **options)
     assert said[0] == said[1] != said[2]
 
 
 def test_an_error_while_streaming_is_not_swallowed(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     with pytest.raises(ValueError, match="temperature"):
-        list(stream(model, encoder, {"instruction": "ab"}, do_sample=True, temperature=-1.0))
+        list(stream_answer(model, encoder, {"instruction": "ab"}, do_sample=True, temperature=-1.0))
 
 
 def test_chat_answers_one_question(place, capsys):
@@ -152,7 +152,7 @@ def test_chat_talks_until_the_input_ends(place, capsys, monkeypatch):
 def test_chat_keeps_the_conversation_until_it_is_reset(place, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "effilora_diffusion.language.commands.stream",
+        "effilora_diffusion.language.generate.stream_answer",
         lambda model, encoder, record, **options: seen.append(json.loads(json.dumps(record))) or iter(["ok"]),
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\nd\n/reset\nbc\n"))
@@ -230,8 +230,8 @@ def test_a_merged_model_needs_no_adapter(place, tmp_path, capsys):
     merged, reader = load_model(str(output))
     assert merged.config.model_type == "llama"
     assert not [key for key in merged.state_dict() if "effilora" in key]
-    said = answers(merged, Encoder(reader), [{"instruction": key} for key in PAIRS], 6)
-    before = answers(build("llama"), Encoder(tokenizer()), [{"instruction": key} for key in PAIRS], 6)
+    said = generate_answers(merged, Encoder(reader), [{"instruction": key} for key in PAIRS], 6)
+    before = generate_answers(build("llama"), Encoder(tokenizer()), [{"instruction": key} for key in PAIRS], 6)
     assert sum(map(str.__eq__, said, PAIRS.values())) > sum(map(str.__eq__, before, PAIRS.values()))
     assert main(["export", str(place / "run"), str(output), "--format", "merged"]) == 2
     assert "is not empty" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_export_writes_the_folder_of_peft_unless_told_otherwise(place, tmp_path,
 def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
     assert main(["inspect", str(place / "run")]) == 0
     said = capsys.readouterr().out
-    assert "prompt form     chat" in said
+    assert "template        chat" in said
     assert "model.layers.1" in said
 
 

@@ -78,11 +78,11 @@ def test_long_examples_lose_their_beginning():
     ("text", "word"),
     [
         ("", "no records"),
-        ('{"instruction": "a"', "line 1: no JSON"),
-        ('{"a": 1}\nnot json', "line 2: no JSON"),
-        ("[1, 2]", "record 1: it must be an object"),
-        ("[{]", "no JSON list"),
-        ("[" * 100000, "no JSON list"),
+        ('{"instruction": "a"', "line 1: invalid JSON"),
+        ('{"a": 1}\nnot json', "line 2: invalid JSON"),
+        ("[1, 2]", "record 1: it must be a JSON object"),
+        ("[{]", "not a JSON list"),
+        ("[" * 100000, "not a JSON list"),
     ],
 )
 def test_files_that_are_no_data_are_named_with_their_line(tmp_path, text, word):
@@ -101,15 +101,18 @@ def test_files_that_are_no_data_are_named_with_their_line(tmp_path, text, word):
         ({"messages": []}, "last one the assistant"),
         ({"messages": [{"role": "user", "content": "a"}]}, "last one the assistant"),
         ({"messages": [{"role": "user"}]}, "a role and a content"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "must be texts"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "must be strings"),
         ({"messages": 5}, "a role and a content"),
-        ({"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}, "the role 'tool'"),
-        ({"messages": [{"role": "assistant", "content": "b"}]}, "nobody asks"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "unknown message role 'tool'",
+        ),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "no user message"),
         ({**SUM, "history": [["a", "b"]]}, "'history'"),
         ({**CHAT, "tools": [{}]}, "'tools'"),
         ({**SUM, "output": " "}, "answer is empty"),
-        ({**SUM, "system": ["be brief"]}, "'system' must be a text"),
-        ({**SUM, "input": {"a": 1}}, "'input' must be a text"),
+        ({**SUM, "system": ["be brief"]}, "'system' must be a string"),
+        ({**SUM, "input": {"a": 1}}, "'input' must be a string"),
         ({"messages": [*CHAT["messages"][:-1], {**CHAT["messages"][-1], "reasoning_content": "hm"}]}, "reasoning"),
         ({"messages": [*CHAT["messages"][:-1], {**CHAT["messages"][-1], "train": False}]}, "'train'"),
         (
@@ -129,7 +132,7 @@ def test_records_that_can_t_be_learned_are_named(record, word):
     "record", [{**SUM, "output": None}, {**SUM, "output": ["a"]}, {**SUM, "instruction": None}, CHAT]
 )
 def test_forms_without_turns_want_texts(template, record):
-    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*'instruction' and 'output' as texts"):
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*'instruction' and 'output' as strings"):
         Examples([record], Encoder(tokenizer(), template), "data")
     with pytest.raises(EffiLoRAError, match="vicuna is for images"):
         Encoder(tokenizer(), "vicuna")
@@ -139,7 +142,7 @@ def test_forms_without_turns_want_texts(template, record):
 def test_forms_without_turns_take_numbers_beside_an_instruction_but_no_system_text(template):
     encoder = Encoder(tokenizer(), template)
     assert "\n0\n" in encoder.prompt({**SUM, "input": 0})
-    with pytest.raises(EffiLoRAError, match=f"the form {template} have no place for its 'system' text"):
+    with pytest.raises(EffiLoRAError, match=f"{template} does not support its 'system' prompt"):
         encoder.encode({**SUM, "system": "be brief"})
 
 
@@ -163,13 +166,13 @@ def test_where_a_template_rewrites_answers_the_last_one_is_learned():
     reader.chat_template = THINKING
     turns = [("user", "1+1"), ("assistant", "hm=2"), ("user", "2+2"), ("assistant", "so=4")]
     record = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    with pytest.warns(UserWarning, match="only the last answers"):
+    with pytest.warns(UserWarning, match="on the last answers only"):
         example = Encoder(reader).encode(record)
     assert reader.decode(example.ids) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>so=4</s>"
     assert answered(example, reader) == ["so=4</s>"]
     assert Encoder(reader).prompt(record) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>"
     reader.chat_template = CHAT_OPENED
-    with pytest.warns(UserWarning, match="only the last answers"):
+    with pytest.warns(UserWarning, match="on the last answers only"):
         example = Encoder(reader).encode(SUM)
     assert answered(example, reader) == ["<assistant>3</s>"]
 
@@ -184,9 +187,9 @@ CHAT_OPENED = (
 def test_a_template_s_refusal_names_the_record():
     reader = tokenizer()
     reader.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*refuses its messages: no system here"):
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*rejects its messages: no system here"):
         Examples([CHAT], Encoder(reader), "data")
-    with pytest.raises(EffiLoRAError, match=r"here: .*refuses its messages: no system here"):
+    with pytest.raises(EffiLoRAError, match=r"here: .*rejects its messages: no system here"):
         Encoder(reader).prompt(CHAT, "here")
 
 
@@ -197,9 +200,9 @@ def test_the_beginning_of_text_is_set_once_and_kept():
     encoder = Encoder(reader, "plain", max_length=9)
     assert reader.decode(encoder.encode({"instruction": "abc", "output": "d"}).ids) == "<s>abc?d</s>"
     long = encoder.encode({"instruction": "x" * 30, "output": "d"})
-    assert (len(long.ids), len(long.labels), long.cut) == (9, 9, True)
+    assert (len(long.ids), len(long.labels), long.truncated) == (9, 9, True)
     assert reader.decode(long.ids) == "<s>xxxxx?d</s>"
-    assert encoder.ask({"instruction": "y" * 30}).ids[0] == 1
+    assert encoder.encode_prompt({"instruction": "y" * 30}).ids[0] == 1
     reader.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert Encoder(reader).encode(SUM).ids.count(1) == 1
     cut = Encoder(reader, max_length=5).encode(SUM)
@@ -252,8 +255,8 @@ def test_packed_examples_do_not_see_one_another(name):
     model = build(name)
     with torch.no_grad():
         packed = model(**collate_packed([items])).loss
-        losses = [model(**collate([item], 0)).loss * item.answered for item in items]
+        losses = [model(**collate([item], 0)).loss * item.num_label_tokens for item in items]
         together = model(**collate(items, 0)).loss
-    alone = sum(losses) / sum(item.answered for item in items)
+    alone = sum(losses) / sum(item.num_label_tokens for item in items)
     torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)

@@ -11,13 +11,13 @@ from tiny_vision import VISION_MODELS, build_vision, save_vision
 
 from effilora_diffusion import EffiLoRAError, attach, detach, load_adapter
 from effilora_diffusion.cli import main as cli
+from effilora_diffusion.cli.train_llm import main
 from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, load_adapter_file, save_adapter_file
 from effilora_diffusion.language.config import LanguageTrainingArguments
 from effilora_diffusion.language.encoding import IGNORED
-from effilora_diffusion.language.generate import answers
+from effilora_diffusion.language.generate import generate_answers
 from effilora_diffusion.language.images import ImageEncoder, ImageExamples, image_paths, open_image
-from effilora_diffusion.language.main import main
-from effilora_diffusion.language.multiple_choice import choose, question
+from effilora_diffusion.language.multiple_choice import grade, parse_question
 from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import LanguageTrainer
 
@@ -129,11 +129,13 @@ def test_every_relative_is_adapted_and_batches_are_their_examples(name, place, m
         adapted = model(**encoder.collate(items)).logits
         assert not torch.allclose(adapted, base, atol=1e-3)
         together = model(**encoder.collate(items)).loss
-        single = [model(**encoder.collate([item])).loss * item.answered for item in items]
-    torch.testing.assert_close(together, sum(single) / sum(item.answered for item in items), atol=1e-4, rtol=1e-4)
-    said = answers(model, encoder, mixed[:2], 6)
-    assert said == answers(model, encoder, mixed[:2], 6, batch_size=1)
-    assert said == answers(model, encoder, mixed[:2], 6, use_cache=False)
+        single = [model(**encoder.collate([item])).loss * item.num_label_tokens for item in items]
+    torch.testing.assert_close(
+        together, sum(single) / sum(item.num_label_tokens for item in items), atol=1e-4, rtol=1e-4
+    )
+    said = generate_answers(model, encoder, mixed[:2], 6)
+    assert said == generate_answers(model, encoder, mixed[:2], 6, batch_size=1)
+    assert said == generate_answers(model, encoder, mixed[:2], 6, use_cache=False)
     save_adapter_file(tmp_path / "effilora.safetensors", AdapterFile(adapter))
     detach(model)
     with torch.no_grad():
@@ -165,7 +167,7 @@ def test_a_model_is_taught_to_stop_where_its_template_marks_no_end(place):
 
 def test_templates_that_lose_images_are_refused(place):
     reader, record = processor(), talk("<image>which", "red", image="red0.png")
-    reader.chat_template = LLAVA_HF.replace("<image>", "<image>")
+    reader.chat_template = LLAVA_HF.replace("<image>", "<img>")
     with pytest.raises(EffiLoRAError, match="leaves out 1 of its images"):
         ImageEncoder(reader, place / "images").encode(record)
     reader.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -189,7 +191,7 @@ def test_a_question_that_no_longer_fits_is_refused(place):
     encoder = ImageEncoder(processor(), place / "images", max_length=20)
     turns = talk("<image>what is it", "red", "and the colour of the rest", "", image="red0.png")
     with pytest.raises(EffiLoRAError, match="longer than 20 tokens"):
-        encoder.ask(turns)
+        encoder.encode_prompt(turns)
 
 
 def test_processors_without_a_template_speak_as_llava_does(place):
@@ -254,11 +256,11 @@ def test_what_is_lost_of_an_example_is_told_and_no_cut_answer_is_judged(place):
     seen = ImageExamples([record], ImageEncoder(processor(), place / "images", max_length=200), "data")
     seen.encoder.max_length = len(seen[0].ids) - 3
     with pytest.warns(UserWarning, match="data, record 1: longer than --max_length"):
-        assert seen[0].cut
+        assert seen[0].truncated
     model, encoder = build_vision()[0], ImageEncoder(processor(), place / "images", max_length=20)
     asked = {"instruction": "<image>" + "x" * 40, "image": "red0.png", "choices": ["r", "b"], "answer": "r"}
-    with pytest.raises(EffiLoRAError, match="data, record 4: it is longer than the model's 20 tokens"):
-        choose(model, encoder, [question(asked, "data, record 4")])
+    with pytest.raises(EffiLoRAError, match="data, record 4: longer than the model's 20 tokens"):
+        grade(model, encoder, [parse_question(asked, "data, record 4")])
 
 
 def test_smoothed_labels_are_those_of_the_next_token(encoder, tmp_path):
@@ -320,9 +322,9 @@ def test_a_run_learns_to_tell_images_apart(place, tmp_path, capsys):
     model, encoder = build_vision()[0], ImageEncoder(processor(), place / "images")
     records = json.loads((place / "held.json").read_text())
     wanted = [record["conversations"][-1]["value"] for record in records]
-    assert answers(model, encoder, records, 3) != wanted
+    assert generate_answers(model, encoder, records, 3) != wanted
     load_adapter(model, tmp_path / "out")
-    assert answers(model, encoder, records, 3, batch_size=3) == wanted
+    assert generate_answers(model, encoder, records, 3, batch_size=3) == wanted
     capsys.readouterr()
     for name, answer in (("red30.png", "r"), ("white30.png", "w")):
         image = str(place / "images" / name)
@@ -360,7 +362,7 @@ def test_a_model_of_images_is_also_asked_without_one(place, tmp_path, monkeypatc
         ({"image_folder": "."}, "can't be read"),
         ({"train_file": "/nowhere.json"}, "--train_file /nowhere.json can't be read"),
         ({"max_length": 3}, "longer than --max_length 3"),
-        ({"prompt_template": "chat", "model_name_or_path": "text"}, "is no vision-language model"),
+        ({"prompt_template": "chat", "model_name_or_path": "text"}, "is not a vision-language model"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, change, word):

@@ -6,7 +6,7 @@ import pytest
 from language_runs import logs, make_place, same, weights, words
 from tiny_language import build, tokenizer
 
-from effilora_diffusion.language.main import main
+from effilora_diffusion.cli.train_llm import main
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from effilora_diffusion import detach, load_adapter
 from effilora_diffusion.cli import main as cli
+from effilora_diffusion.cli.train_llm import main
 from effilora_diffusion.core import load_adapter_file
-from effilora_diffusion.language.main import main
 from effilora_diffusion.language.models import load_model
 
 SCRIPT = str(Path(__file__).parents[1] / "train_scripts" / "train_llm_effilora.py")

@@ -8,7 +8,7 @@ from effilora_diffusion import EffiLoRAError, attach
 from effilora_diffusion.core import EffiLoRAConfig
 from effilora_diffusion.language.batches import collate
 from effilora_diffusion.language.encoding import Encoder
-from effilora_diffusion.language.multiple_choice import Question, choose, likelihoods, question
+from effilora_diffusion.language.multiple_choice import Question, grade, log_likelihoods, parse_question
 from effilora_diffusion.language.targets import create_adapter
 
 PIQA = {"instruction": "How do you cut? Solution1: with a knife Solution2: with a spoon Answer format: solution1/solution2",
@@ -16,12 +16,12 @@ PIQA = {"instruction": "How do you cut? Solution1: with a knife Solution2: with 
 
 
 def test_the_commonsense_tasks_name_their_choices():
-    found = question(PIQA)
+    found = parse_question(PIQA)
     assert found.answers == ["the correct answer is solution1", "the correct answer is solution2"]
     assert found.correct == 0
-    boolq = question({"instruction": "is water wet? Answer format: true/false", "answer": "false"})
+    boolq = parse_question({"instruction": "is water wet? Answer format: true/false", "answer": "false"})
     assert (boolq.answers[boolq.correct], len(boolq.answers)) == ("the correct answer is false", 2)
-    own = question({"instruction": "cat in German", "choices": ["Hund", "Katze"], "answer": "Katze"})
+    own = parse_question({"instruction": "cat in German", "choices": ["Hund", "Katze"], "answer": "Katze"})
     assert (own.answers, own.correct) == (["Hund", "Katze"], 1)
 
 
@@ -29,21 +29,21 @@ def test_the_commonsense_tasks_name_their_choices():
     ("record", "word"),
     [
         ({"instruction": "why?"}, "needs 'choices'"),
-        ({"instruction": "x", "choices": ["a"], "answer": "a"}, "two texts or more"),
-        ({"instruction": "x", "choices": ["a", 2], "answer": "a"}, "two texts or more"),
-        ({"instruction": "x", "choices": ["a", "b"], "answer": "c"}, "is none of"),
-        ({**PIQA, "answer": "solution3"}, "is none of"),
+        ({"instruction": "x", "choices": ["a"], "answer": "a"}, "at least two strings"),
+        ({"instruction": "x", "choices": ["a", 2], "answer": "a"}, "at least two strings"),
+        ({"instruction": "x", "choices": ["a", "b"], "answer": "c"}, "is not one of"),
+        ({**PIQA, "answer": "solution3"}, "is not one of"),
     ],
 )
 def test_questions_that_can_t_be_asked_are_named(record, word):
     with pytest.raises(EffiLoRAError, match=f"line 3: .*{word}"):
-        question(record, "line 3")
+        parse_question(record, "line 3")
 
 
 def test_likelihoods_are_those_of_the_answers_alone():
     model, encoder = build("llama"), Encoder(tokenizer())
     questions = [Question({"instruction": "x" * n}, ["a", "bcd", "ef"], 0) for n in (2, 7)]
-    found = likelihoods(model, encoder, questions, batch_size=4)
+    found = log_likelihoods(model, encoder, questions, batch_size=4)
     for one, row in zip(questions, found, strict=True):
         for answer, value in zip(one.answers, row, strict=True):
             item = encoder.encode({**one.record, "output": answer})
@@ -55,14 +55,14 @@ def test_likelihoods_are_those_of_the_answers_alone():
 def test_questions_that_can_t_be_judged_are_refused_not_counted():
     model, encoder = build("llama"), Encoder(tokenizer(), max_length=12)
     asked = {"choices": ["yes", "no"], "answer": "yes"}
-    with pytest.warns(UserWarning, match="data, record 1: longer than 12 tokens"):
-        assert len(choose(model, encoder, [question({"instruction": "x" * 30, **asked}, "data, record 1")])) == 1
-    long = question({"instruction": "x", "choices": ["y" * 30, "n" * 30], "answer": "y" * 30}, "data, record 2")
-    with pytest.raises(EffiLoRAError, match="data, record 2: it is longer than the model's 12 tokens"):
-        choose(model, encoder, [long])
+    with pytest.warns(UserWarning, match="data, record 1: truncated on the left to 12 tokens"):
+        assert len(grade(model, encoder, [parse_question({"instruction": "x" * 30, **asked}, "data, record 1")])) == 1
+    long = parse_question({"instruction": "x", "choices": ["y" * 30, "n" * 30], "answer": "y" * 30}, "data, record 2")
+    with pytest.raises(EffiLoRAError, match="data, record 2: longer than the model's 12 tokens"):
+        grade(model, encoder, [long])
     model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(EffiLoRAError, match="data, record 3: the model's output is not finite"):
-        choose(model, encoder, [question({"instruction": "x", **asked}, "data, record 3")])
+        grade(model, encoder, [parse_question({"instruction": "x", **asked}, "data, record 3")])
 
 
 def test_a_model_that_has_learned_the_answers_chooses_them():
@@ -76,8 +76,8 @@ def test_a_model_that_has_learned_the_answers_chooses_them():
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert choose(model, encoder, questions) == [True] * 4
+    assert grade(model, encoder, questions) == [True] * 4
     adapter.strength = 0
-    assert not all(choose(model, encoder, questions))
+    assert not all(grade(model, encoder, questions))
     with pytest.raises(EffiLoRAError, match="no questions"):
-        choose(model, encoder, [])
+        grade(model, encoder, [])

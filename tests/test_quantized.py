@@ -11,7 +11,7 @@ from tiny_families import build, draw
 from torch import nn
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, detach, load_adapter
-from effilora_diffusion.core.attach import merge
+from effilora_diffusion.core.attachment import merge
 from effilora_diffusion.core.fingerprint import model_hash
 from effilora_diffusion.core.load import host_model
 from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter

@@ -10,9 +10,9 @@ import yaml
 from helpers import arguments, files_in, make_subject, metrics, settings, sharp_pipeline, trainer
 from PIL import Image
 
+from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.core import EffiLoRAError, load_adapter_file
 from effilora_diffusion.diffusion.adapters import processors as attention
-from effilora_diffusion.diffusion.config import parse_arguments
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training import main as launch
 from effilora_diffusion.diffusion.training.checkpoints import fault_of, list_checkpoints

@@ -1,14 +1,12 @@
 """DreamBooth with an EffiLoRA adapter: ``accelerate launch train_scripts/train_dreambooth_effilora.py``.
 
-With no arguments it teaches the embedded base the example subject. ``--help`` lists diffusers' flags and ours.
+With no arguments it teaches the embedded base the example subject. ``--help`` lists diffusers' flags and ours. The
+package must be installed (``pip install -e .``); ``effilora train`` is the same command.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # also from a checkout that is not installed
-
-from effilora_diffusion.diffusion.training.main import main
+from effilora_diffusion.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,14 +1,12 @@
-"""Visual instruction tuning of a vision-language model with EffiLoRA: ``accelerate launch train_scripts/train_vlm_effilora.py``.
+"""Visual instruction tuning with EffiLoRA: ``accelerate launch train_scripts/train_vlm_effilora.py``.
 
-``--help`` lists the flags of transformers' examples and ours.
+``--help`` lists the flags of transformers' examples and ours. The package must be installed (``pip install -e .``);
+``effilora train-vlm`` is the same command.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # also from a checkout that is not installed
-
-from effilora_diffusion.language.main import main
+from effilora_diffusion.cli.train_vlm import main
 
 if __name__ == "__main__":
-    sys.exit(main(images=True))
+    sys.exit(main())

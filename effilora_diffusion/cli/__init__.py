@@ -7,7 +7,12 @@ import os
 import sys
 from importlib import import_module
 
+from .. import __version__
+
 COMMANDS = {
+    "train": "train an adapter on images",
+    "train-llm": "train an adapter for a language model on instructions and chats",
+    "train-vlm": "train an adapter for a vision-language model on conversations about images",
     "generate": "draw images with adapters",
     "chat": "talk to a language model with adapters",
     "evaluate": "multiple-choice accuracy of a language model with adapters",
@@ -17,23 +22,29 @@ COMMANDS = {
 }
 """The subcommands and what they do."""
 
+MEMORY = "a smaller size or batch, --mixed_precision bf16 (--dtype bfloat16), or --quantization"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0, or 2 for a mistake that the message explains."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="effilora", description="Train and use EffiLoRA adapters.")
+    parser.add_argument("--version", action="version", version=f"effilora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(words[:1]).command
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
-    module = import_module(f".{command}", __name__)
-    own = argparse.ArgumentParser(prog=f"effilora {command}", description=COMMANDS[command])
+    module = import_module(f".{command.replace('-', '_')}", __name__)
+    prog = f"effilora {command}"
+    if command.startswith("train"):
+        return int(module.main(words[1:], prog))
+    own = argparse.ArgumentParser(prog=prog, description=COMMANDS[command])
     module.add_arguments(own)
     args = own.parse_args(words[1:])
-    from ..core import exit_code
+    from ..core.errors import exit_code
 
-    return exit_code(lambda: module.run(args))
+    return exit_code(lambda: module.run(args), MEMORY)
 
 
 if __name__ == "__main__":

@@ -131,9 +131,9 @@ class EffiLoRA(nn.Module):
         return torch.mm(router, self.noise_features.to(router).t()).softmax(0)
 
     def activations(self, index: int, x: Tensor) -> SharedActivations:
-        """What the linears of site ``index`` share for x ``(..., d_in)``: low-rank activations, and each one's heads.
+        """What the linears of site ``index`` share for x ``(..., d_in)``: low-rank activations and each linear's heads.
 
-        The activations are ``(rows, K)`` and a linear's heads ``(d_out, K)``: K is r where the heads are mixed before they are applied
+        The activations are ``(rows, K)``, a linear's heads ``(d_out, K)``: K is r where heads are mixed before they are applied
         (one head, static gates), else N r, the gated activations of all heads side by side for one product.
         """
         site = self.sites[index]

@@ -1,4 +1,4 @@
-"""Where the shipped files are: beside the package in a checkout, inside it once it is installed."""
+"""Locate the files shipped with the package: beside it in a checkout, inside it when installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def asset(name: str) -> Path:
-    """The shipped folder ``name`` (``base`` or ``example_subject``); raises :class:`EffiLoRAError` if it is missing."""
+    """Return the folder ``base`` or ``example_subject``; raises :class:`EffiLoRAError` if it is missing."""
     for folder in (_PACKAGE / "_assets" / name, _PACKAGE.parent / "assets" / name):
         if folder.is_dir():
             return folder

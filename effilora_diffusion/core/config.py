@@ -1,4 +1,4 @@
-"""What an adapter is: the validated, serialisable configuration of EffiLoRA and its Reducer."""
+"""The validated, serialisable configuration of an EffiLoRA adapter and its Reducer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .errors import EffiLoRAError
 
 FORMAT_VERSION = 1
-"""Version of the configuration's JSON form, and of the native file that carries it."""
+"""Version of the configuration as JSON, and of the native file that contains it."""
 
 ROUTINGS = ("token", "static", "timestep")
 A_SHARINGS = ("width", "slice", "none")
@@ -19,7 +19,7 @@ REDUCER_MODES = ("importance", "random", "off")
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0", "to_out", "to_gate"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # joint attention: the text's own projections
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # joint attention: projections of the text stream
         *("to_q_t", "to_k_t", "to_v_t", "to_out_t"),
         *("to_query", "to_key", "to_value", "*_attention.out_layer"),
         *("to_qkv", "to_kv", "to_qkv_mlp_proj", "img_qkv_proj", "txt_kv_proj"),  # projections that are always fused
@@ -34,7 +34,7 @@ TARGET_GROUPS: dict[str, tuple[str, ...]] = {
         *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.linear_fc2"),
     ),
 }
-"""Names for usual sets of linear layers, as they are called in the models of diffusers."""
+"""Named sets of target modules, by their names in diffusers' models."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -47,7 +47,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _from_dict(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """Keep the keys that ``cls`` has; refuse others, since an ignored option is a silent change of meaning."""
+    """Copy ``data``; refuse keys that ``cls`` does not have, since ignoring one would silently change the meaning."""
     _check(isinstance(data, dict), f"{where} must be a JSON object")
     unknown = set(data) - {f.name for f in fields(cls)}
     _check(not unknown, f"{where} has unknown keys {sorted(unknown)}: it was written by a newer version or by hand")
@@ -56,12 +56,19 @@ def _from_dict(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReducerConfig:
-    """How the Reducer chooses the layers whose heads are trained (paper section 3.2; constants from IST, 2410.11772).
+    """Selection of the blocks whose heads are trained (paper section 3.2; constants from IST, arXiv 2410.11772).
 
-    ``active``: share of layers trained per step. ``interval`` and ``warmup`` are in optimizer steps; ``rollouts``
-    subsets of ``suppress_share`` of the layers are suppressed to ``suppress_factor`` of their strength per evaluation.
-    ``step_size`` scales the score update. ``train_shared``: whether A and routers also take gradients from frozen
-    layers (the paper); if not, backpropagation stops at the earliest active layer, which saves time and memory.
+    Args:
+        mode: ``"importance"``, ``"random"`` (as many blocks, drawn uniformly) or ``"off"``.
+        active: share of the blocks trained per step.
+        interval: optimizer steps between importance evaluations.
+        warmup: optimizer steps before the first evaluation, in which all blocks are trained.
+        rollouts: suppressed subsets per evaluation.
+        suppress_share: share of the blocks in a subset.
+        suppress_factor: factor on the strength of suppressed blocks.
+        step_size: scale of the score update.
+        train_shared: also accumulate gradients of A and the routers in frozen blocks (the paper); otherwise
+            backpropagation stops at the earliest active block, which saves time and memory.
     """
 
     mode: str = "off"
@@ -76,7 +83,7 @@ class ReducerConfig:
 
     def __post_init__(self) -> None:
         _check(self.mode in REDUCER_MODES, f"reducer mode must be one of {REDUCER_MODES}, not {self.mode!r}")
-        _check(0 < self.active <= 1, f"reducer share of active layers must be in (0, 1], not {self.active}")
+        _check(0 < self.active <= 1, f"reducer share of active blocks must be in (0, 1], not {self.active}")
         for name, least in (("interval", 1), ("rollouts", 2)):
             value = getattr(self, name)
             _check(_is_int(value) and value >= least, f"reducer {name} must be at least {least}, not {value!r}")
@@ -89,21 +96,22 @@ class ReducerConfig:
 
 @dataclass(frozen=True)
 class EffiLoRAConfig:
-    """Shape and behaviour of an adapter (paper section 3.1).
+    """Configuration of an adapter (paper section 3.1).
 
     Args:
         rank: r, rows of every shared A and columns of every head.
         alpha: the update is scaled by ``alpha / rank`` (or ``alpha / sqrt(rank)``); ``None`` means ``rank``.
-        heads: N, number of B matrices per adapted linear map.
-        routing: ``"token"`` softmax(G A x) per token (the paper), ``"static"`` learned gates without input,
-            ``"timestep"`` gates from the noise level only.
+        heads: N, number of B matrices per adapted linear layer.
+        routing: ``"token"`` gates softmax(G A x) per token (the paper), ``"static"`` learned constant gates,
+            ``"timestep"`` gates from the timestep only.
         a_sharing: ``"width"`` one A per input width, ``"slice"`` one A of the largest width whose columns are sliced,
-            ``"none"`` an A of its own for every layer and input, shared by its heads only (HydraLoRA, 2404.19245).
-        target_modules: what to adapt: groups (:data:`TARGET_GROUPS`) and name endings of linear layers; ``*`` stands for
-            any part of a name between two dots.
-        dropout: probability of dropping an element of the adapter's input while training.
-        timestep_range: the timestep that the model is called with at pure noise, for ``timestep`` routing.
+            ``"none"`` one A per site, shared only by its heads (HydraLoRA, arXiv 2404.19245).
+        target_modules: groups of :data:`TARGET_GROUPS` and name suffixes of linear layers; ``*`` matches any part of a
+            name between two dots.
+        dropout: dropout probability on the adapter's input in training.
+        timestep_range: the model's timestep argument at pure noise, for ``timestep`` routing.
         scaling: ``"standard"`` or ``"rslora"`` (arXiv 2312.03732).
+        reducer: see :class:`ReducerConfig`.
     """
 
     rank: int = 4
@@ -137,21 +145,21 @@ class EffiLoRAConfig:
 
     @property
     def scale(self) -> float:
-        """The factor on the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        """Factor on the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary with the format version."""
+        """Return a JSON-serialisable dictionary with the format version."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def to_json(self) -> str:
-        """The configuration as JSON text."""
+        """Return the configuration as JSON text."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EffiLoRAConfig:
-        """Inverse of :meth:`to_dict`; raises :class:`EffiLoRAError` on anything it does not understand."""
+        """Inverse of :meth:`to_dict`; raises :class:`EffiLoRAError` for unknown keys and invalid values."""
         _check(isinstance(data, dict), "the adapter's configuration must be a JSON object")
         data = dict(data)
         version = data.pop("format_version", None)

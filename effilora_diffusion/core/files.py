@@ -1,8 +1,8 @@
-"""The native file: one ``.safetensors`` with each tensor once, checked by content and checksum, never a pickle.
+"""The native file: one ``.safetensors`` file with a checksum, in which every tensor is stored once.
 
-Names: ``shared_A.<width>`` (or, unshared, ``shared_A.<site>`` with "/" for "."), ``<map path>.stacked_B``
-``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration`` ``(N + 1, r, r)``; none contains "lora", so that a
-reader of plain LoRA refuses the file. The header's single key ``effilora`` holds JSON: format version, configuration, sites,
+Names: ``shared_A.<width>`` (or, unshared, ``shared_A.<site>`` with "/" for "."), ``<path of linear>.stacked_B``
+``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration`` ``(N + 1, r, r)``; none contains "lora", so that loaders
+of plain LoRA reject the file. The metadata key ``effilora`` is JSON: format version, configuration, sites,
 base model, trigger prompt, library version, and the SHA-256 of the tensors and of itself.
 """
 
@@ -28,7 +28,7 @@ from .errors import EffiLoRAError
 from .sites import Site
 
 ADAPTER_FILE = "effilora.safetensors"
-"""Name of the native file in a run's folder."""
+"""File name in a run's folder."""
 
 HEADER_KEY = "effilora"
 
@@ -38,16 +38,19 @@ LANGUAGE = "language"
 MAX_BYTES = 8 << 30
 
 _RENAMED = {"pictures": "images"}
-"""Metadata names of version 0.1.0, and what they are called now."""
+"""Metadata keys of version 0.1.0 and their present names."""
 
 
 @dataclass
 class AdapterFile:
-    """An adapter with what its file says about it.
+    """The content of a native file.
 
-    ``calibration`` maps site names to ``(N + 1, r, r)`` second moments (see :mod:`.convert`); ``export_error`` is the
-    relative output error of the plain-LoRA form; ``metadata`` holds ``base_model``, ``base_hash``, ``trigger_prompt``
-    and the like.
+    Args:
+        adapter: the adapter.
+        metadata: ``base_model``, ``base_hash``, ``trigger_prompt``, ``export_error`` (relative output error of the plain
+            LoRA) and others.
+        calibration: second moments ``(N + 1, r, r)`` by site name, see :mod:`.convert`.
+        sha256: of the tensors.
     """
 
     adapter: EffiLoRA
@@ -57,7 +60,7 @@ class AdapterFile:
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of ``tensors``, in name order."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes of ``tensors``, in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
@@ -67,13 +70,13 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def header_sha256(header: dict[str, Any]) -> str:
-    """SHA-256 over what a header says, its own ``header_sha256`` aside: a flipped bit in alpha is damage as well."""
+    """Return the SHA-256 of a header without its own ``header_sha256``."""
     rest = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomic(path: Path, write: Any) -> None:
-    """Call ``write(temporary path)`` and move the result to ``path``: the old file stays whole until then."""
+    """Call ``write(temporary path)`` and rename the result to ``path``, so that no partial file is ever visible."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -89,7 +92,7 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
-    """The trained tensors under their names in the native file."""
+    """Return the trained tensors under their names in the native file."""
     tensors = {f"shared_A.{key}": value for key, value in adapter.A.items()}
     for index, site in enumerate(adapter.sites):
         for path, _ in site.linears:
@@ -100,18 +103,27 @@ def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
 
 
 def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype | None = None) -> str:
-    """Write a native file atomically; return its tensors' SHA-256. Refuses weights that are not finite.
+    """Write a native file atomically.
 
-    ``dtype`` stores the trained tensors in another type (``torch.float16`` halves the file); calibration stays as it
-    is, since the least-squares fit inverts it.
+    Args:
+        path: the file.
+        content: what to write.
+        dtype: stores the trained tensors in another type (``torch.float16`` halves the file); calibration keeps its
+            type, since the least-squares fit inverts it.
+
+    Returns:
+        The SHA-256 of the tensors.
+
+    Raises:
+        EffiLoRAError: for weights that are not finite, before anything is written.
     """
     tensors = adapter_tensors(content.adapter)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     tensors |= {f"{site}.calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()}
-    for name, tensor in tensors.items():  # in the stored type: float16 ends at 65504
+    for name, tensor in tensors.items():  # in the stored type: float16 overflows at 65504
         if not tensor.isfinite().all():
-            raise EffiLoRAError(f"{name} holds NaN or infinite values: nothing was written to {path}")
+            raise EffiLoRAError(f"{name} has NaN or infinite values: nothing was written to {path}")
     from .. import __version__
 
     header = {
@@ -122,14 +134,14 @@ def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype
         "metadata": content.metadata,
         "sha256": tensors_sha256(tensors),
     }
-    header = json.loads(json.dumps(header))  # as it will be read: tuples are lists, keys are strings
+    header = json.loads(json.dumps(header))  # as it will be parsed: tuples become lists, keys strings
     text = {HEADER_KEY: json.dumps({**header, "header_sha256": header_sha256(header)})}
     write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
     return str(header["sha256"])
 
 
 def trim_log(path: Path, limit: int) -> None:
-    """Drop the lines of a JSONL log from step ``limit`` on, and one that a killed run has not finished."""
+    """Remove the lines of a JSONL log from step ``limit`` on, and incomplete lines."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _step_of(line) < limit]
@@ -144,13 +156,13 @@ def _step_of(line: str) -> float:
 
 
 def adapter_path(path: str | Path) -> Path:
-    """The native file that ``path`` means: itself, or the one in a training run's folder."""
+    """Return the native file at ``path``, which may be a training run's folder."""
     path = Path(path)
     return path / ADAPTER_FILE if path.is_dir() else path
 
 
 def is_native(path: str | Path) -> bool:
-    """Whether ``path`` is a safetensors file written by :func:`save_adapter_file` (judged by its header)."""
+    """Return whether ``path`` is a native file, by its header."""
     try:
         with safe_open(str(path), "pt") as file:
             return HEADER_KEY in (file.metadata() or {})
@@ -159,7 +171,7 @@ def is_native(path: str | Path) -> bool:
 
 
 def load_adapter_file(path: str | Path) -> AdapterFile:
-    """Read a native file; every fault is an :class:`EffiLoRAError` that names it, and nothing half-loaded is returned."""
+    """Read a native file; raises :class:`EffiLoRAError` for a missing, damaged or invalid one."""
     path = Path(path)
     header, tensors = _read(path)
     try:
@@ -172,12 +184,12 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EffiLoRAError(f"{path}: its header is damaged ({error!r}): get the file again") from error
     if not sites:
-        raise EffiLoRAError(f"{path}: its header names no layer: get the file again")
-    held = sum(tensor.numel() for tensor in tensors.values())
+        raise EffiLoRAError(f"{path}: its header has no sites: get the file again")
+    available = sum(tensor.numel() for tensor in tensors.values())
     stated = config.rank * sum(a_widths(config, sites).values())
     stated += sum(config.rank * config.heads * site.out_features for site in sites)
-    if stated > held:  # before allocating what a forged header asks for
-        raise EffiLoRAError(f"{path}: its header promises {stated} parameters of A and heads, the file holds {held}")
+    if stated > available:  # before allocating what a forged header claims
+        raise EffiLoRAError(f"{path}: its header claims {stated} parameters of A and heads, the file has {available}")
     adapter = EffiLoRA(config, sites)
     calibration = _fill(path, adapter, tensors)
     return AdapterFile(adapter, metadata, calibration, str(header["sha256"]))
@@ -193,12 +205,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get(HEADER_KEY)
             if text is None:
                 raise EffiLoRAError(
-                    f"{path}: a safetensors file, but not an EffiLoRA adapter; plain LoRA loads with "
+                    f"{path}: a safetensors file, but not an EffiLoRA adapter; load plain LoRA with "
                     "pipe.load_lora_weights"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(text)
-        digest = header_sha256(header) if isinstance(header, dict) else ""  # deep nesting may fail here as well
+        digest = header_sha256(header) if isinstance(header, dict) else ""  # deep nesting may raise here too
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, EffiLoRAError):
             raise
@@ -215,7 +227,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @torch.no_grad()
 def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the file's tensors into ``adapter``; return the calibration."""
+    """Copy the tensors into ``adapter``; return the calibration."""
     remaining = dict(tensors)
     size = (adapter.config.heads + 1, adapter.config.rank, adapter.config.rank)
 
@@ -227,7 +239,7 @@ def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str
             raise EffiLoRAError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape}")
         tensor = tensor.float()
         if not tensor.isfinite().all():
-            raise EffiLoRAError(f"{path}: {name} holds NaN or infinite values")
+            raise EffiLoRAError(f"{path}: {name} has NaN or infinite values")
         return tensor
 
     for key, parameter in adapter.A.items():

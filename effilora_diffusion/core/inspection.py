@@ -1,7 +1,8 @@
-"""What an adapter is and where it acts: counts, norms per layer, heads used, origin; what a run's Reducer has measured."""
+"""Statistics of an adapter (norms per block, heads used, origin), and the history of a run's Reducer."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -16,52 +17,55 @@ from .errors import EffiLoRAError
 from .files import AdapterFile, adapter_path, load_adapter_file
 
 USED_SHARE = 0.01
-"""A head counts as used if its norm is at least this share of the largest head's norm in the adapter."""
+"""Minimum norm of a head that counts as used, relative to the largest head's in the adapter."""
 
 
 @torch.no_grad()
 def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
-    """JSON-ready facts about a native file.
+    """Return JSON-serialisable statistics of a native file.
 
-    ``layers`` maps each block to the Frobenius norm of its update with uniform gates, to the norms of its heads
-    (both with the scale included), and to the ``usage`` of its heads: the share of the gates that each gets over typical
-    inputs (``None`` where the file holds no calibration to tell).
+    ``layers`` maps each block to the Frobenius norm of its update with uniform gates (``norm``), to the norms of its
+    ``heads``, both with the scale included, and to ``usage``, the mean gate of each head over the calibration inputs
+    (``None`` if the file has no calibration).
     """
     content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
     model = content.adapter
-    layers: dict[str, dict[str, Any]] = {
-        layer: {"norm": 0.0, "heads": [0.0] * model.config.heads} for layer in model.blocks
+    blocks: dict[str, dict[str, Any]] = {
+        block: {"norm": 0.0, "heads": [0.0] * model.config.heads} for block in model.blocks
     }
     for index, site in enumerate(model.sites):
         shared, heads = model.shared_a(site), model.B[index]
         for head in range(model.config.heads):
             size = float((heads[:, head] @ shared).square().sum()) * model.config.scale**2
-            layers[site.block]["heads"][head] += size
-        layers[site.block]["norm"] += float((heads.mean(1) @ shared).square().sum()) * model.config.scale**2
-    for facts in layers.values():
-        facts["norm"] = facts["norm"] ** 0.5
-        facts["heads"] = [size**0.5 for size in facts["heads"]]
-    for layer, usage in head_usage(content).items():
-        layers[layer]["usage"] = usage
-    largest = max((size for facts in layers.values() for size in facts["heads"]), default=0.0)
-    used = sum(size > 0 and size >= USED_SHARE * largest for facts in layers.values() for size in facts["heads"])
+            blocks[site.block]["heads"][head] += size
+        blocks[site.block]["norm"] += float((heads.mean(1) @ shared).square().sum()) * model.config.scale**2
+    for block, usage in head_usage(content).items():
+        norms = blocks[block]
+        blocks[block] = {
+            "norm": norms["norm"] ** 0.5,
+            "heads": [size**0.5 for size in norms["heads"]],
+            "usage": usage,
+        }
+    head_norms = [size for block in blocks.values() for size in block["heads"]]
+    largest = max(head_norms, default=0.0)
+    used = sum(size > 0 and size >= USED_SHARE * largest for size in head_norms)
     return {
-        **content.metadata,  # first: a file's words about itself never replace what is measured
+        **content.metadata,  # first, so that metadata can't overwrite what is computed
         "export_error": _number(content.metadata.get("export_error")),
         "config": model.config.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(model.sites),
         "maps": sum(len(site.linears) for site in model.sites),
         "heads_used": used,
-        "heads_total": len(layers) * model.config.heads,
-        "layers": layers,
+        "heads_total": len(head_norms),
+        "layers": blocks,
         "exact_export": is_exact(model),
         "sha256": content.sha256,
     }
 
 
 def _number(value: Any) -> float:
-    """A number of a file's metadata; 0 if it is none."""
+    """Convert a metadata value to a number; 0 if it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -70,9 +74,9 @@ def _number(value: Any) -> float:
 
 @torch.no_grad()
 def head_usage(content: AdapterFile) -> dict[str, list[float] | None]:
-    """Each block's mean gates over typical inputs, heads in order, weighted by the size of the codes (they sum to 1)."""
+    """Return each block's mean gates over the calibration inputs, weighted by the norm of the shared activations A x."""
     model = content.adapter
-    gates: dict[str, list[list[float]]] = {layer: [] for layer in model.blocks}
+    gates: dict[str, list[list[float]]] = {block: [] for block in model.blocks}
     for index, site in enumerate(model.sites):
         if model.config.heads == 1:
             gates[site.block].append([1.0])
@@ -83,13 +87,13 @@ def head_usage(content: AdapterFile) -> dict[str, list[float] | None]:
             if float(moments[0]) > 0:
                 gates[site.block].append((moments[1:] / moments[0]).tolist())
     return {
-        layer: [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
-        for layer, rows in gates.items()
+        block: [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
+        for block, rows in gates.items()
     }
 
 
 def single_head(content: AdapterFile, head: int) -> AdapterFile:
-    """A copy in which only ``head`` (counted from 1) acts, under the gates that it has beside the others."""
+    """Copy the adapter and zero all heads but ``head`` (counted from 1); its gates stay as they are among all heads."""
     if not 1 <= head <= content.adapter.config.heads:
         raise EffiLoRAError(f"the adapter has heads 1 to {content.adapter.config.heads}, not {head}")
     adapter = copy.deepcopy(content.adapter)
@@ -103,60 +107,62 @@ def single_head(content: AdapterFile, head: int) -> AdapterFile:
 
 @dataclass
 class ReducerHistory:
-    """What the Reducer of a run has measured and chosen, from its log.
+    """The log of a run's Reducer.
 
-    ``importance`` maps each layer to its values at ``steps``, between 0 and 1: the weight with which it is drawn for
-    training, 0.5 before anything was measured. ``active`` maps each layer to the spans of steps that trained it.
+    Args:
+        steps: steps at which importance was evaluated.
+        importance: each block's importance at ``steps``: its sampling weight sigmoid(-s), 0.5 before the first evaluation.
+        active: for each block the half-open intervals of steps that trained it.
     """
 
     steps: list[int] = field(default_factory=list)
     importance: dict[str, list[float]] = field(default_factory=dict)
     active: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
-    def share_active(self, layer: str, first: int, last: int) -> float:
-        """Share of the steps ``first <= step < last`` that trained ``layer``."""
-        spans = self.active.get(layer, [])
-        return sum(max(0, min(end, last) - max(start, first)) for start, end in spans) / max(1, last - first)
+    def share_active(self, block: str, first: int, last: int) -> float:
+        """Return the share of the steps ``first <= step < last`` that trained ``block``."""
+        intervals = self.active.get(block, [])
+        return sum(max(0, min(end, last) - max(start, first)) for start, end in intervals) / max(1, last - first)
 
 
-def reducer_history(log: Path, layers: list[str], steps: int) -> ReducerHistory:
-    """Read a run's ``reducer.jsonl``; lines that are damaged, or being written, are left out.
+def reducer_history(log: Path, blocks: list[str], steps: int) -> ReducerHistory:
+    """Read a run's ``reducer.jsonl``; damaged and incomplete lines are skipped.
 
     Args:
-        log: the file; without it every layer counts as trained in every step.
-        layers: the adapter's.
-        steps: optimizer steps so far, where the last span ends.
+        log: the file; if it is missing, every block counts as trained in every step.
+        blocks: the adapter's.
+        steps: optimizer steps so far, where the last interval ends.
     """
-    history = ReducerHistory(importance={layer: [] for layer in layers}, active={layer: [] for layer in layers})
-    since, active = 0, list(layers)
+    history = ReducerHistory(importance={block: [] for block in blocks}, active={block: [] for block in blocks})
+    since, active = 0, list(blocks)
     for event in _events(log):
         step = int(event["step"])
         if event.get("event") == "importance":
             history.steps.append(step)
-            for layer in layers:
-                score = float(event["scores"].get(layer, 0.0))
-                history.importance[layer].append(1 / (1 + math.exp(max(-30.0, min(30.0, score)))))
+            for block in blocks:
+                score = float(event["scores"].get(block, 0.0))
+                history.importance[block].append(1 / (1 + math.exp(max(-30.0, min(30.0, score)))))
         elif event.get("event") == "active":
             _close(history, active, since, step)
-            since, active = step, [layer for layer in event["layers"] if layer in history.active]
+            since, active = step, [block for block in event["layers"] if block in history.active]
     _close(history, active, since, steps)
     return history
 
 
-def logged_layers(log: Path) -> list[str]:
-    """The layers that a run's ``reducer.jsonl`` names, in model order once an importance was measured."""
-    found: dict[str, None] = {}
+def logged_blocks(log: Path) -> list[str]:
+    """Return the blocks in a run's ``reducer.jsonl``, in model order once importance was evaluated."""
+    blocks: dict[str, None] = {}
     for event in _events(log):
         if event.get("event") == "importance":
             return list(event["scores"])
-        found.update(dict.fromkeys(event.get("layers", [])))
-    return list(found)
+        blocks.update(dict.fromkeys(event.get("layers", [])))
+    return list(blocks)
 
 
-def _close(history: ReducerHistory, layers: list[str], first: int, last: int) -> None:
+def _close(history: ReducerHistory, blocks: list[str], first: int, last: int) -> None:
     if last > first:
-        for layer in layers:
-            history.active[layer].append((first, last))
+        for block in blocks:
+            history.active[block].append((first, last))
 
 
 def _events(log: Path) -> list[dict[str, Any]]:
@@ -164,37 +170,35 @@ def _events(log: Path) -> list[dict[str, Any]]:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = []
+    events = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             event = json.loads(line)
             int(event["step"])
-            found.append(event)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+            events.append(event)
+    return events
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """The same as lines of text."""
+    """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
     alpha = config["alpha"] if config["alpha"] is not None else config["rank"]
     export = "exact" if facts["exact_export"] else f"least squares, relative error {facts.get('export_error', 0):.2%}"
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
-        f"prompt form     {facts['prompt_template']}"
+        f"template        {facts['prompt_template']}"
         if "prompt_template" in facts
         else f"trigger prompt  {facts.get('trigger_prompt', 'unknown')}",
         f"adapter         rank {config['rank']}, alpha {alpha}, {config['heads']} heads, {config['routing']} routing",
-        f"parameters      {facts['parameters']:,} in {facts['maps']} linear maps",
+        f"parameters      {facts['parameters']:,} in {facts['maps']} linear layers",
         f"heads used      {facts['heads_used']} of {facts['heads_total']}",
         f"plain LoRA      {export}",
         f"sha256          {facts['sha256']}",
         "",
-        "norm of the update, and of each head, by layer:",
+        "norm of the update and of each head, by block:",
     ]
     width = max(len(name) for name in facts["layers"])
-    for name, layer in facts["layers"].items():
-        heads = "  ".join(f"{size:.3f}" for size in layer["heads"])
-        lines.append(f"  {name:{width}}  {layer['norm']:.3f}   {heads}")
+    for name, block in facts["layers"].items():
+        heads = "  ".join(f"{size:.3f}" for size in block["heads"])
+        lines.append(f"  {name:{width}}  {block['norm']:.3f}   {heads}")
     return "\n".join(lines)

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from .adapter import EffiLoRA
-from .attach import adapters_of, detach, unwrap
+from .attachment import adapters_of, detach, unwrap
 from .errors import EffiLoRAError
 from .files import AdapterFile, adapter_path, load_adapter_file
-from .fingerprint import base_facts, is_base
+from .fingerprint import base_fingerprint, same_base
 
 logger = logging.getLogger(__name__)
 
 Attach = Callable[[nn.Module, EffiLoRA, str], EffiLoRA]
-"""How a kind of model takes an adapter: :func:`.attach.attach`, or its form for diffusers models."""
+"""How a kind of model takes an adapter: :func:`.attachment.attach`, or its form for diffusers models."""
 
 
 def host_model(pipeline_or_model: Any) -> nn.Module:
@@ -72,7 +72,7 @@ def prepare_for_inference(model: nn.Module, content: AdapterFile, scale: float, 
     if all(not heads.any() for heads in adapter.B):
         logger.warning("the adapter %s changes nothing: all its heads are zero", label)
     merged = any(other.merged for other in adapters_of(model).values())  # then the weights are not the base's
-    if not merged and is_base(base_facts(model), content.metadata) is False:
+    if not merged and same_base(base_fingerprint(model), content.metadata) is False:
         logger.warning(
             "the adapter %s was trained on %s, this is another model of the same shape: results may differ",
             label,

@@ -1,8 +1,8 @@
-"""The Reducer: train only the heads that matter (paper section 3.2, rule and constants after IST, arXiv 2410.11772).
+"""The Reducer: train only the heads of important blocks (paper section 3.2; update rule of IST, arXiv 2410.11772).
 
-``s`` is an *un*importance score per layer: it falls when suppressing the layer hurts the validation loss, so that
-``p = sigmoid(-s)`` prefers important layers for training and ``sigmoid(s)`` prefers unimportant ones for suppression.
-Every draw comes from (seed, step) alone: resuming needs the scores and nothing else.
+``s`` is a score of *un*importance per block: it decreases if suppressing the block increases the validation loss, so
+``sigmoid(-s)`` prefers important blocks for training and ``sigmoid(s)`` unimportant ones for suppression. Samples depend
+on (seed, step) only, so a resumed run needs nothing but the scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from .adapter import EffiLoRA
 from .errors import EffiLoRAError
 
-_SCORE_LIMIT = 8.0  # sigmoid(8) = 0.9997: beyond that a layer would practically never be drawn again
+_SCORE_LIMIT = 8.0  # sigmoid(8) = 0.9997: beyond that a block would practically never be sampled again
 
 
 def sigmoid(value: float) -> float:
@@ -26,19 +26,19 @@ def sigmoid(value: float) -> float:
 
 
 def weighted_sample(weights: Sequence[float], count: int, rng: random.Random) -> list[int]:
-    """Draw ``count`` distinct indices, each draw in proportion to the remaining weights (Efraimidis and Spirakis)."""
+    """Sample ``count`` indices without replacement in proportion to ``weights`` (Efraimidis and Spirakis)."""
     keys = [(rng.random() ** (1 / max(weight, 1e-9)), index) for index, weight in enumerate(weights)]
     return sorted(index for _, index in sorted(keys, reverse=True)[:count])
 
 
 class Reducer:
-    """Chooses the active layers of ``adapter`` per optimizer step and keeps their scores.
+    """Selects the active blocks of an adapter for every optimizer step.
 
     Args:
-        adapter: its ``config.reducer`` says how.
-        seed: of the draws.
-        log: file for one JSON line per evaluation (``scores``, ``suppressed``, ``losses``) and per change of the
-            active set; ``None`` writes nothing.
+        adapter: configured by its ``config.reducer``.
+        seed: of the samples.
+        log: JSONL file for the importance evaluations (``scores``, ``suppressed``, ``losses``) and the changes of the
+            active blocks; ``None`` writes nothing.
     """
 
     def __init__(self, adapter: EffiLoRA, seed: int = 0, log: Path | None = None):
@@ -54,11 +54,11 @@ class Reducer:
 
     @property
     def count(self) -> int:
-        """K, the number of layers trained per step after the warm-up."""
+        """K, the number of blocks trained per step after the warm-up."""
         return max(1, round(self.config.active * len(self.blocks)))
 
     def select(self, step: int) -> tuple[str, ...]:
-        """The layers that step ``step`` trains: all of them during warm-up, else K drawn with sigmoid(-s)."""
+        """Return the blocks that ``step`` trains: all during warm-up, then K sampled with weights sigmoid(-s)."""
         if self.config.mode == "off" or step < self.config.warmup or self.count == len(self.blocks):
             return self.blocks
         random_mode = self.config.mode == "random"
@@ -67,7 +67,7 @@ class Reducer:
         return tuple(self.blocks[index] for index in chosen)
 
     def begin_step(self, step: int) -> None:
-        """Freeze and unfreeze the adapter's heads for optimizer step ``step``."""
+        """Freeze the heads of all blocks but the active ones of ``step``."""
         active = self.select(step)
         self.adapter.set_active(active, self.config.train_shared)
         self.ever_active.update(active)
@@ -76,7 +76,7 @@ class Reducer:
             self._write({"step": step, "event": "active", "layers": list(active)})
 
     def due(self, step: int) -> bool:
-        """Whether the importance is to be measured before step ``step``."""
+        """Return whether importance is evaluated before ``step``."""
         return (
             self.config.mode == "importance"
             and step >= self.config.warmup
@@ -84,10 +84,12 @@ class Reducer:
         )
 
     def update(self, step: int, evaluate: Callable[[], float]) -> None:
-        """Measure importance and move the scores.
+        """Evaluate importance and update the scores.
 
-        ``evaluate`` returns the validation loss of the model as it stands; it must use the same latents, noise and
-        timesteps in every call (common random numbers), else the scores measure the noise.
+        Args:
+            step: optimizer step, seeds the suppressed subsets.
+            evaluate: returns the current validation loss; it must use the same examples, noise and timesteps in every
+                call (common random numbers), else the scores measure the noise.
         """
         size = max(1, int(self.config.suppress_share * len(self.blocks)))
         rng = random.Random(f"suppress {self.seed} {step}")
@@ -95,19 +97,19 @@ class Reducer:
         losses = [self._suppressed_loss(subset, evaluate) for subset in subsets]
         if not all(math.isfinite(loss) for loss in losses):
             raise EffiLoRAError(f"the Reducer's validation loss at step {step} is not finite: lower the learning rate")
-        # Harm is measured against the mean of the roll-outs (IST), in units of its running deviation: an absolute
-        # step, made for language model losses near 1, does nothing with denoising losses that differ in the third digit.
+        # As in IST, a subset's harm is its loss minus the mean of the rollouts; unlike IST it is divided by a running
+        # standard deviation, because denoising losses differ only in the third digit.
         mean_loss = sum(losses) / len(losses)
         spread = math.sqrt(sum((loss - mean_loss) ** 2 for loss in losses) / len(losses))
         self.deviation = spread if self.deviation == 0 else 0.7 * self.deviation + 0.3 * spread
-        told = spread > 1e-6 * abs(mean_loss)  # else the roll-outs differ by rounding only
+        significant = spread > 1e-6 * abs(mean_loss)  # else the losses differ by rounding only
         for subset, loss in zip(subsets, losses, strict=True):
-            harm = max(-3.0, min(3.0, (loss - mean_loss) / self.deviation)) if told else 0.0
+            harm = max(-3.0, min(3.0, (loss - mean_loss) / self.deviation)) if significant else 0.0
             for index in subset:
                 gradient = sigmoid(self.scores[index]) * (1 - sigmoid(self.scores[index]))
                 moved = self.scores[index] - self.config.step_size * harm * gradient
                 self.scores[index] = max(-_SCORE_LIMIT, min(_SCORE_LIMIT, moved))
-        mean = sum(self.scores) / len(self.scores)  # only differences choose: keep the scores where sigmoid is steep
+        mean = sum(self.scores) / len(self.scores)  # only differences matter: keep the scores where sigmoid is steep
         self.scores = [score - mean for score in self.scores]
         self._write(
             {
@@ -128,23 +130,24 @@ class Reducer:
             self.adapter.block_strength.clear()
 
     def trained_ever(self) -> int:
-        """Parameters that have been trained in at least one step: shared A, and what belongs to a layer that was drawn.
+        """Count the parameters that were trained in at least one step.
 
-        With ``train_shared``, routers and an A of a layer's own are trained whether it is drawn or not.
+        Those are shared A and the parameters of blocks that were active at least once; with ``train_shared`` also routers
+        and unshared A of the other blocks.
         """
         adapter = self.adapter
         own_a = adapter.config.a_sharing == "none"
         total = 0 if own_a else sum(p.numel() for p in adapter.A.parameters())
         for index, site in enumerate(adapter.sites):
-            drawn = site.block in self.ever_active
-            total += adapter.B[index].numel() if drawn else 0
-            if drawn or self.config.train_shared:
+            trained = site.block in self.ever_active
+            total += adapter.B[index].numel() if trained else 0
+            if trained or self.config.train_shared:
                 total += adapter.G[index].numel() if len(adapter.G) else 0
                 total += adapter.shared_a(site).numel() if own_a else 0
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state for a checkpoint."""
+        """Return the JSON-serialisable state for a checkpoint."""
         return {
             "scores": dict(zip(self.blocks, self.scores, strict=True)),
             "deviation": self.deviation,
@@ -153,10 +156,10 @@ class Reducer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`; raises :class:`EffiLoRAError` if the layers are not this adapter's."""
+        """Inverse of :meth:`state_dict`; raises :class:`EffiLoRAError` if the blocks are not this adapter's."""
         if set(state["scores"]) != set(self.blocks):
-            raise EffiLoRAError("the checkpoint's Reducer scores belong to other layers than this adapter has")
-        self.scores = [float(state["scores"][layer]) for layer in self.blocks]
+            raise EffiLoRAError("the checkpoint's Reducer scores are for other blocks than this adapter's")
+        self.scores = [float(state["scores"][block]) for block in self.blocks]
         self.deviation = float(state["deviation"])
         self.active = tuple(state["active"])
         self.ever_active = set(state["ever_active"])

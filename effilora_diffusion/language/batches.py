@@ -1,4 +1,4 @@
-"""Encoded examples as batches: padded, or packed into one row of tokens."""
+"""Collate tokenised examples into batches, padded or packed."""
 
 from __future__ import annotations
 
@@ -12,42 +12,46 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 IGNORED = -100
-"""Label of tokens that the loss leaves out, as in transformers."""
+"""Label of tokens without loss, as in transformers."""
 
 
 @dataclass
 class Example:
-    """One training example as token ids: what is read, and what of it is to be answered (``labels``).
+    """A tokenised example.
 
-    ``per_token`` holds what a processor says of every token besides, ``images`` what it makes of the images: tensors
-    whose first dimension counts images, or parts of them. ``cut`` says that the text was longer than was allowed.
+    Args:
+        ids: token ids.
+        labels: token ids where the loss is taken, else :data:`IGNORED`.
+        per_token: further model inputs of a processor with one value per token, such as ``token_type_ids``.
+        images: model inputs for the images; the first dimension counts images or their tiles.
+        truncated: whether the text was longer than ``max_length``.
     """
 
     ids: list[int]
     labels: list[int]
     per_token: dict[str, list[int]] = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)
-    cut: bool = False
+    truncated: bool = False
 
-    def add(self, ids: list[int], answered: bool) -> None:
-        """Append tokens, with whether they are to be answered."""
+    def add(self, ids: list[int], in_loss: bool) -> None:
+        """Append tokens, with loss on them or not."""
         self.ids += ids
-        self.labels += ids if answered else [IGNORED] * len(ids)
+        self.labels += ids if in_loss else [IGNORED] * len(ids)
 
     @property
-    def answered(self) -> int:
-        """Number of tokens that the loss is taken on (the first token of all is never predicted)."""
+    def num_label_tokens(self) -> int:
+        """Number of tokens with loss (the first token is never predicted)."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def pack(items: Iterable[Example], max_length: int) -> list[list[Example]]:
-    """Examples in rows of at most ``max_length`` tokens, the longest first, each into the fullest row with room for it."""
+    """Pack examples into rows of at most ``max_length`` tokens (best-fit decreasing)."""
     rows: list[list[Example]] = []
-    free: list[tuple[int, int]] = []  # tokens left in a row, and its place, in order
+    free: list[tuple[int, int]] = []  # (free tokens, row index), sorted
     for item in sorted(items, key=lambda one: len(one.ids), reverse=True):
-        place = bisect.bisect_left(free, (len(item.ids), 0))
-        if place < len(free):
-            room, row = free.pop(place)
+        best = bisect.bisect_left(free, (len(item.ids), 0))
+        if best < len(free):
+            room, row = free.pop(best)
         else:
             room, row = max_length, len(rows)
             rows.append([])
@@ -57,7 +61,7 @@ def pack(items: Iterable[Example], max_length: int) -> list[list[Example]]:
 
 
 class PackedExamples(Dataset[list[Example]]):
-    """Rows of :func:`pack`."""
+    """The rows of :func:`pack` as a data set."""
 
     def __init__(self, items: Iterable[Example], max_length: int):
         self.rows = pack(items, max_length)
@@ -70,53 +74,48 @@ class PackedExamples(Dataset[list[Example]]):
 
 
 def collate(items: list[Example], padding: int, left: bool = False) -> dict[str, Tensor]:
-    """A padded batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, tokens)``, and the images.
+    """Collate examples into a padded batch: ``input_ids``, ``attention_mask``, ``labels`` ``(batch, tokens)`` and image inputs.
 
-    Padded on the right, or on the left for generation.
+    Args:
+        items: the examples.
+        padding: id of the padding token.
+        left: pad on the left (for generation) instead of on the right.
     """
     longest = max(len(item.ids) for item in items)
 
-    def rows(values: Iterable[list[int]], fill: int) -> Tensor:
-        padded = []
-        for row in values:
-            pad = [fill] * (longest - len(row))
-            padded.append(pad + row if left else row + pad)
-        return torch.tensor(padded)
+    def pad(rows: Iterable[list[int]], fill: int) -> Tensor:
+        fills = ((row, [fill] * (longest - len(row))) for row in rows)
+        return torch.tensor([fill + row if left else row + fill for row, fill in fills])
 
     batch = {
-        "input_ids": rows((item.ids for item in items), padding),
-        "attention_mask": rows(([1] * len(item.ids) for item in items), 0),
-        "labels": rows((item.labels for item in items), IGNORED),
+        "input_ids": pad((item.ids for item in items), padding),
+        "attention_mask": pad(([1] * len(item.ids) for item in items), 0),
+        "labels": pad((item.labels for item in items), IGNORED),
     }
     for name in dict.fromkeys(name for item in items for name in item.per_token):
-        batch[name] = rows((item.per_token.get(name, [0] * len(item.ids)) for item in items), 0)
+        batch[name] = pad((item.per_token.get(name, [0] * len(item.ids)) for item in items), 0)
     for name in dict.fromkeys(name for item in items for name in item.images):
-        batch[name] = join([item.images[name] for item in items if name in item.images])
+        batch[name] = pad_and_concat([item.images[name] for item in items if name in item.images])
     return batch
 
 
-def join(values: list[Tensor]) -> Tensor:
-    """Tensors one after the other; smaller ones (images cut into fewer parts) are filled up with zeros, as processors do."""
-    sizes = [max(value.shape[place] for value in values) for place in range(1, values[0].ndim)]
-    filled = []
-    for value in values:
-        missing = [size - own for size, own in zip(sizes, value.shape[1:], strict=True)]
-        pads = [amount for size in reversed(missing) for amount in (0, size)]
-        filled.append(torch.nn.functional.pad(value, pads) if any(missing) else value)
-    return torch.cat(filled)
+def pad_and_concat(tensors: list[Tensor]) -> Tensor:
+    """Concatenate along the first dimension, zero-padding the others to the largest size (images have different tile counts)."""
+    sizes = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, tensors[0].ndim)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+        padded.append(torch.nn.functional.pad(tensor, [amount for size in reversed(missing) for amount in (0, size)]))
+    return torch.cat(padded)
 
 
 def collate_packed(rows: list[list[Example]]) -> dict[str, Any]:
-    """Packed rows as one row of tokens; positions begin anew with every example, by which transformers keeps them apart.
+    """Collate packed rows into one sequence without padding: ``input_ids``, ``labels`` and ``position_ids`` ``(1, tokens)``.
 
-    It does so only without a cache, so that is switched off. The first token of each example is no label: nothing before it
-    belongs to it.
+    Positions restart at every example, from which transformers builds a block-diagonal attention mask. It does so only
+    without a key-value cache, which is therefore turned off.
     """
-    items = [item for row in rows for item in row]
-    labels = [label for item in items for label in [IGNORED, *item.labels[1:]]]
-    return {
-        "input_ids": torch.tensor([[token for item in items for token in item.ids]]),
-        "position_ids": torch.tensor([[place for item in items for place in range(len(item.ids))]]),
-        "labels": torch.tensor([labels]),
-        "use_cache": False,
-    }
+    from transformers import DataCollatorWithFlattening
+
+    features = [{"input_ids": item.ids, "labels": item.labels} for row in rows for item in row]
+    return {**DataCollatorWithFlattening()(features), "use_cache": False}

@@ -1,4 +1,4 @@
-"""Records as chat messages, and messages as text by a model's own template, with what of it is an answer."""
+"""Split rendered chat messages into prompts and answers, so that the loss is taken on answers only."""
 
 from __future__ import annotations
 
@@ -14,44 +14,51 @@ from ..core import EffiLoRAError
 
 
 @contextmanager
-def _refusals(where: str) -> Iterator[None]:
-    """A chat template's refusal of messages as a sentence that names the record."""
+def _template_errors(where: str) -> Iterator[None]:
+    """Report an error that a chat template raises on messages, naming the record."""
     try:
         yield
     except (TemplateError, ValueError, IndexError, KeyError, TypeError) as error:
         if isinstance(error, EffiLoRAError):
             raise
-        raise EffiLoRAError(f"{where}: the model's chat template refuses its messages: {error}") from error
+        raise EffiLoRAError(f"{where}: the model's chat template rejects its messages: {error}") from error
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's template: ``render(messages, prompt)`` writes messages as one text, with ``prompt`` up to where the next
-    answer begins; ``ended(answer)`` sees to an answer's end. ``where`` names the record in what is refused."""
+    """A model's chat template.
+
+    Args:
+        render: ``render(messages, add_generation_prompt)`` applies the template and returns the text.
+        with_eos: appends the end-of-text token to an answer whose template writes no stop token.
+    """
 
     render: Callable[[list[dict[str, Any]], bool], str]
-    ended: Callable[[str], str]
+    with_eos: Callable[[str], str]
 
     def segments(self, messages: list[dict[str, Any]], where: str) -> list[tuple[str, bool]]:
-        """The text of ``messages`` in pieces, each with whether it is to be answered.
+        """Return the text of ``messages`` as consecutive pieces ``(text, whether the loss is taken on it)``.
 
-        Some templates rewrite earlier answers (they drop what was thought): of those conversations the last answer is learned.
+        Where the template rewrites earlier answers (some remove the reasoning), the loss is taken on the last answer only.
+        ``where`` names the record in error messages.
         """
-        with _refusals(where):
+        with _template_errors(where):
             return self._segments(messages, where)
 
     def prompt(self, messages: list[dict[str, Any]], where: str) -> str:
-        """The text that a model goes on from, after ``messages`` that end with a question: as it was trained to see them."""
-        with _refusals(where):
-            whole = self.render(messages, True)
-            earlier = max((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), default=None)
-            if earlier is None:
-                return whole
-            done = self.render(messages[: earlier + 1], False)
-            if not whole.startswith(done):
-                return whole
-            pieces = self._segments(messages[: earlier + 1], where)
-            return "".join(text for text, _ in pieces) + whole[len(done) :]
+        """Return the generation prompt for ``messages`` that end with a question, in the form used in training."""
+        with _template_errors(where):
+            text = self.render(messages, True)
+            last = max(
+                (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None
+            )
+            if last is None:
+                return text
+            earlier = messages[: last + 1]
+            prefix = self.render(earlier, False)
+            if not text.startswith(prefix):
+                return text
+            return "".join(piece for piece, _ in self._segments(earlier, where)) + text[len(prefix) :]
 
     def _segments(self, messages: list[dict[str, Any]], where: str) -> list[tuple[str, bool]]:
         pieces: list[tuple[str, bool]] = []
@@ -59,28 +66,27 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            opened, closed = self.render(messages[:index], True), self.render(messages[: index + 1], False)
-            if not (opened.startswith(done) and closed.startswith(opened)):
+            prompt, answered = self.render(messages[:index], True), self.render(messages[: index + 1], False)
+            if not (prompt.startswith(done) and answered.startswith(prompt)):
                 return self._last_answer(messages, where)
-            pieces += [(opened[len(done) :], False), (self.ended(closed[len(opened) :]), True)]
-            done = closed
+            pieces += [(prompt[len(done) :], False), (self.with_eos(answered[len(prompt) :]), True)]
+            done = answered
         return pieces
 
     def _last_answer(self, messages: list[dict[str, Any]], where: str) -> list[tuple[str, bool]]:
-        whole = self.render(messages, False)
-        for prompt in (True, False):  # without the prompt, the words that open an answer are learned too
-            opened = self.render(messages[:-1], prompt)
-            if whole.startswith(opened):
+        text = self.render(messages, False)
+        for add_generation_prompt in (True, False):  # without it, the loss includes the header of the answer
+            prompt = self.render(messages[:-1], add_generation_prompt)
+            if text.startswith(prompt):
                 warnings.warn(
-                    "the chat template rewrites earlier turns: only the last answers are learned", stacklevel=2
+                    "the chat template rewrites earlier messages: the loss is taken on the last answers only",
+                    stacklevel=2,
                 )
-                return [(opened, False), (self.ended(whole[len(opened) :]), True)]
-        raise EffiLoRAError(
-            f"{where}: the chat template rewrites its messages, so that the answer can't be told apart"
-        )
+                return [(prompt, False), (self.with_eos(text[len(prompt) :]), True)]
+        raise EffiLoRAError(f"{where}: the chat template rewrites its messages, so the answer can't be located")
 
 
 def special_tokens(tokenizer: Any) -> frozenset[str]:
-    """The texts that stand for something other than themselves, as the end of a turn."""
+    """Return the texts of the tokenizer's special tokens, such as stop tokens."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(added | set(tokenizer.all_special_tokens))

@@ -4,61 +4,96 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from inspect import signature
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from ..core import EffiLoRAError
-from ..core.options import AdapterOptions, option
+from ..core.errors import is_out_of_memory
+from ..core.options import ADAPTER, COUNT, AdapterOptions, Bounds, check_options, option
 from .models import DTYPES, QUANTIZATIONS
+
+MODEL = "Model"
+DATA = "Data"
+
+USUAL = (
+    *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type"),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "save_steps",
+        "logging_steps",
+    ),
+)
+"""Those of transformers' own settings that most runs name."""
 
 
 @dataclass
 class ModelOptions:
     """Which model is the base."""
 
-    model_name_or_path: str | None = option(None, "model folder, hub id, or .gguf file")
-    gguf_file: str | None = option(None, "name of a GGUF file in the model's folder")
-    model_revision: str | None = option(None, "revision of a hub model")
-    dtype: str = option("float32", "type of the frozen base's weights", DTYPES)
-    quantization: str | None = option(None, "quantise the frozen base; needs bitsandbytes", QUANTIZATIONS)
+    model_name_or_path: str | None = option(None, "model folder, hub id, or .gguf file", MODEL, usual=True)
+    gguf_file: str | None = option(None, "name of a GGUF file in the model's folder", MODEL)
+    model_revision: str | None = option(None, "revision of a hub model", MODEL)
+    dtype: str = option("float32", "type of the frozen base's weights", MODEL, choices=DTYPES, usual=True)
+    quantization: str | None = option(
+        None, "quantise the frozen base; needs bitsandbytes", MODEL, choices=QUANTIZATIONS, usual=True
+    )
 
 
 @dataclass
 class DataOptions:
     """What is learned."""
 
-    train_file: str | None = option(None, "JSONL or JSON: instruction/input/output, or messages")
-    validation_file: str | None = option(None, "the same, to be evaluated on")
-    prompt_template: str = option("auto", "form of the prompts", ("auto", "chat", "alpaca", "plain"))
-    max_length: int = option(512, "longest example in tokens; longer ones lose their beginning")
-    packing: bool = option(False, "several examples in one row, kept apart by their positions")
+    train_file: str | None = option(None, "JSONL or JSON: instruction/input/output, or messages", DATA, usual=True)
+    validation_file: str | None = option(None, "the same, to be evaluated on", DATA, usual=True)
+    prompt_template: str = option(
+        "auto", "form of the prompts", DATA, choices=("auto", "chat", "alpaca", "plain"), usual=True
+    )
+    max_length: int = option(
+        512,
+        "longest example in tokens; longer ones are truncated on the left",
+        DATA,
+        bounds=Bounds(at_least=2),
+        usual=True,
+    )
+    packing: bool = option(False, "several examples in one row, kept apart by their positions", DATA, usual=True)
 
 
 @dataclass
 class ImageDataOptions:
     """What is learned from conversations about images."""
 
-    train_file: str | None = option(None, "JSON or JSONL in LLaVA's format: image, conversations")
-    validation_file: str | None = option(None, "the same, to be evaluated on")
-    image_folder: str = option(".", "folder that the records' images are in")
-    prompt_template: str = option("auto", "form of the prompts", ("auto", "chat", "vicuna"))
-    max_length: int = option(2048, "longest example in tokens, its images' included; longer ones lose their end")
+    train_file: str | None = option(None, "JSON or JSONL in LLaVA's format: image, conversations", DATA, usual=True)
+    validation_file: str | None = option(None, "the same, to be evaluated on", DATA, usual=True)
+    image_folder: str = option(".", "folder that the records' images are in", DATA, usual=True)
+    prompt_template: str = option("auto", "form of the prompts", DATA, choices=("auto", "chat", "vicuna"), usual=True)
+    max_length: int = option(
+        2048,
+        "longest example in tokens, its images' included; longer ones are truncated on the right",
+        DATA,
+        bounds=Bounds(at_least=2),
+        usual=True,
+    )
 
 
 @dataclass
 class LanguageAdapterOptions(AdapterOptions):
     """The adapter, with defaults for language models."""
 
-    rank: int = option(8, "rank of the shared A")
+    rank: int = option(8, "rank of the shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True)
     target_modules: list[str] = option(
-        ["paper"], "groups (paper: q, k, v, up, down; attention; feed_forward; all-linear) and name endings to adapt"
+        ["paper"],
+        "groups (paper: q, k, v, up, down; attention; feed_forward; all-linear) and name endings to adapt",
+        ADAPTER,
+        usual=True,
+        fixed=True,
     )
 
 
@@ -74,35 +109,40 @@ class LanguageTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "our batches have no columns to remove"})
 
 
-Options = tuple[ModelOptions, DataOptions | ImageDataOptions, LanguageAdapterOptions, LanguageTrainingArguments]
+@dataclass
+class Settings:
+    """All settings of a run."""
+
+    model: ModelOptions
+    data: DataOptions | ImageDataOptions
+    adapter: LanguageAdapterOptions
+    training: LanguageTrainingArguments
 
 
-FOREIGN = {
-    "lora_r": "rank", "lora_rank": "rank", "lora_target": "target_modules", "lora_target_modules": "target_modules",
-    "cutoff_len": "max_length", "max_seq_length": "max_length", "max_seq_len": "max_length", "model_max_length": "max_length",
-    "template": "prompt_template", "data_path": "train_file", "dataset": "train_file", "base_model": "model_name_or_path",
-    "load_in_4bit": "quantization bnb-4bit", "load_in_8bit": "quantization bnb-8bit", "torch_dtype": "dtype",
-}  # fmt: skip
-"""Flags of other trainers, and what says the same here."""
+def kinds_of(images: bool) -> tuple[type, ...]:
+    """The dataclasses that a command's settings come from: with ``images``, of conversations about images."""
+    return (
+        ModelOptions,
+        ImageDataOptions if images else DataOptions,
+        LanguageAdapterOptions,
+        LanguageTrainingArguments,
+    )
 
 
-def parse_arguments(arguments: list[str] | None = None, images: bool = False) -> Options:
-    """All settings from the command line; raises :class:`EffiLoRAError` for what they can't be."""
-    data = ImageDataOptions if images else DataOptions
-    kinds: Any = (ModelOptions, data, LanguageAdapterOptions, LanguageTrainingArguments)
-    parser = HfArgumentParser(kinds, description=__doc__, allow_abbrev=False)
-    words = sys.argv[1:] if arguments is None else arguments
-    with as_mistakes():
-        *found, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        hint = f"here it is --{FOREIGN[name]}" if name in FOREIGN else "--help lists what there is"
-        raise EffiLoRAError(f"{unknown[0]} is no flag of this command: {hint}")
-    if not found[3].do_train and any(word.startswith(("--do_eval", "--do_predict")) for word in words):
-        raise EffiLoRAError("this command trains: evaluate an adapter with 'effilora evaluate'")
-    options: Any = tuple(found)
-    _check(options[3])
-    return options
+def make_settings(kinds: tuple[type, ...], values: dict[str, Any]) -> Settings:
+    """The settings in ``values`` by name, the rest at their defaults; raises :class:`EffiLoRAError` for what they can't be."""
+    made: list[Any] = []
+    for kind in kinds:
+        own = {entry.name: values[entry.name] for entry in fields(kind) if entry.name in values}
+        if kind is LanguageTrainingArguments and not own.get("do_train") and {"do_eval", "do_predict"} & own.keys():
+            raise EffiLoRAError("this command trains: evaluate an adapter with 'effilora evaluate'")
+        with as_mistakes():
+            made.append(kind(**own))
+        check_options(made[-1])
+    settings = Settings(*made)
+    settings.adapter.adapter_config()
+    _check(settings.training)
+    return settings
 
 
 @contextmanager
@@ -111,7 +151,7 @@ def as_mistakes() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError, RuntimeError, ZeroDivisionError) as error:
-        if isinstance(error, EffiLoRAError):
+        if isinstance(error, EffiLoRAError) or is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EffiLoRAError(f"the settings don't go together: {reason[:300]}") from error

@@ -1,4 +1,4 @@
-"""What a run trains and evaluates on: texts, or conversations about images."""
+"""Training and validation data of a run: texts, or conversations about images."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Records = list[dict[str, Any]]
 
 @dataclass
 class Collator:
-    """Rows for the trainer: lists of examples are packed into one row of tokens, single ones padded."""
+    """Collates the trainer's batches: packed rows are concatenated, single examples padded."""
 
     encoder: Encoder
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """One batch."""
+        """Collate one batch."""
         return self.encoder.collate(rows) if isinstance(rows[0], Example) else collate_packed(rows)
 
 
 @dataclass
 class Datasets:
-    """Examples of a run; ``rows`` are what a batch is drawn from, single examples or packed ones."""
+    """The examples of a run; ``rows`` are what the trainer samples: single examples, or packed rows."""
 
     encoder: Encoder
     examples: Examples | ImageExamples
@@ -41,25 +41,25 @@ class Datasets:
     rows: Any
 
     def batches(self, count: int, size: int) -> list[dict[str, Any]]:
-        """The first ``count`` examples of the validation file, else of the training file, ``size`` in a batch."""
+        """Collate the first ``count`` validation (else training) examples in batches of ``size``."""
         source = self.validation or self.examples
-        chosen = [source[index] for index in range(min(count, len(source)))]
-        return [self.encoder.collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        first = [source[index] for index in range(min(count, len(source)))]
+        return [self.encoder.collate(first[start : start + size]) for start in range(0, len(first), size)]
 
-    def single(self, index: int) -> dict[str, Any]:
-        """One training example without padding, as the model is called with it."""
+    def model_inputs(self, index: int) -> dict[str, Any]:
+        """Return the model's inputs for one training example, without padding or labels."""
         batch = self.encoder.collate([self.examples[index]])
         return {name: value for name, value in batch.items() if name != "labels"}
 
-    def shortened(self) -> int:
-        """How many training examples were longer than allowed, as far as that is known before they are read."""
-        return sum(item.cut for item in self.examples.items) if isinstance(self.examples, Examples) else 0
+    def num_truncated(self) -> int:
+        """Count the truncated training examples; 0 for images, which are encoded only when they are used."""
+        return sum(item.truncated for item in self.examples.items) if isinstance(self.examples, Examples) else 0
 
 
 def read_files(data: DataOptions | ImageDataOptions) -> tuple[Records, Records]:
-    """The records to train and to evaluate on; refuses what can't be read before a model is loaded, which may take minutes."""
+    """Read the training and validation records, so that bad files are refused before the model is loaded."""
     if not data.train_file:
-        raise EffiLoRAError("--train_file is missing: the instruction data, as JSONL")
+        raise EffiLoRAError("--train_file is missing: instruction data as JSON or JSONL")
     if data.max_length < 2:
         raise EffiLoRAError(f"--max_length must be at least 2 tokens, not {data.max_length}")
     if isinstance(data, ImageDataOptions) and not Path(data.image_folder).is_dir():
@@ -68,37 +68,38 @@ def read_files(data: DataOptions | ImageDataOptions) -> tuple[Records, Records]:
     return records, read_records(Path(data.validation_file), "--validation_file") if data.validation_file else []
 
 
-def prepare(
-    data: DataOptions | ImageDataOptions, records: Records, held: Records, model: nn.Module, reader: Any
+def build_datasets(
+    data: DataOptions | ImageDataOptions, records: Records, validation: Records, model: nn.Module, processor: Any
 ) -> Datasets:
-    """The run's examples by the model's ``reader``: its tokenizer, or its processor for images."""
+    """Encode the records with the model's ``processor``: its tokenizer, or for images its processor."""
     length = min(data.max_length, max_positions(model))
     names = (f"--train_file {data.train_file}", f"--validation_file {data.validation_file}")
     if isinstance(data, ImageDataOptions):
-        encoder = ImageEncoder(reader, Path(data.image_folder), data.prompt_template, length)
-        seen = ImageExamples(records, encoder, names[0])
-        return Datasets(encoder, seen, ImageExamples(held, encoder, names[1]) if held else None, seen)
-    plain = Encoder(reader, data.prompt_template, length)
-    examples = Examples(records, plain, names[0])
+        image_encoder = ImageEncoder(processor, Path(data.image_folder), data.prompt_template, length)
+        train = ImageExamples(records, image_encoder, names[0])
+        held_out = ImageExamples(validation, image_encoder, names[1]) if validation else None
+        return Datasets(image_encoder, train, held_out, train)
+    encoder = Encoder(processor, data.prompt_template, length)
+    examples = Examples(records, encoder, names[0])
     if data.packing:
         _check_packing(model, examples.items)
     rows = PackedExamples(examples.items, length) if data.packing else examples
-    return Datasets(plain, examples, Examples(held, plain, names[1]) if held else None, rows)
+    return Datasets(encoder, examples, Examples(validation, encoder, names[1]) if validation else None, rows)
 
 
 @torch.no_grad()
 def _check_packing(model: nn.Module, items: list[Example]) -> None:
-    """Refuse packing for a model in which one example of a row sees another: not all heed where positions begin anew."""
+    """Refuse packing for models that ignore restarting positions, so that packed examples attend to each other."""
     first, second = items[0], items[-1]
-    changed = Example(first.ids[::-1], first.labels)
-    found = []
-    for one in (first, changed):
-        batch = collate_packed([[one, second]])
+    reversed_first = Example(first.ids[::-1], first.labels)
+    logits = []
+    for example in (first, reversed_first):
+        batch = collate_packed([[example, second]])
         batch.pop("labels")
         device = next(model.parameters()).device
         moved = {name: value.to(device) if name != "use_cache" else value for name, value in batch.items()}
-        found.append(model(**moved).logits[0, len(first.ids) :].float())
-    if first.ids != changed.ids and not torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4):
+        logits.append(model(**moved).logits[0, len(first.ids) :].float())
+    if first.ids != reversed_first.ids and not torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4):
         raise EffiLoRAError(
-            f"--packing: in a {type(model).__name__} packed examples would see one another; leave it out"
+            f"--packing: in {type(model).__name__} packed examples would attend to each other; leave it out"
         )

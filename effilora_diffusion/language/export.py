@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import AdapterFile, EffiLoRAError, is_exact, to_lora
-from ..core.attach import check_sites
+from ..core.attachment import check_sites
 from ..core.files import LANGUAGE
 from ..core.load import prepare_for_inference
 from ..core.peft_format import add_to_weights, write_peft

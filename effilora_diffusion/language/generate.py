@@ -1,4 +1,4 @@
-"""Answers in words, greedy or sampled, through the model's own ``generate`` and its cache: many at once, or as they come."""
+"""Generate answers with transformers' ``generate``: in batches, or streamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .models import max_positions
 
 
 @torch.no_grad()
-def answers(
+def generate_answers(
     model: nn.Module,
     encoder: Encoder,
     records: list[dict[str, Any]],
@@ -22,73 +22,82 @@ def answers(
     batch_size: int = 8,
     **options: Any,
 ) -> list[str]:
-    """What the model says to every record's question, in the records' order; greedy unless ``options`` say otherwise.
+    """Generate an answer to every record's question; greedy by default.
 
     Args:
-        model: of transformers, with or without adapters.
-        encoder: puts the questions into the form the adapter was trained with.
-        records: ``instruction`` and maybe ``input``, or ``messages``; an answer that is there already is left out.
-        max_new_tokens: where an answer is cut off.
-        batch_size: prompts at once, padded on the left.
-        options: of transformers' ``generate``, as ``do_sample`` and ``temperature``.
+        model: a transformers model, with or without adapters.
+        encoder: applies the prompt template that the adapter was trained with.
+        records: ``instruction`` with an optional ``input``, or ``messages``; an answer in the record is ignored.
+        max_new_tokens: maximum length of an answer.
+        batch_size: prompts per batch, padded on the left.
+        options: further arguments of transformers' ``generate``, such as ``do_sample`` and ``temperature``.
+
+    Returns:
+        The answers, in the order of the records.
     """
-    prompts = [_ask(model, encoder, record, max_new_tokens) for record in records]
+    prompts = [_encode_prompt(model, encoder, record, max_new_tokens) for record in records]
     order = sorted(
         range(len(prompts)), key=lambda index: len(prompts[index].ids)
-    )  # rows of like length: little padding
-    found = [""] * len(prompts)
+    )  # similar lengths need little padding
+    answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        inputs = _inputs(model, encoder, [prompts[place] for place in places], max_new_tokens)
-        made: Any = model.generate(**{**inputs, **options})  # type: ignore[operator]
-        new = made[:, inputs["input_ids"].shape[1] :]
-        for place, text in zip(places, encoder.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            found[place] = str(text).strip()
-    return found
+        indices = order[start : start + batch_size]
+        arguments = _generate_arguments(model, encoder, [prompts[index] for index in indices], max_new_tokens)
+        sequences: Any = model.generate(**{**arguments, **options})  # type: ignore[operator]
+        new_tokens = sequences[:, arguments["input_ids"].shape[1] :]
+        texts = encoder.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            answers[index] = str(text).strip()
+    return answers
 
 
-def stream(
+def stream_answer(
     model: nn.Module, encoder: Encoder, record: dict[str, Any], max_new_tokens: int = 256, **options: Any
 ) -> Iterator[str]:
-    """The answer to one question in pieces, as they are made; ``options`` as for :func:`answers`."""
+    """Yield the answer to one question as it is generated; arguments as for :func:`generate_answers`."""
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = _inputs(model, encoder, [_ask(model, encoder, record, max_new_tokens)], max_new_tokens)
-    failed: list[BaseException] = []
+    prompt = _encode_prompt(model, encoder, record, max_new_tokens)
+    arguments = _generate_arguments(model, encoder, [prompt], max_new_tokens)
+    errors: list[BaseException] = []
 
-    def work() -> None:
+    def generate() -> None:
         try:
-            model.generate(**{**inputs, **options}, streamer=streamer)  # type: ignore[operator]
+            model.generate(**{**arguments, **options}, streamer=streamer)  # type: ignore[operator]
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
             streamer.end()
 
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
     yield from streamer
-    worker.join()
-    if failed:
-        raise failed[0]
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
-def _ask(model: nn.Module, encoder: Encoder, record: dict[str, Any], wanted: int) -> Example:
-    """The question, with room for ``wanted`` tokens of an answer, or for a quarter of what the model can hold."""
+def _encode_prompt(model: nn.Module, encoder: Encoder, record: dict[str, Any], max_new_tokens: int) -> Example:
+    """Tokenise the prompt, leaving positions for the answer: ``max_new_tokens``, or a quarter of the model's if fewer."""
     limit = max_positions(model)
-    return encoder.ask(record, most=limit - min(wanted, limit // 4))
+    return encoder.encode_prompt(record, max_length=limit - min(max_new_tokens, limit // 4))
 
 
-def _inputs(model: Any, encoder: Encoder, prompts: list[Example], wanted: int) -> dict[str, Any]:
-    """The arguments of ``generate`` for these prompts, padded on the left; answers end where the model's positions do."""
+def _generate_arguments(model: Any, encoder: Encoder, prompts: list[Example], max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of ``generate``: prompts padded on the left, and answers that end within the model's positions."""
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in encoder.collate(prompts, left=True).items() if name != "labels"}
-    ends = {"pad_token_id": encoder.tokenizer.pad_token_id or 0, "eos_token_id": _ends(model, encoder)}
-    room = min(wanted, max_positions(model) - max(len(prompt.ids) for prompt in prompts))
-    return {"do_sample": False, "max_new_tokens": room, **batch, **ends}
+    return {
+        "do_sample": False,
+        "max_new_tokens": min(max_new_tokens, max_positions(model) - max(len(prompt.ids) for prompt in prompts)),
+        **batch,
+        "pad_token_id": encoder.tokenizer.pad_token_id or 0,
+        "eos_token_id": _stop_tokens(model, encoder),
+    }
 
 
-def _ends(model: Any, encoder: Encoder) -> list[int]:
-    """Tokens that end an answer: those by which training ends them, and the model's own."""
+def _stop_tokens(model: Any, encoder: Encoder) -> list[int]:
+    """Stop tokens used in training, and those of the model's generation configuration."""
     own = model.generation_config.eos_token_id
     found = [*encoder.stop_tokens, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(token for token in found if token is not None))

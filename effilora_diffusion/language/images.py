@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
-from .batches import join
+from .batches import pad_and_concat
 from .encoding import Encoder, Example
-from .records import check_record, conversation
+from .records import check_record, to_messages
 
 MARK = "<image>"
 """Where an image belongs, in the texts of LLaVA's format."""
@@ -91,7 +91,7 @@ class ImageEncoder(Encoder):
         max_length: longest example in tokens; longer ones lose their end, never a part of their images.
     """
 
-    truncates_end = True
+    truncation_side = "right"
 
     def __init__(self, processor: Any, image_folder: Path, template: str = "auto", max_length: int = 2048):
         own = getattr(processor, "chat_template", None)
@@ -102,17 +102,21 @@ class ImageEncoder(Encoder):
         self.mark = str(getattr(processor, "image_token", MARK))
         self.chat_template = own if own and template != "vicuna" else VICUNA.replace(MARK, self.mark)
         self.template = "chat" if self.chat_template == own else "vicuna"
-        self.in_turns = True
+        self.is_chat = True
 
     def messages(self, record: dict[str, Any], where: str) -> list[dict[str, Any]]:
         """The record's messages in parts, as processors take them."""
         check_record(record, where, images=True)
         paths = image_paths(record, self.image_folder, where)
-        return with_images(conversation(record, where), len(paths), where)
+        return with_images(to_messages(record, where), len(paths), where)
 
-    def render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Messages in parts as one text."""
-        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": self.chat_template}
+        options = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "chat_template": self.chat_template,
+        }
         text = str(self.processor.apply_chat_template(messages, **options))
         if "{'type': " in text:  # the parts themselves, printed
             raise EffiLoRAError("this model's chat template takes texts only: give --prompt_template vicuna")
@@ -122,12 +126,16 @@ class ImageEncoder(Encoder):
         """One record as an :class:`Example`; its images are read."""
         return self._example(self.segments(record, where), record, where)
 
-    def ask(self, record: dict[str, Any], where: str = "the question", most: int | None = None) -> Example:
-        """The record's question, with its images, in at most ``most`` tokens."""
-        most = min(self.max_length, most or self.max_length)
+    def encode_prompt(
+        self, record: dict[str, Any], where: str = "the question", max_length: int | None = None
+    ) -> Example:
+        """Tokenise the record's question with its images; refuse one that is longer than ``max_length`` tokens."""
+        length = min(self.max_length, max_length or self.max_length)
         example = self._example([(self.prompt(record, where), False)], record, where)
-        if example.cut or len(example.ids) > most:  # its end is the question itself
-            raise EffiLoRAError(f"{where}: with its images it is longer than {most} tokens: begin anew")
+        if example.truncated or len(example.ids) > length:  # its end is the question itself
+            raise EffiLoRAError(
+                f"{where}: with its images it is longer than {length} tokens: start a new conversation"
+            )
         return example
 
     def _example(self, segments: list[tuple[str, bool]], record: dict[str, Any], where: str) -> Example:
@@ -149,7 +157,7 @@ class ImageEncoder(Encoder):
             example.add(ids, answered)
             for name, value in features.items():
                 seen = example.images.get(name)
-                example.images[name] = value if seen is None else join([seen, value])
+                example.images[name] = value if seen is None else pad_and_concat([seen, value])
         if images:
             raise EffiLoRAError(
                 f"{where}: the chat template leaves out {len(images)} of its images: {self.mark} is not in its text"
@@ -161,7 +169,7 @@ class ImageEncoder(Encoder):
     ) -> tuple[list[int], dict[str, list[int]], dict[str, Tensor]]:
         """Token ids of one piece after ``before``, what else there is for every token, and what belongs to its images."""
         if not images:
-            return self.following(before, text), {}, {}
+            return self.tokens_after(before, text), {}, {}
         try:
             found = self.processor(images=images, text=[text], add_special_tokens=False, return_tensors="pt")
         except (ValueError, TypeError, RuntimeError) as error:
@@ -178,7 +186,7 @@ class ImageEncoder(Encoder):
             raise EffiLoRAError(f"{where}: its images alone are longer than --max_length {self.max_length}: raise it")
         per_token = {name: values[: self.max_length] for name, values in example.per_token.items()}
         ids, labels = example.ids[: self.max_length], example.labels[: self.max_length]
-        return Example(ids, labels, per_token, example.images, cut=bool(cut))
+        return Example(ids, labels, per_token, example.images, truncated=bool(cut))
 
 
 class ImageExamples(Dataset[Example]):
@@ -203,9 +211,9 @@ class ImageExamples(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         where = f"{self.where}, record {index + 1}"
         example = self.encoder.encode(self.records[index], where)
-        if example.answered == 0:
+        if example.num_label_tokens == 0:
             raise EffiLoRAError(f"{where}: its answer is empty, or cut off by --max_length {self.encoder.max_length}")
-        if example.cut:
+        if example.truncated:
             warnings.warn(
                 f"{where}: longer than --max_length {self.encoder.max_length}, it lost its end", stacklevel=2
             )

@@ -1,4 +1,4 @@
-"""Loading the base: a folder, hub id or GGUF file, maybe quantised, with its tokenizer."""
+"""Load a base model from a folder, hub id or GGUF file, quantised if wanted, with its tokenizer or processor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..core import EffiLoRAError
+from ..core.errors import is_out_of_memory
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit")
@@ -24,15 +25,15 @@ def load_model(
     images: bool = False,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
-    """A language model with frozen weights, in evaluation mode, and its tokenizer (with ``images`` its processor).
+    """Load a language model, frozen and in evaluation mode, with its tokenizer (with ``images`` its processor).
 
     Args:
         name: model folder, hub id, or path of a ``.gguf`` file.
         gguf_file: name of a GGUF file in ``name``, as in transformers.
         dtype: of the weights.
         quantization: ``bnb-8bit`` or ``bnb-4bit``.
-        images: whether images will be shown to it: it must be a vision-language model.
-        options: further ones of ``from_pretrained``, as ``revision``.
+        images: require a vision-language model.
+        options: further arguments of ``from_pretrained``, such as ``revision``.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
@@ -45,45 +46,50 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, getattr(torch, dtype))
     try:
-        reader = (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **_reader_options(options))
+        processor = (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **_processor_options(options))
         loader = _model_class(name, images, options)
         model = loader.from_pretrained(name, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         reason = reason if Path(name).exists() else f"there is no such folder here, and {reason}"
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
-    if gguf_file is not None:  # its weights are plain numbers by now, which transformers would not train or save
+    if (
+        gguf_file is not None
+    ):  # it is dequantised by now; with the configuration, transformers would refuse to train or save it
         model.hf_quantizer.remove_quantization_config(model)
-    if images and not hasattr(reader, "image_processor"):
-        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no images")
-    tokenizer = reader.tokenizer if images else reader
+    if images and not hasattr(processor, "image_processor"):
+        raise EffiLoRAError(f"--model_name_or_path {name} is not a vision-language model, but the data has images")
+    tokenizer = processor.tokenizer if images else processor
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval().requires_grad_(False), reader
+    return model.eval().requires_grad_(False), processor
 
 
 def max_positions(model: nn.Module) -> int:
-    """The longest row of tokens that the model was made for."""
+    """Return the model's ``max_position_embeddings``; practically unlimited where its configuration has none."""
     config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _model_class(name: str, images: bool, options: dict[str, Any]) -> Any:
-    """The loader of a model's class: a vision-language model that has no text-only class is loaded whole."""
+    """Choose the auto class: vision-language models without a text-only class are loaded with their vision tower."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as TEXT
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGES
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if "gguf_file" in options:
         return AutoModelForCausalLM
-    kind = type(AutoConfig.from_pretrained(name, **_reader_options(options)))
+    kind = type(AutoConfig.from_pretrained(name, **_processor_options(options)))
     if images and kind not in IMAGES:
-        raise EffiLoRAError(f"--model_name_or_path {name} is no vision-language model: it takes no images")
+        raise EffiLoRAError(f"--model_name_or_path {name} is not a vision-language model, but the data has images")
     return AutoModelForImageTextToText if kind in IMAGES and (images or kind not in TEXT) else AutoModelForCausalLM
 
 
-def _reader_options(options: dict[str, Any]) -> dict[str, Any]:
+def _processor_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in ("gguf_file", "revision")}
 
 

@@ -1,4 +1,4 @@
-"""Multiple-choice questions, answered by the likelihood of their answers: the paper's eight commonsense tasks, and one's own."""
+"""Multiple-choice evaluation by log-likelihood, for the paper's eight commonsense tasks and for one's own questions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 
 from ..core import EffiLoRAError
 from .encoding import IGNORED, Encoder, Example
-from .records import with_answer
+from .generate import generate_answers
+from .records import read_records, with_answer
 
 ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 """The end of every question of the commonsense tasks, as in ``Answer format: answer1/answer2/answer3``."""
 
 STATED = "the correct answer is {answer}"
-"""How their training data words an answer."""
+"""An answer in the commonsense tasks' training data."""
 
 
 @dataclass
 class Question:
-    """A record to be answered, the ``answers`` to choose from, and the place of the right one."""
+    """A record without its answer, the ``answers`` to choose from, and the index of the ``correct`` one."""
 
     record: dict[str, Any]
     answers: list[str]
@@ -33,21 +35,17 @@ class Question:
     where: str = "a question"
 
 
-def question(record: dict[str, Any], where: str = "a record") -> Question:
-    """A record with ``choices`` and ``answer``, or of a commonsense task (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA).
+def parse_question(record: dict[str, Any], where: str = "a record") -> Question:
+    """Read a record with ``choices`` and ``answer``, or one of a commonsense task.
 
-    Those have their choices at the end of ``instruction``, and the right one in ``answer``.
+    The records of those (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA) list the choices at the end of ``instruction``
+    and name the correct one in ``answer``. Raises :class:`EffiLoRAError` for other records.
     """
     answer = record.get("answer")
     if "choices" in record:
-        answers = record["choices"]
-        if (
-            not isinstance(answers, list)
-            or len(answers) < 2
-            or not all(isinstance(one, str) and one for one in answers)
-        ):
-            raise EffiLoRAError(f"{where}: 'choices' must be a list of two texts or more")
-        names = answers
+        names = answers = record["choices"]
+        if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(a, str) and a for a in answers):
+            raise EffiLoRAError(f"{where}: 'choices' must be a list of at least two strings")
     else:
         match = ANSWER_FORMAT.search(str(record.get("instruction", "")))
         if match is None:
@@ -55,33 +53,91 @@ def question(record: dict[str, Any], where: str = "a record") -> Question:
         names = match[1].split("/")
         answers = [STATED.format(answer=name) for name in names]
     if answer not in names:
-        raise EffiLoRAError(f"{where}: its 'answer' {answer!r} is none of {names}")
+        raise EffiLoRAError(f"{where}: its 'answer' {answer!r} is not one of {names}")
     return Question(record, list(answers), names.index(answer), where)
 
 
+def read_tasks(paths: list[Path], limit: int | None = None) -> dict[str, list[Question]]:
+    """Read questions from local files, grouped by task.
+
+    Args:
+        paths: JSON or JSONL files.
+        limit: maximum number of questions per task.
+
+    Returns:
+        Questions by task: the record's ``task``, else the file's name (of ``test.json`` the folder's).
+    """
+    tasks: dict[str, list[Question]] = {}
+    for path in paths:
+        default = path.parent.name if path.stem in ("test", "train", "validation") else path.stem
+        for number, record in enumerate(read_records(path, "--data"), 1):
+            question = parse_question(record, f"--data {path}, record {number}")
+            tasks.setdefault(str(record.get("task", default)), []).append(question)
+    return {task: questions[:limit] for task, questions in tasks.items()}
+
+
+def evaluate(
+    model: nn.Module,
+    encoder: Encoder,
+    tasks: dict[str, list[Question]],
+    batch_size: int = 16,
+    exact_match: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Measure accuracy by task.
+
+    Returns:
+        For every task the number of ``questions``, the accuracy by likelihood (``choice``) and, with ``exact_match``, the
+        share of greedy answers equal to the correct one (``exact match``).
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for task, questions in tasks.items():
+        correct = grade(model, encoder, questions, batch_size)
+        results[task] = {"questions": len(questions), "choice": sum(correct) / len(correct)}
+        if exact_match:
+            expected = [question.answers[question.correct].strip() for question in questions]
+            longest = max(len(encoder.tokens(text)) for text in expected) + 2
+            records = [question.record for question in questions]
+            generated = generate_answers(model, encoder, records, longest, batch_size)
+            results[task]["exact match"] = sum(map(str.__eq__, generated, expected)) / len(expected)
+    return results
+
+
+def grade(model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16) -> list[bool]:
+    """Return for every question whether its most likely answer is the correct one."""
+    if not questions:
+        raise EffiLoRAError("there are no questions to answer")
+    scores = log_likelihoods(model, encoder, questions, batch_size)
+    for question, row in zip(questions, scores, strict=True):
+        if not all(map(math.isfinite, row)):
+            raise EffiLoRAError(
+                f"{question.where}: the model's output is not finite: try another --dtype, or check its weights"
+            )
+    return [row.index(max(row)) == question.correct for row, question in zip(scores, questions, strict=True)]
+
+
 @torch.no_grad()
-def likelihoods(
+def log_likelihoods(
     model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16
 ) -> list[list[float]]:
-    """For every question the log-likelihood of each answer, the end of the turn included, per answered token."""
-    items = [_whole(encoder, one, answer) for one in questions for answer in one.answers]
-    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))  # rows of like length: little padding
-    found = [0.0] * len(items)
+    """Return the mean log-likelihood per token of every answer to every question, its stop token included."""
+    items = [_encode(encoder, question, answer) for question in questions for answer in question.answers]
+    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))  # similar lengths need little padding
+    scores = [0.0] * len(items)
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        for index, value in zip(places, _scores(model, encoder, [items[place] for place in places]), strict=True):
-            found[index] = value
-    values: Iterator[float] = iter(found)
-    return [[next(values) for _ in one.answers] for one in questions]
+        indices = order[start : start + batch_size]
+        for index, score in zip(indices, _scores(model, encoder, [items[i] for i in indices]), strict=True):
+            scores[index] = score
+    remaining: Iterator[float] = iter(scores)
+    return [[next(remaining) for _ in question.answers] for question in questions]
 
 
-def _whole(encoder: Encoder, one: Question, answer: str) -> Example:
-    """A question with one of its answers; refused where a part of the answer, or all of the question, is cut off."""
-    example = encoder.encode(with_answer(one.record, answer), one.where)
-    if example.cut and (encoder.truncates_end or example.labels[1] != IGNORED):
-        raise EffiLoRAError(f"{one.where}: it is longer than the model's {encoder.max_length} tokens: take it out")
-    if example.cut:
-        warnings.warn(f"{one.where}: longer than {encoder.max_length} tokens, it lost its beginning", stacklevel=2)
+def _encode(encoder: Encoder, question: Question, answer: str) -> Example:
+    """Tokenise a question with one of its answers; refuse it if the answer, or all of the question, is truncated."""
+    example = encoder.encode(with_answer(question.record, answer), question.where)
+    if example.truncated and (encoder.truncation_side == "right" or example.labels[1] != IGNORED):
+        raise EffiLoRAError(f"{question.where}: longer than the model's {encoder.max_length} tokens: remove it")
+    if example.truncated:
+        warnings.warn(f"{question.where}: truncated on the left to {encoder.max_length} tokens", stacklevel=2)
     return example
 
 
@@ -90,21 +146,7 @@ def _scores(model: nn.Module, encoder: Encoder, items: list[Example]) -> list[fl
     batch = {name: value.to(device) for name, value in encoder.collate(items).items()}
     labels: Tensor = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1].float()
-    answered = labels != IGNORED
-    chosen = logits.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
-    sums = (chosen * answered).sum(1) / answered.sum(1).clamp_min(1)
-    return [float(value) for value in sums]
-
-
-def choose(model: nn.Module, encoder: Encoder, questions: list[Question], batch_size: int = 16) -> list[bool]:
-    """For every question whether its most likely answer is the right one."""
-    if not questions:
-        raise EffiLoRAError("there are no questions to be answered")
-    scores = likelihoods(model, encoder, questions, batch_size)
-    for one, row in zip(questions, scores, strict=True):
-        if not all(map(math.isfinite, row)):
-            raise EffiLoRAError(
-                f"{one.where}: the model's output is not finite: try another --dtype, or look at its weights"
-            )
-    likeliest = [max(range(len(row)), key=row.__getitem__) for row in scores]
-    return [place == one.correct for place, one in zip(likeliest, questions, strict=True)]
+    in_answer = labels != IGNORED
+    log_probs = logits.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
+    means = (log_probs * in_answer).sum(1) / in_answer.sum(1).clamp_min(1)
+    return [float(value) for value in means]

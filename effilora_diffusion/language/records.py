@@ -1,4 +1,4 @@
-"""Records of a data file, and records as chat messages."""
+"""Read records of instruction data from JSON or JSONL, and turn them into chat messages."""
 
 from __future__ import annotations
 
@@ -11,114 +11,126 @@ from ..core import EffiLoRAError
 
 
 def read_records(path: Path, flag: str = "--train_file") -> list[dict[str, Any]]:
-    """The records of a JSONL file, or of a JSON file that holds one list; faults are named with their line."""
+    """Read the records of a JSONL file, or of a JSON file with one list.
+
+    Args:
+        path: the file.
+        flag: the command-line flag that named it, for error messages.
+
+    Raises:
+        EffiLoRAError: for a file that can't be read or parsed, naming the line or record.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EffiLoRAError(f"{flag} {path} can't be read: {error}") from error
+    numbered: list[tuple[int, Any]]
     if text.lstrip().startswith("["):
         try:
-            found = list(enumerate(json.loads(text), 1))
+            numbered = list(enumerate(json.loads(text), 1))
         except (ValueError, RecursionError) as error:
-            raise EffiLoRAError(f"{flag} {path} is no JSON list: {error}") from error
+            raise EffiLoRAError(f"{flag} {path} is not a JSON list: {error}") from error
     else:
-        found = list(_lines(text, f"{flag} {path}"))
-    for number, record in found:
+        numbered = list(_json_lines(text, f"{flag} {path}"))
+    for number, record in numbered:
         if not isinstance(record, dict):
-            raise EffiLoRAError(f"{flag} {path}, record {number}: it must be an object with names and values")
-    if not found:
-        raise EffiLoRAError(f"{flag} {path} holds no records")
-    return [record for _, record in found]
+            raise EffiLoRAError(f"{flag} {path}, record {number}: it must be a JSON object")
+    if not numbered:
+        raise EffiLoRAError(f"{flag} {path} has no records")
+    return [record for _, record in numbered]
 
 
-def _lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a JSON text
+def _json_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may contain U+2028
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise EffiLoRAError(f"{where}, line {number}: no JSON ({error})") from error
+                raise EffiLoRAError(f"{where}, line {number}: invalid JSON ({error})") from error
 
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-"""Who speaks, in the words of LLaVA's and ShareGPT's format and in those of chat templates."""
+"""Roles in the LLaVA and ShareGPT formats, and in chat templates, to those of chat templates."""
 
-UNREAD = (
+UNSUPPORTED = (
     *("history", "tools", "functions", "tool_calls", "weight", "weights", "chosen", "rejected", "train"),
     *("reasoning_content", "reasoning", "thinking"),
 )
-"""What other trainers read in a record or message and this one does not: better refused than passed over."""
+"""Keys of a record or message that other trainers use and this one does not: rejected, not ignored."""
 
 
 def check_record(record: dict[str, Any], where: str, images: bool = False) -> None:
-    """Raise :class:`EffiLoRAError` if the record has parts that would be passed over."""
-    unread = [name for name in UNREAD if record.get(name) not in (None, [], "")]
-    if unread:
+    """Raise :class:`EffiLoRAError` if the record has keys that training would ignore, or values of the wrong type."""
+    unsupported = [name for name in UNSUPPORTED if record.get(name) not in (None, [], "")]
+    if unsupported:
         raise EffiLoRAError(
-            f"{where}: it has {unread}, which this trainer does not read: take them out or word them as turns"
+            f"{where}: {unsupported} are not supported by this trainer: remove them or write them as messages"
         )
     if not isinstance(record.get("system") or "", str):
-        raise EffiLoRAError(f"{where}: its 'system' must be a text")
+        raise EffiLoRAError(f"{where}: its 'system' must be a string")
     if not isinstance(record.get("input") or "", str | int | float):
-        raise EffiLoRAError(f"{where}: its 'input' must be a text")
+        raise EffiLoRAError(f"{where}: its 'input' must be a string")
     if not images and (record.get("image") or record.get("images")):
-        raise EffiLoRAError(f"{where}: it is about an image: train on images with train_vlm_effilora.py")
+        raise EffiLoRAError(f"{where}: it has an image: use train_vlm_effilora.py to train on images")
 
 
-def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """A record as chat messages ``{"role": ..., "content": ...}`` that end with an answer.
+def to_messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """Convert a record to chat messages ``{"role": ..., "content": ...}`` that end with the assistant's answer.
 
-    Understood are ``messages`` (roles system, user, assistant), LLaVA's ``conversations`` (``from`` human or gpt, ``value``),
-    and ``instruction``, maybe ``input``, and ``output``; a ``system`` text beside any of them. Answers before the first
-    question, as ShareGPT has them, are left out.
+    Accepts ``messages`` (roles system, user, assistant), LLaVA's ``conversations`` (``from`` human or gpt, ``value``), and
+    ``instruction`` with an optional ``input`` and ``output``, each with an optional ``system`` prompt. Assistant messages
+    before the first user message, which ShareGPT has, are dropped.
     """
     system = record.get("system")
     first = [{"role": "system", "content": system}] if system else []
     if "messages" in record or "conversations" in record:
-        turns = first + _turns(record, where)
-        asked = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
-        return [turn for turn in turns[:asked] if turn["role"] == "system"] + turns[asked:]
+        messages = first + _messages(record, where)
+        start = next(index for index, message in enumerate(messages) if message["role"] == "user")
+        return [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
     if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
-        raise EffiLoRAError(f"{where}: it needs 'messages', or 'instruction' and 'output' as texts")
-    extra = input_of(record)
+        raise EffiLoRAError(f"{where}: it needs 'messages', or 'instruction' and 'output' as strings")
+    extra = input_text(record)
     question = f"{record['instruction']}\n{extra}" if extra else record["instruction"]
     return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 
 
-def input_of(record: dict[str, Any]) -> str:
-    """What stands beside a record's instruction; empty if nothing does."""
-    found = record.get("input")
-    return "" if found is None else str(found)
+def input_text(record: dict[str, Any]) -> str:
+    """Return the record's ``input`` as a string; empty if it has none."""
+    value = record.get("input")
+    return "" if value is None else str(value)
 
 
-def _turns(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    spoken, said = ("role", "content") if "messages" in record else ("from", "value")
+def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+    name, role_key, text_key = (
+        ("messages", "role", "content") if "messages" in record else ("conversations", "from", "value")
+    )
     try:
-        found = [
-            (str(turn[spoken]), turn[said], turn)
-            for turn in record["messages" if "messages" in record else "conversations"]
-        ]
+        messages = [(str(message[role_key]), message[text_key], message) for message in record[name]]
     except (KeyError, TypeError) as error:
-        raise EffiLoRAError(f"{where}: a message needs a role and a content") from error
-    for role, _, turn in found:
-        check_record(turn, where)
+        raise EffiLoRAError(f"{where}: every message needs a role and a content") from error
+    for role, _, message in messages:
+        check_record(message, where)
         if role not in ROLES:
-            raise EffiLoRAError(f"{where}: a message has the role {role!r}; understood are system, user and assistant")
-    if not found or ROLES[found[-1][0]] != "assistant" or not all(isinstance(text, str) for _, text, _ in found):
-        raise EffiLoRAError(f"{where}: the messages must be texts, and the last one the assistant's")
-    if not any(ROLES[role] == "user" for role, _, _ in found):
-        raise EffiLoRAError(f"{where}: nobody asks anything in its messages")
-    return [{"role": ROLES[role], "content": text} for role, text, _ in found]
+            raise EffiLoRAError(f"{where}: unknown message role {role!r}; use system, user or assistant")
+    if (
+        not messages
+        or ROLES[messages[-1][0]] != "assistant"
+        or not all(isinstance(text, str) for _, text, _ in messages)
+    ):
+        raise EffiLoRAError(f"{where}: the messages must be strings, and the last one the assistant's")
+    if not any(ROLES[role] == "user" for role, _, _ in messages):
+        raise EffiLoRAError(f"{where}: there is no user message")
+    return [{"role": ROLES[role], "content": text} for role, text, _ in messages]
 
 
 def with_answer(record: dict[str, Any], answer: str) -> dict[str, Any]:
-    """The record with ``answer`` in the place of its last answer, or after its last question."""
-    for name, turn in (
+    """Return a copy of the record with ``answer`` as its last assistant message."""
+    for name, message in (
         ("messages", {"role": "assistant", "content": answer}),
         ("conversations", {"from": "gpt", "value": answer}),
     ):
-        turns = record.get(name)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            last = ROLES.get(str(turns[-1].get("role", turns[-1].get("from"))))
-            return {**record, name: [*(turns[:-1] if last == "assistant" else turns), turn]}
+        messages = record.get(name)
+        if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+            last = ROLES.get(str(messages[-1].get("role", messages[-1].get("from"))))
+            return {**record, name: [*(messages[:-1] if last == "assistant" else messages), message]}
     return {**record, "output": answer}

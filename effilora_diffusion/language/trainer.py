@@ -24,17 +24,16 @@ from ..core import (
     save_adapter_file,
 )
 from ..core.files import ADAPTER_FILE, LANGUAGE, trim_log, write_atomic
-from ..core.fingerprint import base_facts, is_base
+from ..core.fingerprint import base_fingerprint, same_base
 from ..core.sites import is_transposed
 from .config import (
     DataOptions,
     ImageDataOptions,
-    LanguageAdapterOptions,
-    LanguageTrainingArguments,
     ModelOptions,
+    Settings,
     as_mistakes,
 )
-from .datasets import Collator, Datasets, prepare, read_files
+from .datasets import Collator, Datasets, build_datasets, read_files
 from .export import write_peft_folder
 from .models import load_model
 from .outputs import REDUCER_FILE, REDUCER_STATE, check_output, find_checkpoint, open_output, step_of
@@ -134,7 +133,7 @@ class LanguageTrainer(Trainer):
     def _load_weights(self, folder: Path) -> None:
         content = load_adapter_file(folder / ADAPTER_FILE)
         saved = content.adapter
-        if is_base(self.metadata, content.metadata) is False:
+        if same_base(self.metadata, content.metadata) is False:
             raise EffiLoRAError(
                 f"--resume_from_checkpoint {folder}: it was trained on {content.metadata.get('base_model')}, "
                 "and this base has other weights"
@@ -145,13 +144,9 @@ class LanguageTrainer(Trainer):
             target.copy_(source)
 
 
-def run(
-    model_options: ModelOptions,
-    data: DataOptions | ImageDataOptions,
-    options: LanguageAdapterOptions,
-    args: LanguageTrainingArguments,
-) -> dict[str, Any]:
+def train(settings: Settings) -> dict[str, Any]:
     """Train, evaluate and write an adapter; returns the figures of the run (of a process that writes none: nothing)."""
+    model_options, data, options, args = settings.model, settings.data, settings.adapter, settings.training
     if not model_options.model_name_or_path:
         raise EffiLoRAError("--model_name_or_path is missing: a model folder, hub id or .gguf file")
     config = options.adapter_config()
@@ -161,7 +156,7 @@ def run(
     records, held = read_files(data)
     images = isinstance(data, ImageDataOptions)
     model, reader = _load(model_options, images)
-    datasets = prepare(data, records, held, model, reader)
+    datasets = build_datasets(data, records, held, model, reader)
     metadata = _metadata(model_options, data, datasets, model)
     adapter = attach(model, create_adapter(model, config, args.seed))
     trainer = make_trainer(datasets, model, adapter, args, metadata)
@@ -178,8 +173,8 @@ def run(
         figures["export_error"] = _write(output, trainer, datasets)
     if datasets.validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if datasets.shortened():
-        figures["cut_examples"] = datasets.shortened()
+    if datasets.num_truncated():
+        figures["cut_examples"] = datasets.num_truncated()
     counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
     return {**figures, **counts} if args.process_index == 0 else {}
 
@@ -224,7 +219,7 @@ def _metadata(
         "model_revision": options.model_revision,
         "dtype": options.dtype,
         "quantization": options.quantization,
-        **base_facts(model),
+        **base_fingerprint(model),
         "examples": len(datasets.examples),
         "prompt_template": datasets.encoder.template,
         "max_length": datasets.encoder.max_length,
@@ -284,7 +279,7 @@ def _drive(model: nn.Module, datasets: Datasets) -> None:
     device = next(model.parameters()).device
     for index in range(min(CALIBRATION_EXAMPLES, len(datasets.examples))):
         try:
-            inputs = datasets.single(index)
+            inputs = datasets.model_inputs(index)
         except EffiLoRAError as error:  # an image that the run has never come to
             warnings.warn(f"left out of the calibration: {error}", stacklevel=2)
             continue

@@ -22,7 +22,7 @@ import yaml
 from .. import EffiLoRAError
 from ..core import load_adapter_file
 from ..core.files import write_atomic
-from ..core.inspection import ReducerHistory, logged_layers, reducer_history
+from ..core.inspection import ReducerHistory, logged_blocks, reducer_history
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.checkpoints import list_checkpoints
 from ..diffusion.training.outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER, is_used
@@ -241,7 +241,7 @@ class Run:
     def history(self, steps: int) -> ReducerHistory | None:
         """What the Reducer has measured and chosen so far; ``None`` if it is off."""
         log = self.folder / REDUCER_FILE
-        return reducer_history(log, logged_layers(log), steps) if log.is_file() else None
+        return reducer_history(log, logged_blocks(log), steps) if log.is_file() else None
 
     def _last_words(self) -> str:
         return last_words(_text(self.folder / LOG_FILE))

@@ -19,7 +19,7 @@ from PIL import Image
 from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
 from ..core.files import ADAPTER_FILE
-from ..core.fingerprint import base_facts
+from ..core.fingerprint import base_fingerprint
 from ..core.load import host_model
 from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
 from ..diffusion.adapters.lora_files import describe_plain
@@ -92,7 +92,7 @@ class Session:
         self.model, self.outputs = model, outputs.resolve()
         self.lock, self.tickets = threading.Lock(), Tickets()
         self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
-        self.base = base_facts(host_model(self.pipe))
+        self.base = base_fingerprint(host_model(self.pipe))
         self.stack = ActiveAdapters(self.pipe)
         if torch.cuda.is_available():
             self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed

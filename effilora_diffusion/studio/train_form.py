@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import gradio as gr
 
 from .. import EffiLoRAError
-from ..diffusion.config import TrainingConfig, base_type
+from ..core.options import base_type, default_of, settings_of
+from ..diffusion.config import TrainingConfig
 from ..diffusion.training.example import example_settings
 from .session import Session
 
@@ -18,28 +19,36 @@ PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
 
 USUAL_STEPS = 800
 
-OWN_FIELDS = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir", "dry_run",
-              "overwrite_output_dir", "resume_from_checkpoint", "class_data_dir", "seed", "num_train_epochs")  # fmt: skip
-"""Settings that the tab gives itself."""
-
 PRESET_FIELDS = {"max_train_steps": "the preset's", "validation_steps": "a quarter of the steps",
                  "checkpointing_steps": "a quarter of the steps", "validation_prompt": "the prompt"}  # fmt: skip
 """Settings that are empty in the form, and what they are unless something is written there."""
 
 
 def shown_fields() -> list[Field[Any]]:
-    """The settings of the advanced section."""
-    return [entry for entry in fields(TrainingConfig) if entry.name not in OWN_FIELDS]
+    """The settings of the advanced section, group by group."""
+    entries = [entry for entry in settings_of(TrainingConfig) if entry.metadata["form"]]
+    groups = list(dict.fromkeys(entry.metadata["group"] for entry in entries))
+    return sorted(entries, key=lambda entry: groups.index(entry.metadata["group"]))
 
 
 def usual_settings(session: Session) -> dict[str, Any]:
     """What suits the open model, for every shown field but those of :data:`PRESET_FIELDS`: the form shows just these."""
-    found = {entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
-             for entry in shown_fields()}  # fmt: skip
+    found = {entry.name: default_of(entry) for entry in shown_fields()}
     found |= {"resolution": session.defaults()["edge"], "learning_rate": 1e-4}
     if session.model is None:
         found |= {name: value for name, value in example_settings().items() if name in found}
     return {name: None if name in PRESET_FIELDS else value for name, value in found.items()}
+
+
+def build_advanced(session: Session) -> list[Any]:
+    """Lay out the advanced section, a heading per group; returns the components in the order of :func:`shown_fields`."""
+    usual, group, made = usual_settings(session), None, []
+    for entry in shown_fields():
+        if entry.metadata["group"] != group:
+            group = entry.metadata["group"]
+            gr.Markdown(f"### {group}")
+        made.append(component_of(entry, usual[entry.name]))
+    return made
 
 
 def component_of(entry: Field[Any], usual: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import AdapterFile, EffiLoRAError, is_exact, to_lora
-from ...core.attach import check_sites
+from ...core.attachment import check_sites
 from ...core.convert import PlainLoRA
 from ...core.load import host_model
 from ...core.peft_format import add_to_weights, origin, write_peft, write_tensors

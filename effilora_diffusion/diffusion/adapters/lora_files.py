@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...core import EffiLoRAError
+from ...core.errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def load_plain_lora(pipe: Any, path: str | Path, name: str) -> int:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, local_files_only=True)
         layers = plain_layers(pipe, name)
     except Exception as error:  # diffusers and PEFT raise a dozen kinds for files made for another model
+        if is_out_of_memory(error):
+            raise
         remove_plain_loras(pipe)
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:200]
         raise EffiLoRAError(f"{file.name} does not fit this model, it was made for another base: {reason}") from error

@@ -2,7 +2,7 @@
 
 Every attention processor is swapped for a subclass of its own class, so that signature-based keyword filters, class
 attributes such as ``_attention_backend`` and class-based look-ups see what they saw before. The processor opens the
-attention's :class:`~effilora_diffusion.core.attach.Scope` for the length of its call. The arithmetic is in forward hooks
+attention's :class:`~effilora_diffusion.core.attachment.Scope` for the length of its call. The arithmetic is in forward hooks
 of the linears and the attention's own hooks open the scope as well, so a processor that something else installs later
 loses neither the adapter nor the sharing.
 """
@@ -19,7 +19,7 @@ from torch import nn
 
 from ...core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site
 from ...core import attach as attach_to_linears
-from ...core.attach import SCOPE_ATTRIBUTE, adapters_of, host_of, unwrap
+from ...core.attachment import SCOPE_ATTRIBUTE, adapters_of, host_of, unwrap
 from ...core.sites import base_layer, block_of, is_target, linears_of, single_sites, widths
 
 _SAME_INPUT = (

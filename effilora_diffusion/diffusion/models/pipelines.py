@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...core import EffiLoRAError
 from ...core.assets import asset
+from ...core.errors import is_out_of_memory
 
 EMBEDDED_BASE = "the embedded base"
 
@@ -84,6 +85,8 @@ def load_pipeline(
     except EffiLoRAError:
         raise
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError, KeyError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)

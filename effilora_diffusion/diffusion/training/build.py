@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from ...core import EffiLoRA, EffiLoRAError
-from ...core.fingerprint import base_facts
+from ...core.fingerprint import base_fingerprint
 from ..adapters.processors import attach, create_adapter
 from ..config import TrainingConfig
 from ..data.folder import Example, report_problems, scan_images
@@ -28,7 +28,7 @@ from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 class Plan:
     """What will be trained on what: the attached ``adapter`` is fresh, so that the model is still the base.
 
-    ``base`` identifies the base's weights (:func:`.base_facts`), ``images_per_step`` counts over all processes.
+    ``base`` identifies the base's weights (:func:`.base_fingerprint`), ``images_per_step`` counts over all processes.
     """
 
     config: TrainingConfig
@@ -62,7 +62,7 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
     family.guidance_scale = config.guidance_scale
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
-    base = base_facts(family.model)
+    base = base_fingerprint(family.model)
     adapter_config = replace(config.adapter_config(), timestep_range=family.timestep_range)
     adapter = create_adapter(family.model, adapter_config, config.seed)
     attach(family.model, adapter)

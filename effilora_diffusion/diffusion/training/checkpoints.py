@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
 from ...core.fingerprint import model_hash
+from ...core.options import ADAPTER_SETTINGS, settings_of
+from ..config import TrainingConfig
 from ..data.folder import Example
 from .build import Plan
 
@@ -167,18 +169,16 @@ def load_checkpoint(
     return state
 
 
-_SHAPING = ("seed", "resolution", "center_crop", "random_flip", "image_interpolation_mode", "train_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
-            "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-            "max_grad_norm", "snr_gamma", "mixed_precision", "prior_loss_weight", "weighting_scheme",
-            "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "quantization", "guidance_scale")  # fmt: skip
-"""Settings that decide what a training step computes."""
+def _fixed() -> list[str]:
+    """Settings that a resumed run must have as they were; the adapter's are compared as its configuration."""
+    names = [entry.name for entry in settings_of(TrainingConfig) if entry.metadata["fixed"]]
+    return [name for name in names if name not in ADAPTER_SETTINGS]
 
 
 def fingerprint(plan: Plan, prior: list[Example], processes: int) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     config, family = plan.config, plan.family
-    found: dict[str, Any] = {name: getattr(config, name) for name in _SHAPING}
+    found: dict[str, Any] = {name: getattr(config, name) for name in _fixed()}
     found["adapter"] = config.adapter_config().to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]
     found["base"] = plan.base["base_hash"] or named  # a quantised model has no hash

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from ...core import EffiLoRAError
+from ...core.errors import EffiLoRAError
 
 NOT_NEEDED = {
     "dataloader_num_workers": "latents are cached, nothing is loaded while training",
@@ -68,10 +67,8 @@ NOT_SUPPORTED = {
 """Flags that would change the result: refused with the reason."""
 
 
-def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
-    """Let ``parser`` know the flags, without showing them in its help."""
-    for name in (*NOT_NEEDED, *NOT_SUPPORTED, "optimizer", "lora_layers"):
-        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+FLAGS = (*NOT_NEEDED, *NOT_SUPPORTED, "optimizer", "lora_layers")
+"""Every flag of this module."""
 
 
 def translate_diffusers_flags(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,26 +1,16 @@
-"""The training command: settings from the command line, one run, plain words and exit codes."""
+"""One training run, from checked settings to the lines printed at its end."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-from ...core import exit_code
-from ..config import parse_arguments
-from .example import example_settings
+from ..config import TrainingConfig
+from .trainer import Interrupted, Trainer, report_plan
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the training command; returns the exit code: 0 done, 2 a mistake to mend, 130 or 143 stopped by a signal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
-    return exit_code(lambda: _train(arguments))
-
-
-def _train(arguments: list[str] | None) -> int:
-    config = parse_arguments(arguments, example_settings)
-    from .trainer import Interrupted, Trainer, report_plan  # late: --help and mistakes should not wait for torch
-
+def run(config: TrainingConfig) -> int:
+    """Train, or with ``dry_run`` only report; returns the exit code: 0, or 130 or 143 if a signal stopped the run."""
     if config.dry_run:
         report_plan(config)
         return 0
@@ -37,7 +27,3 @@ def _train(arguments: list[str] | None) -> int:
     if (output / "before_after.png").exists():
         print(f"\nbefore and after: {output / 'before_after.png'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

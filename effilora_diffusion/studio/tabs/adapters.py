@@ -12,9 +12,9 @@ from PIL import Image
 
 from ... import EffiLoRAError, export_lora
 from ...core import is_native, load_adapter_file
-from ...core.attach import check_sites
+from ...core.attachment import check_sites
 from ...core.files import write_atomic
-from ...core.fingerprint import is_base
+from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
 from ...core.load import host_model
 from ...diffusion.adapters import export
@@ -87,7 +87,7 @@ class AdaptersTab(DrawingTab):
     def _native_rows(self, path: Path) -> dict[str, Any]:
         facts = inspect_adapter(path)
         config, base = facts["config"], facts.get("base_model", "unknown")
-        if is_base(self.session.base, facts) is False:
+        if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
         gap = "exact" if facts["exact_export"] else f"{facts.get('export_error', 0):.1%} of the update missing"
         used = f"{facts['heads_used']} of {facts['heads_total']}"

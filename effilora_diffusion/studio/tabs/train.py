@@ -21,7 +21,7 @@ from .. import figures
 from ..queue import plain_words, refusal, shown_file
 from ..runs import Run, Status, dry_run, list_runs
 from ..session import Session
-from ..train_form import PRESETS, component_of, run_settings, shown_fields, usual_settings
+from ..train_form import PRESETS, build_advanced, run_settings
 
 CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
 """Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
@@ -55,8 +55,7 @@ class TrainTab:
                     self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
                     self.preset = gr.Radio(list(PRESETS), value="better", label="Preset", elem_id="train-preset")
                 with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
-                    usual = usual_settings(self.session)
-                    self.advanced = [component_of(entry, usual[entry.name]) for entry in shown_fields()]
+                    self.advanced = build_advanced(self.session)
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
                 with gr.Row():
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)

@@ -1,0 +1,195 @@
+"""The command line and config file of the training commands, made from dataclasses by transformers' ``HfArgumentParser``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from ..core.errors import EffiLoRAError
+from ..core.options import ADAPTER, REDUCER, default_of, from_text, hints_of
+
+USUAL = "Usual settings"
+
+ELSEWHERE = {
+    **dict.fromkeys(("lora_r", "lora_rank", "network_dim", "linear", "rank_dim"), "rank"),
+    **dict.fromkeys(("network_alpha", "linear_alpha", "alpha"), "lora_alpha"),
+    **dict.fromkeys(("network_dropout", "dropout"), "lora_dropout"),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "lora_modules_to_save"), "target_modules"),
+    **dict.fromkeys(("cutoff_len", "max_seq_length", "max_seq_len", "model_max_length", "sequence_len"), "max_length"),
+    **dict.fromkeys(("template", "chat_template"), "prompt_template"),
+    **dict.fromkeys(("data_path", "dataset", "datasets"), "train_file"),
+    **dict.fromkeys(("train_data_dir", "folder_path", "dataset_path", "image_dir"), "instance_data_dir"),
+    **dict.fromkeys(("reg_data_dir", "regularization_dir"), "class_data_dir"),
+    **dict.fromkeys(("trigger_word", "default_caption", "class_tokens"), "instance_prompt"),
+    **dict.fromkeys(("name_or_path", "ckpt", "model_name"), "pretrained_model_name_or_path"),
+    "base_model": "model_name_or_path",
+    **dict.fromkeys(("lr", "unet_lr"), "learning_rate"),
+    **dict.fromkeys(("steps", "max_train_step", "total_steps"), "max_train_steps"),
+    **dict.fromkeys(("max_train_epochs", "epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "micro_batch_size"), "train_batch_size"),
+    **dict.fromkeys(("gradient_accumulation", "grad_accum"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("save_every_n_steps", "save_every"), "checkpointing_steps"),
+    **dict.fromkeys(("save_last_n_steps", "max_step_saves_to_keep"), "checkpoints_total_limit"),
+    **dict.fromkeys(("sample_prompts", "sample_prompt", "prompts"), "validation_prompt"),
+    **dict.fromkeys(("sample_every_n_steps", "sample_every"), "validation_steps"),
+    **dict.fromkeys(("output_name", "training_folder", "workspace_dir"), "output_dir"),
+    "min_snr_gamma": "snr_gamma",
+    "resume": "resume_from_checkpoint",
+    **dict.fromkeys(("quantize", "fp8_base"), "quantization"),
+    "load_in_4bit": "quantization bnb-4bit",
+    "load_in_8bit": "quantization bnb-8bit",
+    "torch_dtype": "dtype",
+    **dict.fromkeys(("save_precision", "dtype", "train_dtype"), "mixed_precision"),
+}
+"""Settings of other trainers (sd-scripts, ai-toolkit, OneTrainer, LLaMA-Factory, axolotl), and ours."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command line and its config file name, by setting; what neither names is absent."""
+
+    values: dict[str, Any]
+    extra: dict[str, Any]
+
+
+class _OneName(argparse.HelpFormatter):
+    """Help with one spelling of every option."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
+def groups_of(kinds: Sequence[type], usual: Iterable[str] = ()) -> dict[str, list[tuple[Field[Any], Any]]]:
+    """Fields and types of several dataclasses by group, the usual settings first.
+
+    Fields that no :func:`~effilora_diffusion.core.options.option` made (transformers' own) are a group of their own; those of
+    them that are usual are named in ``usual``.
+    """
+    found: dict[str, list[tuple[Field[Any], Any]]] = {USUAL: []}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        # inherited settings come first in a dataclass, and what is trained on what should come first in the help
+        for entry in sorted(fields(kind), key=lambda entry: entry.metadata.get("group") in (ADAPTER, REDUCER)):
+            if entry.init:
+                is_usual = entry.metadata.get("usual") or entry.name in usual
+                group = USUAL if is_usual else entry.metadata.get("group", "Settings of transformers' Trainer")
+                found.setdefault(group, []).append((entry, hints[entry.name]))
+    return found
+
+
+def make_parser(
+    kinds: Sequence[type], description: str, prog: str | None = None, usual: Iterable[str] = ()
+) -> HfArgumentParser:
+    """A parser of the settings of ``kinds``: grouped help; absent settings stay absent from its result."""
+    groups = groups_of(kinds, usual)
+    parser = HfArgumentParser(
+        [_as_dataclass(title, entries) for title, entries in groups.items()],
+        description=description, prog=prog, usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        allow_abbrev=False, formatter_class=_OneName,
+    )  # fmt: skip
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML or YAML file with any of these settings")
+    for entry, hint in (pair for entries in groups.values() for pair in entries):
+        if hint is bool:
+            dashed = entry.name.replace("_", "-")
+            spellings = [f"--no_{entry.name}", f"--no-{entry.name}", f"--no-{dashed}"]
+            fresh = [one for one in dict.fromkeys(spellings) if one not in parser._option_string_actions]
+            if fresh:
+                parser.add_argument(*fresh, dest=entry.name, action="store_false", help=argparse.SUPPRESS)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS if action.dest != "config" else None
+    return parser
+
+
+def _as_dataclass(title: str, entries: list[tuple[Field[Any], Any]]) -> type:
+    """One group as the dataclass that ``HfArgumentParser`` makes an argument group of; all metadata go to argparse."""
+    made: list[tuple[str, Any, Any]] = []
+    for entry, hint in entries:
+        metadata = {"help": _help(entry)}
+        if entry.metadata.get("choices"):
+            metadata["choices"] = entry.metadata["choices"]
+        if "aliases" in entry.metadata:
+            metadata["aliases"] = entry.metadata["aliases"]
+        default: Any = {"default": entry.default}
+        if entry.default_factory is not MISSING:
+            default = {"default_factory": entry.default_factory}
+        made.append((entry.name, hint, field(metadata=metadata, **default)))
+    return make_dataclass("Group", made, namespace={"_argument_group_name": title}, kw_only=True)
+
+
+def _help(entry: Field[Any]) -> str:
+    default = default_of(entry)
+    shown = "" if default in (None, False, [], MISSING) or "default" in str(entry.metadata.get("help")) else default
+    shown = " ".join(shown) if isinstance(shown, list) else shown
+    text = str(entry.metadata.get("help", ""))
+    if "group" in entry.metadata:
+        text = text.replace("%", "%%")
+    return f"{text} (default: {shown})" if shown != "" else text
+
+
+def parse(
+    parser: HfArgumentParser, kinds: Sequence[type], arguments: list[str] | None, flags: Iterable[str] = ()
+) -> Given:
+    """What ``arguments`` and the config file that they name say; the command line wins.
+
+    Args:
+        parser: of :func:`make_parser`.
+        kinds: the dataclasses it was made of.
+        arguments: words after the command's name; ``None``: those of the process.
+        flags: further options of ``parser`` that are no settings.
+
+    Raises:
+        EffiLoRAError: an unknown name, answered with the nearest known one or ours for another trainer's; a bad config file.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    namespace, unknown = parser.parse_known_args(words)
+    given = vars(namespace)
+    config = given.pop("config")
+    hints = hints_of(kinds)
+    if unknown:
+        raise _unknown(unknown[0].split("=")[0], [*hints, *flags], "this command")
+    extra = {name: given.pop(name) for name in list(given) if name not in hints}
+    values = {**(read_config_file(config, hints) if config else {}), **given}
+    return Given(values, extra)
+
+
+def _unknown(word: str, known: Iterable[str], where: str) -> EffiLoRAError:
+    """The error for a name that ``where`` does not have."""
+    name = word.lstrip("-").replace("-", "_")
+    known = list(known)
+    ours = ELSEWHERE.get(name)
+    if not word.startswith("-") and where == "this command":
+        return EffiLoRAError(f"{word!r} belongs to no setting: quote values that have spaces")
+    if ours is not None and ours.split()[0] in known:
+        return EffiLoRAError(f"{word} is no setting of {where}: here it is --{ours}")
+    near = difflib.get_close_matches(name, known, 1, 0.7)
+    hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
+    return EffiLoRAError(f"{word} is no setting of {where}: {hint}")
+
+
+def read_config_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a TOML or YAML file, of the types in ``hints``.
+
+    Raises :class:`EffiLoRAError` for unknown names, values of another type and files that can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise EffiLoRAError(f"--config {path} can't be read: {error}") from error
+    if not isinstance(data, dict):
+        raise EffiLoRAError(f"--config {path} must hold settings as 'name: value', in TOML or YAML")
+    for name in data:
+        if name not in hints:
+            raise _unknown(str(name), hints, f"--config {path}")
+    return {name: from_text(name, hints[name], value) for name, value in data.items()}
