@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from effilora_diffusion.cli.settings_page import page
 from effilora_diffusion.diffusion.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -23,3 +24,8 @@ def test_the_page_has_every_family_with_its_file(family):
 def test_the_example_on_the_page_is_the_file_it_shows():
     shown = PAGE.split("```python\n")[1].split("```")[0].strip()
     assert shown in (ROOT / "effilora_diffusion/diffusion/models/auraflow.py").read_text(encoding="utf-8")
+
+
+def test_the_page_of_settings_is_what_the_code_says():
+    written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert written == page(), "run: python -m effilora_diffusion.cli.settings_page > docs/settings.md"
