@@ -25,10 +25,10 @@ def folders(tmp_path_factory):
         ("sd15", {"weighting_scheme": "logit_normal"}, "--weighting_scheme is for flow matching"),
         ("flux", {"snr_gamma": 5.0}, "--snr_gamma is for DDPM models, FLUX.1"),
         ("flux", {"resolution": 72}, "--resolution must be a multiple of 16 for FLUX.1, not 72"),
-        ("sd15", {"max_sequence_length": 32}, "--max_sequence_length can't be chosen"),
-        ("hunyuandit", {"max_sequence_length": 77}, "--max_sequence_length can't be chosen"),
+        ("sd15", {"max_sequence_length": 32}, "models do not support --max_sequence_length"),
+        ("hunyuandit", {"max_sequence_length": 77}, "models do not support --max_sequence_length"),
         ("cogview4", {"gradient_checkpointing": True, "routing": "timestep"}, "can't have both"),
-        ("hunyuandit", {"gradient_checkpointing": True}, "have no --gradient_checkpointing"),
+        ("hunyuandit", {"gradient_checkpointing": True}, "do not support --gradient_checkpointing"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(folders, name, options, message, tmp_path):

@@ -132,7 +132,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 def test_models_without_gradient_checkpointing_are_named():
     family, _ = adapted("hunyuandit")
-    with pytest.raises(EffiLoRAError, match="HunyuanDiT models have no --gradient_checkpointing"):
+    with pytest.raises(EffiLoRAError, match="HunyuanDiT models do not support --gradient_checkpointing"):
         family.enable_gradient_checkpointing()
 
 

@@ -296,10 +296,10 @@ def test_a_saved_state_continues_as_if_never_interrupted():
     assert selections(second) == selections(whole)
 
 
-def test_a_state_of_other_layers_is_refused():
+def test_a_state_of_other_blocks_is_refused():
     state = make_reducer().state_dict()
     state["scores"]["blocks.99"] = state["scores"].pop("blocks.0")
-    with pytest.raises(EffiLoRAError, match="other layers"):
+    with pytest.raises(EffiLoRAError, match="other blocks"):
         make_reducer().load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""Model families: which there are, and which one a pipeline belongs to."""
+"""Model families, and the lookup of a pipeline's family."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ FAMILIES: tuple[type[Family], ...] = (
     Krea2,
     ErnieImage,
 )
-"""All families that can be trained."""
+"""All trainable families."""
 
 __all__ = ["FAMILIES", "IMAGE", "Conditions", "Family", "family_class", "make_family"]
 
 
 def family_class(pipe: Any) -> type[Family] | None:
-    """The family of a pipeline, by its class; ``None`` if it belongs to none."""
+    """Return the family of a pipeline's class, or ``None``."""
     name = type(pipe).__name__
     return next((family for family in FAMILIES if name in family.pipelines), None)
 
 
 def make_family(pipe: Any, device: torch.device, max_sequence_length: int | None = None) -> Family:
-    """The family of ``pipe``, its parts frozen; raises :class:`EffiLoRAError` for pipelines that can't be trained."""
+    """Wrap ``pipe`` in its family and freeze it; raises :class:`EffiLoRAError` for pipelines that can't be trained."""
     family = family_class(pipe)
     if family is None:
         known = ", ".join(family.title for family in FAMILIES)
-        raise EffiLoRAError(f"{type(pipe).__name__} models can't be trained; those that can are {known}")
+        raise EffiLoRAError(f"{type(pipe).__name__} models can't be trained; supported are {known}")
     return family(pipe, device, max_sequence_length)

@@ -1,4 +1,4 @@
-"""AuraFlow: a multimodal transformer on T5 states, whose padding is zero instead of masked."""
+"""AuraFlow: a multimodal transformer on T5 states; padding is zeroed instead of masked."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ class AuraFlow(Family):
     timestep_range = 1.0
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer."""
+        """Call the transformer."""
         states = conditions["encoder_hidden_states"]
         return self.model(noisy, encoder_hidden_states=states, timestep=timesteps / 1000, return_dict=False)[0]

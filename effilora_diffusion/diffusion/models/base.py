@@ -1,4 +1,4 @@
-"""What the training loop asks of a model family. A family is a small subclass: see ``docs/families.md``."""
+"""The interface between the training loop and a model family; how to add one: ``docs/families.md``."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from torch import Tensor, nn
 from ...core import EffiLoRAError
 
 Conditions = dict[str, Tensor]
-"""What a denoiser reads beside noisy latents and time, by name; without a batch axis for one prompt or image."""
+"""The denoiser's inputs besides latents and timestep, by name; without a batch axis for one prompt or image."""
 
 IMAGE = "image"
-"""Condition of every image, ``(6,)``: original height and width, the crop's top and left edge, its height and width."""
+"""Size condition of an image, ``(6,)``: original height and width, top and left of the crop, its height and width."""
 
 
 class Family(ABC):
-    """How one kind of model encodes prompts and images, and how its denoiser is called.
+    """A kind of model: encodes prompts and images, and calls the denoiser.
 
     Args:
-        pipe: the stock pipeline; its parts are frozen and stay where they are until they are needed.
-        device: where training runs.
-        max_sequence_length: longest prompt in tokens; ``None``: what the pipeline itself samples with.
+        pipe: the diffusers pipeline; its modules are frozen and stay on their device until they are needed.
+        device: the training device.
+        max_sequence_length: longest prompt in tokens; ``None`` takes the pipeline's default.
 
     Attributes:
-        pipelines: names of the pipeline classes that this family trains.
-        component: the trained part of the pipeline, and the prefix of its LoRA keys.
-        prompt_outputs: names for what the pipeline's ``encode_prompt`` returns, in order; ``None`` drops a value.
-        timestep_range: the timestep that the denoiser is called with at pure noise.
-        weighting_scheme: density of the noise levels if the user names none (flow matching only).
+        title: name for messages.
+        pipelines: class names of the pipelines in this family.
+        component: name of the denoiser in the pipeline, and prefix of its LoRA keys.
+        prompt_outputs: condition names of the values that ``encode_prompt`` returns; ``None`` drops a value.
+        timestep_range: the denoiser's timestep argument at pure noise.
+        weighting_scheme: default density of the noise levels (flow matching only).
         guidance_argument: the pipeline's name for the guidance scale.
-        negative_prompts: whether the pipeline's guidance uses a negative prompt.
-        size_multiple: pixels that an image's edge must be a multiple of.
-        guidance_scale: guidance that distilled models are told while training; diffusers' scripts train with 3.5.
-        comfyui: whether ComfyUI reads LoRAs with the names that are written for this family.
-        one_by_one: whether prompts of different length would disturb each other in one call of the pipeline.
+        negative_prompts: whether the pipeline accepts a negative prompt.
+        size_multiple: divisor of the image's height and width.
+        guidance_scale: guidance input of distilled models in training (3.5 as in diffusers' scripts).
+        comfyui: whether ComfyUI documents the LoRA key names written for this family.
+        one_by_one: whether prompts of different length must be sampled in separate batches.
     """
 
     title: ClassVar[str]
@@ -62,15 +63,14 @@ class Family(ABC):
         self.model: Any = getattr(pipe, self.component)
         self.text_options = self._text_options(max_sequence_length)
         for part in self.parts():
-            part.requires_grad_(False)
-            part.eval()
+            part.requires_grad_(False).eval()
 
     def parts(self) -> list[nn.Module]:
-        """All modules of the pipeline."""
+        """Return all modules of the pipeline."""
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
 
     def _text_options(self, max_sequence_length: int | None) -> dict[str, Any]:
-        """Arguments of ``encode_prompt`` as the pipeline passes them when it samples with its defaults."""
+        """Return the arguments that the pipeline passes to ``encode_prompt`` with its defaults."""
         wanted = inspect.signature(self.pipe.encode_prompt).parameters
         called = inspect.signature(self.pipe.__call__).parameters
         options = {
@@ -85,13 +85,13 @@ class Family(ABC):
         options |= {name: value for name, value in fixed.items() if name in wanted}
         if max_sequence_length is not None:
             if "max_sequence_length" not in wanted or "max_sequence_length" not in called:
-                raise EffiLoRAError(f"--max_sequence_length can't be chosen for {self.title} models: leave it out")
+                raise EffiLoRAError(f"{self.title} models do not support --max_sequence_length: leave it out")
             options["max_sequence_length"] = max_sequence_length
         return options
 
     @contextlib.contextmanager
     def encoders(self) -> Iterator[None]:
-        """Text encoders and autoencoder on the device for the length of the block, back on the CPU after it."""
+        """Move text encoders and autoencoder to the training device in this context, and to the CPU afterwards."""
         parts = [part for part in self.parts() if part is not self.model]
         for part in parts:
             part.to(self.device)
@@ -105,7 +105,7 @@ class Family(ABC):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """The whole pipeline ready to draw: on a GPU each part is there only while it is at work."""
+        """Prepare the whole pipeline for sampling, with model offloading on a GPU."""
         if self.device.type == "cpu":
             yield
         else:
@@ -114,7 +114,7 @@ class Family(ABC):
 
     @contextlib.contextmanager
     def offloaded(self, device: torch.device) -> Iterator[None]:
-        """Every part on the CPU but for the time that it works on ``device``; afterwards the denoiser is where it was."""
+        """Enable diffusers' model offloading to ``device`` in this context; the denoiser returns to its device afterwards."""
         home = self.model.device
         self.pipe.enable_model_cpu_offload(device=device)
         try:
@@ -127,17 +127,17 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Conditions:
-        """The conditions of one prompt, on the CPU, without a batch axis."""
-        found = {name: value.cpu() for name, value in self.prompt_conditions(prompt).items()}
-        if not all(value.isfinite().all() for value in found.values()):
+        """Encode a prompt to conditions on the CPU, without a batch axis."""
+        conditions = {name: value.cpu() for name, value in self.prompt_conditions(prompt).items()}
+        if not all(value.isfinite().all() for value in conditions.values()):
             raise EffiLoRAError(
-                f"a text encoder turned {prompt!r} into NaN or infinity: try --mixed_precision bf16 instead of fp16"
+                f"a text encoder returned NaN or infinity for {prompt!r}: try --mixed_precision bf16 instead of fp16"
             )
-        return found
+        return conditions
 
     @contextlib.contextmanager
     def encoding_on(self, device: torch.device) -> Iterator[None]:
-        """Prompts are encoded on ``device`` for the length of the block."""
+        """Encode prompts on ``device`` in this context."""
         original = self.text_options
         self.text_options = {**original, "device": device} if "device" in original else original
         try:
@@ -146,16 +146,16 @@ class Family(ABC):
             self.text_options = original
 
     def prompt_conditions(self, prompt: str) -> Conditions:
-        """What the pipeline's ``encode_prompt`` returns for one prompt, under the names of ``prompt_outputs``."""
-        found = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
-        found = found if isinstance(found, tuple) else (found,)
-        return {name: value[0] for name, value in zip(self.prompt_outputs, found, strict=False) if name is not None}
+        """Call the pipeline's ``encode_prompt`` for one prompt; returns its values by the names in ``prompt_outputs``."""
+        output = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
+        values = output if isinstance(output, tuple) else (output,)
+        return {name: value[0] for name, value in zip(self.prompt_outputs, values, strict=False) if name is not None}
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """Latent distribution of one image ``(3, h, w)`` in [-1, 1]: mean and deviation, ``(2, c, h', w')`` float32.
+        """Encode an image ``(3, h, w)`` in [-1, 1] to mean and standard deviation of its latents, ``(2, c, h', w')``.
 
-        Computed in float32: half precision overflows in some autoencoders.
+        In float32, because some autoencoders overflow in half precision.
         """
         vae = self.pipe.vae
         dtype = vae.dtype
@@ -165,11 +165,11 @@ class Family(ABC):
         if dtype != torch.float32:
             vae.to(dtype)
         if not moments.isfinite().all():
-            raise EffiLoRAError("the autoencoder turned an image into NaN: its weights may be damaged")
+            raise EffiLoRAError("the autoencoder returned NaN for an image: its weights may be damaged")
         return moments.float().cpu()
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """Mean and deviation of an image's scaled latents: ``(1, 3, h, w)`` to ``(2, c, h', w')``."""
+        """Return mean and standard deviation of an image's scaled latents: ``(1, 3, h, w)`` to ``(2, c, h', w')``."""
         vae = self.pipe.vae
         posterior = vae.encode(image).latent_dist
         scale, shift = float(vae.config.scaling_factor), vae.config.get("shift_factor")
@@ -177,7 +177,7 @@ class Family(ABC):
         return torch.stack([mean, posterior.std[0]]) * scale
 
     def collate(self, rows: list[Conditions]) -> Conditions:
-        """Conditions of single images as one batch; shorter prompts are padded with zeros at their end."""
+        """Batch the conditions of single images; shorter prompts are zero-padded at the end."""
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
@@ -188,10 +188,12 @@ class Family(ABC):
         return batch
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's prediction for ``noisy`` latents ``(n, c, h, w)``, same shape.
+        """Return the denoiser's prediction: epsilon, v, or for flow matching noise minus latents.
 
-        ``timesteps`` ``(n,)`` lie in [0, 1000] in every family; ``conditions`` carry a batch axis. The sign is that of the
-        objective's target: noise, velocity, or noise minus latents.
+        Args:
+            noisy: noisy latents ``(n, c, h, w)``; the prediction has the same shape.
+            timesteps: ``(n,)``, in [0, 1000] for every family.
+            conditions: with a batch axis.
         """
         dtype = self.dtype
         cast = {
@@ -205,25 +207,27 @@ class Family(ABC):
         """:meth:`predict` with everything in the denoiser's dtype."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass; raises :class:`EffiLoRAError` where the model can't."""
+        """Recompute activations in the backward pass; raises :class:`EffiLoRAError` if the model does not support it."""
         try:
             self.model.enable_gradient_checkpointing()
         except ValueError as error:
-            raise EffiLoRAError(f"{self.title} models have no --gradient_checkpointing: leave it out") from error
+            raise EffiLoRAError(
+                f"{self.title} models do not support --gradient_checkpointing: leave it out"
+            ) from error
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the denoiser computes in."""
+        """The denoiser's dtype."""
         return self.model.dtype
 
     @classmethod
     def sampling_options(cls, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
-        """Arguments of the pipeline's call for a guidance scale and a negative prompt; ``None`` leaves its default."""
+        """Return the pipeline's arguments for a guidance scale and a negative prompt; ``None`` keeps its default."""
         options: dict[str, Any] = {}
         if guidance_scale is not None:
             options[cls.guidance_argument] = guidance_scale
         if negative_prompt:
             if not cls.negative_prompts:
-                raise EffiLoRAError(f"{cls.title} models are drawn without a negative prompt here: leave it out")
+                raise EffiLoRAError(f"{cls.title} models do not support a negative prompt here: leave it out")
             options["negative_prompt"] = negative_prompt
         return options

@@ -23,14 +23,14 @@ class Chroma(Flux):
     comfyui = False
 
     def extra_inputs(self, noisy: Tensor, conditions: Conditions) -> dict[str, Any]:
-        """The prompt's mask, then ones for the image tokens."""
+        """Return the attention mask: the prompt's, then ones for the image tokens."""
         n, _, height, width = noisy.shape
         mask = conditions["attention_mask"]
         self._mask = torch.cat([mask, mask.new_ones(n, height // 2 * (width // 2))], 1)
         return {"attention_mask": self._mask}
 
     def enable_gradient_checkpointing(self) -> None:
-        """As usual, but single-stream blocks get the mask, which diffusers 0.42 forgets when it checkpoints them."""
+        """Pass the mask to checkpointed single-stream blocks too, which diffusers 0.42 omits."""
 
         def checkpointed(block: nn.Module, *inputs: Any) -> Any:
             single = isinstance(block, ChromaSingleTransformerBlock)

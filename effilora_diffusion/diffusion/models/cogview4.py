@@ -1,4 +1,4 @@
-"""CogView4: a multimodal transformer on GLM states, which are padded but not masked."""
+"""CogView4: a multimodal transformer on GLM states, without an attention mask for padding."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from .base import IMAGE, Conditions, Family
 
 
 class CogView4(Family):
-    """CogView4. Rows whose prompts differ in length are predicted apart: padding would be seen."""
+    """CogView4. Prompts of different length are run in separate calls, since padding would not be masked."""
 
     title = "CogView4"
     pipelines = ("CogView4Pipeline",)
     one_by_one = True
 
     def prompt_conditions(self, prompt: str) -> Conditions:
-        """States ``(tokens, width)`` and how many there are."""
+        """Return states ``(tokens, width)`` and their number."""
         states = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)[0][0]
         return {"states": states, "tokens": torch.tensor(len(states))}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer for every length of prompt."""
+        """Call the transformer once per prompt length."""
         output = torch.zeros_like(noisy)
         for count in conditions["tokens"].unique().tolist():
             rows = conditions["tokens"] == count

@@ -11,7 +11,7 @@ from .base import Conditions, Family
 from .flux2 import normalised_patches
 
 EPSILON = 1e-5
-"""Of the latents' normalisation: the pipeline's own, which is not the one in the autoencoder's configuration."""
+"""Epsilon of the batch normalisation of latents in the pipeline; the autoencoder's configuration has another."""
 
 
 class ErnieImage(Family):
@@ -21,20 +21,20 @@ class ErnieImage(Family):
     pipelines = ("ErnieImagePipeline",)
 
     def prompt_conditions(self, prompt: str) -> Conditions:
-        """States ``(tokens, width)`` and how many there are."""
+        """Return states ``(tokens, width)`` and their number."""
         (states,) = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
         return {"text_bth": states, "text_lens": torch.tensor(len(states))}
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """2x2 latents as channels, normalised by the autoencoder's batch statistics; without a deviation."""
+        """Return 2x2 patches of latents, normalised by the autoencoder's batch statistics, with standard deviation 0."""
         return normalised_patches(self.pipe.vae, image, EPSILON)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer."""
+        """Call the transformer."""
         text = {name: conditions[name] for name in ("text_bth", "text_lens")}
         return self.model(hidden_states=noisy, timestep=timesteps.to(noisy.dtype), return_dict=False, **text)[0]
 
     @classmethod
     def sampling_options(cls, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
-        """As usual, without the language model that would rewrite the prompt and with it the subject's name."""
+        """Turn off the prompt enhancer, which would rewrite the subject's name."""
         return {**super().sampling_options(guidance_scale, negative_prompt), "use_pe": False}

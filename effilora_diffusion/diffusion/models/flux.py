@@ -12,7 +12,7 @@ from .packing import grid_ids, pack, unpack
 
 
 class Flux(Family):
-    """FLUX.1. Distilled guidance is an input of the model where its configuration says so (dev, Krea; not schnell)."""
+    """FLUX.1. The guidance scale is an input of guidance-distilled models (dev, Krea; not schnell)."""
 
     title = "FLUX.1"
     pipelines = ("FluxPipeline",)
@@ -22,7 +22,7 @@ class Flux(Family):
     comfyui = True
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer on packed latents."""
+        """Call the transformer on packed latents."""
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         states = conditions["encoder_hidden_states"]
         tokens = self.model(
@@ -37,11 +37,11 @@ class Flux(Family):
         return unpack(tokens, noisy)
 
     def text_ids(self, states: Tensor) -> Tensor:
-        """Places of the text tokens, ``(tokens, 3)``: all at the origin."""
+        """Return the positions of the text tokens, ``(tokens, 3)``: all zero."""
         return states.new_zeros(states.shape[1], 3)
 
     def extra_inputs(self, noisy: Tensor, conditions: Conditions) -> dict[str, Any]:
-        """Inputs that FLUX.1's relatives do not have: the pooled text vector and the guidance scale."""
+        """Return inputs that related models do not have: the pooled text embedding and the guidance scale."""
         guidance = None
         if self.model.config.guidance_embeds:
             guidance = torch.full((len(noisy),), self.guidance_scale, device=noisy.device)

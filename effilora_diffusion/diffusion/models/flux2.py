@@ -1,4 +1,4 @@
-"""FLUX.2: dev (told its guidance) and klein; latents are normalised by statistics that the autoencoder carries."""
+"""FLUX.2 dev and klein; latents are normalised by the batch statistics in the autoencoder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Flux2(Family):
     negative_prompts = False
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """2x2 latents as channels, normalised by the autoencoder's batch statistics; without a deviation."""
+        """Return 2x2 patches of latents, normalised by the autoencoder's batch statistics, with standard deviation 0."""
         return normalised_patches(self.pipe.vae, image, self.pipe.vae.config.batch_norm_eps)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer, a token for every place of the latents."""
+        """Call the transformer with one token per latent position."""
         n, _, height, width = noisy.shape
         states = conditions["encoder_hidden_states"]
         guidance = None
@@ -44,14 +44,14 @@ class Flux2(Family):
         return tokens[:, : height * width].transpose(1, 2).reshape(noisy.shape)
 
     def _text_ids(self, states: Tensor) -> Tensor:
-        """Places (0, 0, 0, i) of the text tokens."""
+        """Return the positions (0, 0, 0, i) of the text tokens."""
         places = torch.arange(states.shape[1], device=states.device)
         zero = torch.zeros_like(places)
         return torch.stack([zero, zero, zero, places], 1).expand(len(states), -1, -1)
 
 
 def normalised_patches(vae: Any, image: Tensor, epsilon: float) -> Tensor:
-    """Latents of FLUX.2's autoencoder as its transformers read them, ``(2, 4 c, h/2, w/2)``; the deviation is zero."""
+    """Return 2x2 patches of FLUX.2's latents as channels, batch-normalised, ``(2, 4 c, h/2, w/2)``, with standard deviation 0."""
     latents = vae.encode(image).latent_dist.mode()
     patches = torch.nn.functional.pixel_unshuffle(latents, 2)[0]
     mean = vae.bn.running_mean.view(-1, 1, 1)

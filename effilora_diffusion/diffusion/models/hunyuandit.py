@@ -1,4 +1,4 @@
-"""HunyuanDiT: a transformer on BERT and T5 states; it predicts velocity and a variance that sampling does not use."""
+"""HunyuanDiT: a transformer on BERT and T5 states that predicts v and a variance, which sampling ignores."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from .base import IMAGE, Conditions, Family
 
 BASE_TOKENS = 512 // 8 // 2
-"""Edge of the image, in tokens, whose places the rotary embedding spans."""
+"""Width and height in tokens of the grid that the rotary embedding is interpolated from."""
 
 
 class HunyuanDiT(Family):
-    """HunyuanDiT; versions before 1.2 also read the image's sizes and a style."""
+    """HunyuanDiT; versions before 1.2 also have size and style conditions."""
 
     title = "HunyuanDiT"
     pipelines = ("HunyuanDiTPipeline",)
 
     def prompt_conditions(self, prompt: str) -> Conditions:
-        """States and masks of both encoders; the pipeline encodes with each in turn."""
+        """Return states and masks of both text encoders."""
         encode, options = self.pipe.encode_prompt, self.text_options
         states, _, mask, _ = encode(prompt, **{**options, "max_sequence_length": 77, "text_encoder_index": 0})
         long, _, long_mask, _ = encode(prompt, **{**options, "max_sequence_length": 256, "text_encoder_index": 1})
         return {"bert": states[0], "bert_mask": mask[0], "t5": long[0], "t5_mask": long_mask[0]}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer; its first half is the velocity."""
+        """Call the transformer; the first half of its channels is v."""
         sizes = conditions[IMAGE][:, [0, 1, 4, 5, 2, 3]]  # original size, target size, crop
         output = self.model(
             noisy,
@@ -44,7 +44,7 @@ class HunyuanDiT(Family):
         return output[:, : noisy.shape[1]]
 
     def _rotary(self, noisy: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary embedding of a grid of tokens, stretched over the base size."""
+        """Return the rotary embedding of the token grid, interpolated from the base size."""
         patch = self.model.config.patch_size
         grid = (noisy.shape[-2] // patch, noisy.shape[-1] // patch)
         region = get_resize_crop_region_for_grid(grid, BASE_TOKENS)

@@ -19,11 +19,11 @@ class Krea2(Family):
     timestep_range = 1.0
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """Latents of one frame, normalised per channel."""
+        """Return the latents of a single frame, normalised per channel."""
         return frame_moments(self.pipe.vae, image)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer on packed latents; text tokens are all at the origin."""
+        """Call the transformer on packed latents; the positions of all text tokens are zero."""
         states = conditions["encoder_hidden_states"]
         places = grid_ids(noisy.shape[-2] // 2, noisy.shape[-1] // 2, timesteps.float())
         tokens = self.model(

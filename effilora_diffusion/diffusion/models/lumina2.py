@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: a unified transformer on Gemma states; time runs from noise to image."""
+"""Lumina-Image 2.0: a unified transformer on Gemma states; its timestep is 0 at pure noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Lumina2(Family):
     timestep_range = 1.0
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer; it predicts the opposite direction, from noise to image."""
+        """Call the transformer, which predicts latents minus noise."""
         return -self.model(
             hidden_states=noisy,
             timestep=1 - timesteps / 1000,

@@ -1,4 +1,4 @@
-"""Ovis-Image: FLUX.1's transformer without guidance and pooled text, the text's tokens numbered."""
+"""Ovis-Image: FLUX.1's transformer without guidance and pooled text, with numbered text tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class OvisImage(Flux):
     comfyui = False
 
     def text_ids(self, states: Tensor) -> Tensor:
-        """Places (0, i, i) of the text tokens."""
+        """Return the positions (0, i, i) of the text tokens."""
         places = torch.arange(states.shape[1], device=states.device, dtype=states.dtype)
         return torch.stack([torch.zeros_like(places), places, places], 1)
 
     def extra_inputs(self, noisy: Tensor, conditions: Conditions) -> dict[str, Any]:
-        """None."""
+        """Return none."""
         return {}

@@ -1,4 +1,4 @@
-"""Latents as sequences of tokens, and the places of the tokens."""
+"""Pack latents into token sequences, with the tokens' positions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack(latents: Tensor) -> Tensor:
-    """2x2 latents as one token each: ``(n, c, h, w)`` to ``(n, h/2 w/2, 4 c)``, channels in the order (c, dy, dx)."""
+    """Pack 2x2 patches into tokens: ``(n, c, h, w)`` to ``(n, h/2 w/2, 4 c)``, channels in the order (c, dy, dx)."""
     n, c, h, w = latents.shape
     return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h // 2 * (w // 2), 4 * c)
 
@@ -19,7 +19,7 @@ def unpack(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def grid_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """Places (0, row, column) of a grid of tokens, ``(height width, 3)``, on the device and in the dtype of ``like``."""
+    """Return the positions (0, row, column) of a token grid, ``(height width, 3)``, in device and dtype of ``like``."""
     rows = torch.arange(height, device=like.device).repeat_interleave(width)
     columns = torch.arange(width, device=like.device).repeat(height)
     return torch.stack([torch.zeros_like(rows), rows, columns], 1).to(like.dtype)

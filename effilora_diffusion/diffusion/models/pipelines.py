@@ -1,4 +1,4 @@
-"""Loading stock pipelines: the embedded base, a diffusers folder, a hub id or a single checkpoint file."""
+"""Load diffusers pipelines: the embedded base, a folder, a hub id or a single checkpoint file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ...core.errors import is_out_of_memory
 EMBEDDED_BASE = "the embedded base"
 
 UNUSED_PARTS = ("safety_checker", "pe", "pe_tokenizer")
-"""Parts of pipelines that are not loaded: an image filter, and the language model that rewrites ERNIE-Image's prompts."""
+"""Components that are not loaded: the safety checker, and ERNIE-Image's prompt enhancer."""
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Any:
-    """Progress bars of loading are noise for a command; warnings stay."""
+    """Hide loading progress bars in this context; warnings stay."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -45,7 +45,7 @@ def _quiet_loading() -> Any:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Any:
-    """Single files are loaded with warnings about the loader's own doings, of no use to anybody else."""
+    """Hide the single-file loader's warnings, which concern its own conversion."""
     from diffusers.utils import logging as diffusers_logging
 
     level = diffusers_logging.get_verbosity()
@@ -59,7 +59,7 @@ def _quiet_diffusers() -> Any:
 def load_pipeline(
     model: str | None, dtype: torch.dtype = torch.float32, single_file_config: str | None = None, **kwargs: Any
 ) -> DiffusionPipeline:
-    """The stock pipeline in ``model``, its progress bar off.
+    """Load a pipeline, with progress bars off.
 
     Args:
         model: a diffusers folder, a hub id, a ``.safetensors`` checkpoint of Stable Diffusion 1.x, 2.x or XL, or
@@ -67,7 +67,7 @@ def load_pipeline(
         dtype: of all weights.
         single_file_config: folder or hub id with the configuration and tokenizers of a single checkpoint file; default:
             the one that diffusers finds for it on the hub.
-        kwargs: go to ``from_pretrained``; those that are ``None`` are left out.
+        kwargs: further arguments of ``from_pretrained``; ``None`` values are dropped.
     """
     name = model or str(asset("base"))
     path = Path(name)
@@ -96,7 +96,7 @@ def load_pipeline(
 def _load_single_file(
     path: Path, dtype: torch.dtype, config: str | None, options: dict[str, Any]
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """A checkpoint as model sites offer it; only its header is read to know what it is."""
+    """Load a single-file checkpoint; its architecture is determined from the tensor names in its header."""
     if options.get("quantization_config") is not None:
         raise EffiLoRAError("--quantization needs a diffusers folder or hub id, not a single file")
     if path.suffix != ".safetensors":
@@ -136,7 +136,7 @@ def _load_single_file(
 
 
 def quantization(kind: str | None, dtype: torch.dtype) -> PipelineQuantizationConfig | None:
-    """How diffusers should quantise the denoiser; raises :class:`EffiLoRAError` if the library for it is missing."""
+    """Return the quantisation configuration of the denoiser; raises :class:`EffiLoRAError` if its library is missing."""
     if kind is None:
         return None
     library = "bitsandbytes" if kind.startswith("bnb") else "torchao"

@@ -1,4 +1,4 @@
-"""PixArt alpha and sigma: a transformer on T5 states; it predicts noise and a variance that sampling does not use."""
+"""PixArt alpha and sigma: a transformer on T5 states that predicts epsilon and a variance, which sampling ignores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PixArt(Family):
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask", None, None)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer; its first half is the noise."""
+        """Call the transformer; the first half of its channels is epsilon."""
         output = self.model(
             noisy,
             encoder_hidden_states=conditions["encoder_hidden_states"],
@@ -30,7 +30,7 @@ class PixArt(Family):
         return output[:, : noisy.shape[1]]
 
     def _micro_conditions(self, noisy: Tensor, conditions: Conditions) -> dict[str, Any]:
-        """Size and aspect ratio of the trained square, for the models that read them (alpha at 1024 pixels)."""
+        """Return resolution and aspect ratio of the crop, for models with these conditions (alpha at 1024 pixels)."""
         if not self.model.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         size = conditions[IMAGE][:, 4:6].to(noisy.dtype)

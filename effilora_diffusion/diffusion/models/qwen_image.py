@@ -12,7 +12,7 @@ from .packing import pack, unpack
 
 
 class QwenImage(Family):
-    """Qwen-Image. Its classifier-free guidance needs a negative prompt, if only a space."""
+    """Qwen-Image. Its classifier-free guidance needs a negative prompt, at least a space."""
 
     title = "Qwen-Image"
     pipelines = ("QwenImagePipeline",)
@@ -21,16 +21,16 @@ class QwenImage(Family):
     guidance_argument = "true_cfg_scale"
 
     def prompt_conditions(self, prompt: str) -> Conditions:
-        """States ``(tokens, width)`` and their mask; prompts differ in length."""
+        """Return states ``(tokens, width)`` and their mask; prompts differ in length."""
         states, _ = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
         return {"encoder_hidden_states": states[0], "mask": torch.ones(states.shape[1], dtype=torch.long)}
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """Latents of one frame, normalised per channel."""
+        """Return the latents of a single frame, normalised per channel."""
         return frame_moments(self.pipe.vae, image)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer on packed latents; no mask where no prompt is padded, as in the pipeline."""
+        """Call the transformer on packed latents, as the pipeline does without a mask if no prompt is padded."""
         mask = conditions["mask"]
         tokens = self.model(
             hidden_states=pack(noisy),
@@ -44,12 +44,12 @@ class QwenImage(Family):
 
     @classmethod
     def sampling_options(cls, guidance_scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
-        """As usual, with a space for a missing negative prompt."""
+        """Default the negative prompt to a space."""
         return super().sampling_options(guidance_scale, negative_prompt or " ")
 
 
 def frame_moments(vae: Any, image: Tensor) -> Tensor:
-    """An image as the one frame of a video autoencoder, normalised per channel: ``(2, c, h', w')``."""
+    """Encode an image as a single frame with a video autoencoder, normalised per channel: ``(2, c, h', w')``."""
     posterior = vae.encode(image.unsqueeze(2)).latent_dist
     mean, deviation = (
         torch.tensor(vae.config[name], device=image.device).view(-1, 1, 1) for name in ("latents_mean", "latents_std")

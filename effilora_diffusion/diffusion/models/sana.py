@@ -11,7 +11,7 @@ from .base import Conditions, Family
 
 
 class Sana(Family):
-    """Sana. The prompt gets the same long instruction in front as when sampling."""
+    """Sana. Prompts get the pipeline's complex human instruction as prefix, as in sampling."""
 
     title = "Sana"
     pipelines = ("SanaPipeline",)
@@ -23,13 +23,13 @@ class Sana(Family):
         self.timestep_range = 1000.0 * self.model.config.timestep_scale
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """The autoencoder has no distribution: the deviation is zero."""
+        """Return the latents of the deterministic autoencoder, with standard deviation 0."""
         vae = self.pipe.vae
         latents = vae.encode(image).latent[0] * float(vae.config.scaling_factor)
         return torch.stack([latents, torch.zeros_like(latents)])
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer."""
+        """Call the transformer."""
         return self.model(
             noisy,
             encoder_hidden_states=conditions["encoder_hidden_states"],

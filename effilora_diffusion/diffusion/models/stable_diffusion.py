@@ -12,7 +12,7 @@ from .base import Conditions, Family
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1.x and 2.x, predicting noise or velocity."""
+    """Stable Diffusion 1.x and 2.x, with epsilon or v prediction."""
 
     title = "Stable Diffusion 1.x / 2.x"
     pipelines = ("StableDiffusionPipeline",)
@@ -23,8 +23,8 @@ class StableDiffusion(Family):
     def __init__(self, pipe: Any, device: torch.device, max_sequence_length: int | None = None):
         super().__init__(pipe, device, max_sequence_length)
         if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-            raise EffiLoRAError("inpainting and depth models can't be trained: their UNet reads more than latents")
+            raise EffiLoRAError("inpainting and depth models can't be trained: their UNet has further input channels")
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the UNet with the text states."""
+        """Call the UNet."""
         return self.model(noisy, timesteps, conditions["encoder_hidden_states"], return_dict=False)[0]

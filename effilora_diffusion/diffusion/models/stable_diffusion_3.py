@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a multimodal transformer, two CLIP encoders and T5 (which may be left out)."""
+"""Stable Diffusion 3 and 3.5: a multimodal transformer, two CLIP encoders and T5 (optional)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Conditions, Family
 
 
 class StableDiffusion3(Family):
-    """Stable Diffusion 3 and 3.5; noise levels are logit-normal, as in its paper and diffusers' script."""
+    """Stable Diffusion 3 and 3.5; noise levels are logit-normal, as in the paper and diffusers' script."""
 
     title = "Stable Diffusion 3 / 3.5"
     pipelines = ("StableDiffusion3Pipeline",)
@@ -17,7 +17,7 @@ class StableDiffusion3(Family):
     weighting_scheme = "logit_normal"
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer."""
+        """Call the transformer."""
         return self.model(
             hidden_states=noisy,
             timestep=timesteps,

@@ -17,7 +17,7 @@ class StableDiffusionXL(StableDiffusion):
     prompt_outputs = ("encoder_hidden_states", None, "text_embeds", None)
 
     def latent_moments(self, image: Tensor) -> Tensor:
-        """As usual, or with per-channel statistics where the autoencoder names them."""
+        """Normalise per channel if the autoencoder's configuration has ``latents_mean`` and ``latents_std``."""
         moments = super().latent_moments(image)
         config = self.pipe.vae.config
         if config.get("latents_mean") is None or config.get("latents_std") is None:
@@ -30,7 +30,7 @@ class StableDiffusionXL(StableDiffusion):
         return (moments - shift) / deviation
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the UNet; the image's sizes are its ``time_ids``."""
+        """Call the UNet with the image's sizes as ``time_ids``."""
         added = {"text_embeds": conditions["text_embeds"], "time_ids": conditions[IMAGE].to(noisy.dtype)}
         states = conditions["encoder_hidden_states"]
         return self.model(noisy, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""Z-Image: a single-stream transformer on Qwen3 states, called with lists; time runs from noise to image."""
+"""Z-Image: a single-stream transformer on Qwen3 states, called with lists; its timestep is 0 at pure noise."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from .base import Conditions, Family
 
 
 class ZImage(Family):
-    """Z-Image and Z-Image-Turbo (whose distillation wears off as it is trained)."""
+    """Z-Image and Z-Image-Turbo (training undoes its distillation)."""
 
     title = "Z-Image"
     pipelines = ("ZImagePipeline",)
     timestep_range = 1.0
 
     def prompt_conditions(self, prompt: str) -> Conditions:
-        """States ``(tokens, width)`` and how many there are."""
+        """Return states ``(tokens, width)`` and their number."""
         states, _ = self.pipe.encode_prompt(prompt=[prompt], **self.text_options)
         return {"states": states[0], "tokens": torch.tensor(len(states[0]))}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One call of the transformer; it predicts the opposite direction, from noise to image."""
+        """Call the transformer, which predicts latents minus noise."""
         states = [row[:count] for row, count in zip(conditions["states"], conditions["tokens"].tolist(), strict=True)]
         output = self.model(list(noisy.unsqueeze(2)), 1 - timesteps / 1000, states, return_dict=False)[0]
         return -torch.stack(output).squeeze(2)
