@@ -1,4 +1,4 @@
-"""The table of families is the code's: names, pipelines and line counts."""
+"""The documented table of families matches the code: names, pipelines and line counts."""
 
 from pathlib import Path
 

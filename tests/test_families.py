@@ -1,4 +1,4 @@
-"""Every family from its folder to a trained adapter and back: in the loop, in its own pipeline, and as plain LoRA."""
+"""Train an adapter for every family, and load it in its pipeline, natively and as plain LoRA."""
 
 from functools import cache, partial
 
@@ -29,7 +29,7 @@ LEARNED = {
     "adapt_feed_forward": True,
     "num_validation_images": 0,
 }
-"""Thirty steps in which a transformer of random weights learns something."""
+"""Thirty steps in which a transformer with random weights reduces its loss."""
 
 WITHOUT_GRADIENT = {
     "sd3": ("transformer_blocks.1.attn.add_q_proj",),
@@ -41,15 +41,15 @@ WITHOUT_GRADIENT = {
         "transformer_blocks.1.txt_mlp.net.2",
     ),
 }
-"""Projections of the last block's text stream: nothing after them reaches the image."""
+"""Projections of the text stream in the last block, whose output is unused."""
 
 WITHOUT_LOADER = ("pixart-alpha", "pixart-sigma", "hunyuandit", "ovis-image")
-"""Pipelines that have no ``load_lora_weights`` in diffusers."""
+"""Pipelines without ``load_lora_weights`` in diffusers."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function that gives the saved pipeline of a family, written once."""
+    """Return a cached function that saves the pipeline of a family."""
 
     @cache
     def folder(name):
@@ -62,7 +62,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folders, tmp_path_factory):
-    """A function that trains a family once per routing: the trainer, and the loss on fixed noise before and after."""
+    """Return a cached function that trains a family; it returns the trainer and the validation loss before and after."""
     subject = make_subject(tmp_path_factory.mktemp("two") / "images", 2, size=(64, 64))
 
     @cache
@@ -83,11 +83,11 @@ def with_random_heads(adapter, seed=0):
     return adapter
 
 
-# ------------------------------------------------------------------------------------------------- exact until trained
+# ------------------------------------------------------------------------------------------------- identity before training
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_images_are_the_base_s_until_trained_at_strength_zero_and_after_detaching(name):
+def test_images_equal_the_base_s_before_training_at_strength_zero_and_after_detaching(name):
     pipe = build(name)
     model = host_model(pipe)
     before = draw(pipe, name, PROMPT)
@@ -110,15 +110,15 @@ def test_every_targeted_projection_belongs_to_one_site(name):
     found = [path for site in adapter.sites for path, _ in site.linears]
     named = [path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     assert sorted(found) == sorted(path for path in named if is_target(path, config.target_modules))
-    named_maps = [[path.rpartition(".")[2] for path, _ in site.linears] for site in adapter.sites]
-    shared = [names for names in named_maps if "to_v" in names or "add_v_proj" in names]
+    linears = [[path.rpartition(".")[2] for path, _ in site.linears] for site in adapter.sites]
+    shared = [names for names in linears if "to_v" in names or "add_v_proj" in names]
     assert shared
-    for names in shared:  # one code for every projection of one input
+    for names in shared:  # A x is shared by the projections of one input
         assert "add_k_proj" in names if "add_v_proj" in names else "to_k" in names
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_feed_forward_targets_leave_only_embeddings_modulations_and_the_last_layers(name):
+def test_feed_forward_targets_omit_only_embeddings_modulations_and_output_layers(name):
     model = host_model(build(name))
     adapter = create_adapter(model, EffiLoRAConfig(target_modules=("attention", "feed_forward")))
     found = {path for site in adapter.sites for path, _ in site.linears}
@@ -129,7 +129,7 @@ def test_feed_forward_targets_leave_only_embeddings_modulations_and_the_last_lay
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fusing_projections_under_an_adapter_is_refused(name):
+def test_fusing_projections_with_an_adapter_attached_is_refused(name):
     model = host_model(build(name))
     fuse = getattr(model, "fuse_qkv_projections", None)
     attach(model, create_adapter(model, EffiLoRAConfig()))
@@ -144,13 +144,13 @@ def test_fusing_projections_under_an_adapter_is_refused(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_thirty_steps_on_two_images_lower_their_loss_clearly(runs, name):
+def test_thirty_steps_on_two_images_reduce_the_loss(runs, name):
     _, before, after = runs(name, "token")
     assert after < 0.8 * before
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_gradient_reaches_every_head_every_a_and_every_router(folders, name, tmp_path):
+def test_gradients_reach_every_head_a_and_router(folders, name, tmp_path):
     run = trainer(folders(name), make_subject(tmp_path / "s", 2, size=(64, 64)), tmp_path / "out", **LEARNED)
     adapter = with_random_heads(run.adapter)
     run._loss(run.batches.validation(0)).backward()
@@ -165,7 +165,7 @@ def test_the_gradient_reaches_every_head_every_a_and_every_router(folders, name,
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_saved_adapter_draws_the_trained_images_in_a_fresh_pipeline_and_leaves_the_base_s(runs, folders, name):
+def test_a_saved_adapter_reproduces_the_images_in_a_new_pipeline_and_detaches(runs, folders, name):
     trained, _, _ = runs(name, "token")
     expected = draw(trained.family.pipe, name, PROMPT)
     pipe = load_pipeline(str(folders(name)))
@@ -181,7 +181,7 @@ def test_a_saved_adapter_draws_the_trained_images_in_a_fresh_pipeline_and_leaves
 
 
 def pipelines(trained, model):
-    """The base with our adapter, and another with the plain LoRA that stands beside it, loaded by diffusers alone."""
+    """Load the native adapter in one pipeline, and the plain LoRA with diffusers in another."""
     ours, stock = load_pipeline(str(model)), load_pipeline(str(model))
     load_adapter(ours, trained.output)
     stock.load_lora_weights(trained.output)
@@ -189,7 +189,7 @@ def pipelines(trained, model):
 
 
 def drive(trained, pipe, batches=CALIBRATION_BATCHES):
-    """The denoiser of ``pipe`` on the batches that the printed gap was measured on; the last prediction."""
+    """Run the denoiser on the calibration batches; returns the last prediction."""
     family = make_family(pipe, torch.device("cpu"))
     for index in range(batches):
         batch = trained.batches.validation(trained.steps + index)
@@ -200,7 +200,7 @@ def drive(trained, pipe, batches=CALIBRATION_BATCHES):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_LOADER])
-def test_static_adapters_become_the_same_model_by_load_lora_weights(runs, folders, name):
+def test_static_adapters_equal_their_plain_lora(runs, folders, name):
     trained, _, _ = runs(name, "static")
     ours, stock = pipelines(trained, folders(name))
     expected, found = drive(trained, ours, 1), drive(trained, stock, 1)
@@ -210,7 +210,7 @@ def test_static_adapters_become_the_same_model_by_load_lora_weights(runs, folder
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_LOADER])
-def test_the_printed_gap_is_what_the_plain_lora_misses_of_the_layers_updates(runs, folders, name):
+def test_the_printed_error_is_that_of_the_plain_lora(runs, folders, name):
     trained, _, _ = runs(name, "token")
     ours, stock = (host_model(pipe) for pipe in (pipelines(trained, folders(name))))
     missed, total = [], []
@@ -256,14 +256,14 @@ def test_kohya_naming_is_for_unets(runs, folders, name, tmp_path):
     assert torch.allclose(drive(trained, pipe, 1), drive(trained, pipelines(trained, folders(name))[0], 1), rtol=1e-4)
 
 
-def test_pipelines_without_a_lora_loader_are_the_known_ones():
+def test_the_list_of_pipelines_without_lora_loader_is_right():
     assert {name for name in FAMILIES if not hasattr(build(name), "load_lora_weights")} == set(WITHOUT_LOADER)
 
 
 # -------------------------------------------------------------------------------------------------------- recognition
 
 
-def test_every_family_has_a_tiny_pipeline_here():
+def test_every_family_has_a_tiny_pipeline():
     tested = {family_class(build(name)) for name in FAMILIES}
     assert tested == set(families.FAMILIES)
     named = [pipeline for family in families.FAMILIES for pipeline in family.pipelines]
@@ -271,6 +271,6 @@ def test_every_family_has_a_tiny_pipeline_here():
     assert {type(build(name)).__name__ for name in FAMILIES} == set(named)
 
 
-def test_a_pipeline_of_no_family_is_refused_with_those_there_are():
+def test_an_unknown_pipeline_is_refused_with_the_list_of_families():
     with pytest.raises(EffiLoRAError, match=r"object models can't be trained; .* Stable Diffusion 3"):
         make_family(object(), torch.device("cpu"))

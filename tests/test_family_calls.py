@@ -1,4 +1,4 @@
-"""Training calls every denoiser as the family's own pipeline does when it samples, and on the latents it decodes."""
+"""Families call the denoiser as their pipelines do in sampling, and encode the latents that those decode."""
 
 import inspect
 
@@ -19,7 +19,7 @@ PROMPTS = (
     "a photo of two people and a tree, the sun and a small yellow car on a big white table",
 )
 UNGUIDED = {"z-image": 0.0, "krea2": 0.0, "flux": 3.5, "flux2": 3.5}
-"""Guidance scales without a second call; those of FLUX dev are an input of the model, the value that training gives."""
+"""Guidance scales without classifier-free guidance; for FLUX dev the guidance input used in training."""
 
 
 def family_of(name):
@@ -27,7 +27,7 @@ def family_of(name):
 
 
 def unguided(name):
-    """Sampling in three steps with one call of the denoiser each, and no rewriting of the prompt."""
+    """Return arguments for sampling in three steps without classifier-free guidance or prompt rewriting."""
     options = {**sampling(name), "num_inference_steps": 3}
     for given in ("guidance_scale", "complex_human_instruction"):
         options.pop(given, None)
@@ -37,7 +37,7 @@ def unguided(name):
 
 
 def as_image(values, name, size=8):
-    """Latents as our families keep them, ``(n, c, h, w)``, from what the pipeline steps on."""
+    """Unpack the pipeline's latents to ``(n, c, h, w)``."""
     if values.ndim == 3 and name.startswith("flux2"):
         edge = int(values.shape[1] ** 0.5)
         return values.transpose(1, 2).reshape(len(values), -1, edge, edge)
@@ -47,7 +47,7 @@ def as_image(values, name, size=8):
 
 
 class Spy:
-    """Sees what the pipeline gives its scheduler; ``last`` replaces the latents after the last step."""
+    """Records what the pipeline passes to its scheduler; ``last`` replaces the latents after the last step."""
 
     def __init__(self, pipe, last=None):
         self.step, self.seen, self.last = pipe.scheduler.step, [], last
@@ -64,13 +64,13 @@ class Spy:
 
 
 def image_condition(name):
-    """What the pipelines assume of an image when they sample: HunyuanDiT a large original, the others the target."""
+    """Return the pipelines' default size condition: HunyuanDiT assumes a large original, the others the target size."""
     original = 1024 if name == "hunyuandit" else 64
     return torch.tensor([original, original, 0, 0, 64, 64], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_predictions_are_what_the_pipeline_gives_its_scheduler(name):
+def test_predictions_equal_what_the_pipeline_passes_to_its_scheduler(name):
     family = family_of(name)
     spy = Spy(family.pipe)
     family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **unguided(name))
@@ -86,7 +86,7 @@ def test_predictions_are_what_the_pipeline_gives_its_scheduler(name):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "hunyuandit", "cogview4"])
-def test_sizes_and_crop_of_a_image_stand_where_the_pipeline_puts_them(name):
+def test_size_and_crop_conditions_equal_the_pipeline_s(name):
     family = family_of(name)
     spy = Spy(family.pipe)
     sizes = {"original_size": (96, 80), "crops_coords_top_left": (3, 5), "target_size": (64, 64)}
@@ -104,7 +104,7 @@ def test_sizes_and_crop_of_a_image_stand_where_the_pipeline_puts_them(name):
 
 
 @pytest.mark.parametrize("name", ["flux", "flux-schnell", "flux2", "flux2-klein"])
-def test_guidance_is_an_input_of_distilled_models_alone(name):
+def test_guidance_is_an_input_of_distilled_models_only(name):
     family = family_of(name)
     noisy = torch.randn(1, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
     conditions = family.collate([{**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name)}])
@@ -116,7 +116,7 @@ def test_guidance_is_an_input_of_distilled_models_alone(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_latents_are_those_that_the_pipeline_decodes(name):
+def test_latents_equal_those_that_the_pipeline_decodes(name):
     family = family_of(name)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
     vae = family.pipe.vae
@@ -138,7 +138,7 @@ def test_latents_are_those_that_the_pipeline_decodes(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_timestep_routers_see_the_noise_level_on_one_scale(name):
+def test_timestep_routers_get_the_noise_level_on_one_scale(name):
     family = family_of(name)
     config = EffiLoRAConfig(routing="timestep", timestep_range=family.timestep_range)
     adapter = attach(family.model, create_adapter(family.model, config))
@@ -146,12 +146,12 @@ def test_timestep_routers_see_the_noise_level_on_one_scale(name):
     row = {**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name)}
     times = torch.tensor([900, 300])
     family.predict(noisy, times.float() if is_flow(family.pipe.scheduler) else times, family.collate([row] * 2))
-    seen = 1000 - times if name in ("z-image", "lumina2") else times  # these count from noise to image
+    seen = 1000 - times if name in ("z-image", "lumina2") else times  # their timestep is 0 at pure noise
     assert torch.allclose(adapter.noise_features, timestep_features(seen), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_does_not_depend_on_the_others_of_its_batch(name):
+def test_a_sample_does_not_depend_on_its_batch(name):
     family = family_of(name)
     noisy = torch.randn(3, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
     timesteps = torch.tensor([900.0, 100.0, 500.0])

@@ -1,4 +1,4 @@
-"""Every family with the options that people use: class images, validation grids, half precision, checkpointing."""
+"""Every family with class images, validation grids, half precision, gradient checkpointing and offloading."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ SHORT = {"resolution": 64, "train_batch_size": 2, "max_train_steps": 1, "learnin
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_whole_run_with_class_images_and_grids_in_the_family_s_own_pipeline(name, tmp_path):
+def test_a_run_with_class_images_and_validation_grids(name, tmp_path):
     build(name).save_pretrained(tmp_path / "model")
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "num_class_images": 2}
     drawn = {"num_validation_images": 2, "validation_inference_steps": 2, "validation_guidance_scale": None}
@@ -44,7 +44,7 @@ def test_a_whole_run_with_class_images_and_grids_in_the_family_s_own_pipeline(na
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_drawing_several_prompts_at_once_draws_what_each_draws_alone(name):
+def test_batched_prompts_give_the_same_images_as_single_ones(name):
     pipe = build(name)
     long = "a photo of two people and a tree, the sun and a small yellow car on a big white table"
     prompts, size = ["a red cat", long], {"width": 64, "height": 64}
@@ -56,7 +56,7 @@ def test_drawing_several_prompts_at_once_draws_what_each_draws_alone(name):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 2
 
 
-def test_a_run_draws_with_the_prompt_length_that_it_trains_with():
+def test_a_run_samples_with_the_prompt_length_of_training():
     family = make_family(build("flux"), torch.device("cpu"), 16)
     config = TrainingConfig(resolution=64, validation_inference_steps=2, max_sequence_length=16)
     assert family.encode_prompt("a cat")["encoder_hidden_states"].shape[0] == 16
@@ -67,7 +67,7 @@ def test_a_run_draws_with_the_prompt_length_that_it_trains_with():
     assert not np.array_equal(np.asarray(drawn), np.asarray(default))
 
 
-def test_no_language_model_rewrites_the_prompt_of_ernie():
+def test_ernie_s_prompt_enhancer_is_turned_off():
     pipe = build("ernie-image")
     assert family_class(pipe).sampling_options(None, None) == {"use_pe": False}
 
@@ -77,7 +77,7 @@ def test_negative_prompts_are_used_or_refused(name):
     pipe = build(name)
     size = {"width": 64, "height": 64, **({"max_sequence_length": 64} if name == "qwen-image" else {})}
     if name.startswith("flux"):
-        with pytest.raises(EffiLoRAError, match="without a negative prompt"):
+        with pytest.raises(EffiLoRAError, match="do not support a negative prompt"):
             draw_images(pipe, ["a cat"], [0], 2, 3.0, "a dog", **size)
         return
     plain = draw_images(pipe, ["a cat"], [0], 2, 3.0, **size)[0]
@@ -86,7 +86,7 @@ def test_negative_prompts_are_used_or_refused(name):
 
 
 def example(family, name):
-    """Conditions, noisy latents and timesteps of two rows."""
+    """Return noisy latents, timesteps and conditions of two samples."""
     row = {**family.encode_prompt("a red cat"), IMAGE: torch.tensor([64.0, 64, 0, 0, 64, 64])}
     latents = torch.randn(2, *family.encode_image(torch.zeros(3, 64, 64)).shape[1:])
     return latents, torch.tensor([900.0, 300.0]), family.collate([row, row])
@@ -102,7 +102,7 @@ def adapted(name, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_half_precision_base_trains_a_float_adapter(name):
+def test_a_half_precision_base_trains_a_float32_adapter(name):
     family, adapter = adapted(name, torch.bfloat16)
     noisy, times, conditions = example(family, name)
     assert family.encode_image(torch.zeros(3, 64, 64)).dtype == torch.float32
@@ -130,15 +130,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()))
 
 
-def test_models_without_gradient_checkpointing_are_named():
+def test_models_without_gradient_checkpointing_are_refused():
     family, _ = adapted("hunyuandit")
     with pytest.raises(EffiLoRAError, match="HunyuanDiT models do not support --gradient_checkpointing"):
         family.enable_gradient_checkpointing()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_drawing_part_by_part_changes_neither_images_nor_training(name):
-    """On a GPU every part visits it while it works; here with the CPU in its place."""
+def test_offloading_changes_neither_images_nor_training(name):
+    """Offload from the CPU to the CPU, in place of a GPU."""
     family, adapter = adapted(name)
     options = {"width": 64, "height": 64, "max_sequence_length": sampling(name).get("max_sequence_length")}
     before = draw_images(family.pipe, ["a cat"], [0], 2, **options)[0]
@@ -152,10 +152,10 @@ def test_drawing_part_by_part_changes_neither_images_nor_training(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*NOT_PREDICTED, "ernie-image")])
-def test_a_step_makes_no_tensor_on_another_device_than_the_model_s(name):
+def test_a_step_creates_tensors_only_on_the_model_s_device(name):
     family, _ = adapted(name)
     noisy, times, conditions = example(family, name)
-    family.model.to("meta")  # a device without values stands for the GPU: mixing it with the CPU is an error
+    family.model.to("meta")  # stands for the GPU: mixing it with CPU tensors is an error
     moved = {key: value.to("meta") for key, value in conditions.items()}
     found = family.predict(noisy.to("meta"), times.to("meta"), moved)
     assert found.is_meta
@@ -163,7 +163,7 @@ def test_a_step_makes_no_tensor_on_another_device_than_the_model_s(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_predicted_activations_are_those_that_a_forward_pass_keeps(name):
+def test_predicted_activations_are_those_saved_for_the_backward_pass(name):
     family, _ = adapted(name)
     predicted = activation_bytes(TrainingConfig(train_batch_size=2, resolution=64), family, "a red cat")
     if name in NOT_PREDICTED:

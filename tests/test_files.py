@@ -1,4 +1,4 @@
-"""The native file: what is written is what is read, and whatever is damaged or forged is refused in words."""
+"""The native file: saving and loading are exact, and damaged or forged files are refused."""
 
 import json
 import pickle
@@ -50,7 +50,7 @@ def read_raw(path):
 
 
 def forge(path, header=None, tensors=None):
-    """Rewrite a native file with other contents and correct checksums, as somebody with a hex editor and time would."""
+    """Rewrite a native file with other contents and correct checksums."""
     old_header, old_tensors = read_raw(path)
     header, tensors = header or old_header, tensors or old_tensors
     header["sha256"] = tensors_sha256(tensors)
@@ -80,12 +80,12 @@ def test_a_saved_adapter_loads_bit_for_bit(tmp_path, routing, heads, sharing):
     assert torch.equal(output_of(loaded.adapter), output_of(adapter))
 
 
-def test_saving_again_gives_the_same_checksum_and_other_weights_another(tmp_path):
+def test_the_checksum_depends_on_the_weights_only(tmp_path):
     digests = [save_adapter_file(tmp_path / "a", AdapterFile(make_adapter(seed=seed))) for seed in (3, 3, 4)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_calibration_is_kept(tmp_path):
+def test_calibration_is_saved(tmp_path):
     adapter = make_adapter()
     model = attach_to_toy(adapter)
     calibration, _ = calibrate(model, adapter, lambda: model(toy_input()))
@@ -96,7 +96,7 @@ def test_calibration_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("sharing", ["width", "slice", "none"])
-def test_every_tensor_is_stored_once_under_a_name_no_lora_reader_takes(tmp_path, sharing):
+def test_every_tensor_is_stored_once_under_a_name_that_lora_loaders_reject(tmp_path, sharing):
     adapter = make_adapter(a_sharing=sharing)
     save_adapter_file(tmp_path / "a", AdapterFile(adapter))
     header, tensors = read_raw(tmp_path / "a")
@@ -126,7 +126,7 @@ def test_half_precision_storage_rounds_the_weights_and_halves_the_file(tmp_path)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", ["A", "B", "G", "calibration"])
-def test_weights_that_are_not_finite_are_not_saved_and_the_old_file_stays(saved, value, part):
+def test_weights_that_are_not_finite_are_not_saved_and_the_old_file_remains(saved, value, part):
     before = saved.read_bytes()
     content = AdapterFile(make_adapter(seed=9))
     if part == "calibration":
@@ -140,7 +140,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_old_file_stays(saved,
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_weights_too_large_for_half_precision_are_not_saved_as_such(saved):
+def test_weights_that_overflow_in_half_precision_are_refused(saved):
     before = saved.read_bytes()
     adapter = make_adapter()
     with torch.no_grad():
@@ -152,14 +152,14 @@ def test_weights_too_large_for_half_precision_are_not_saved_as_such(saved):
     assert load_adapter_file(saved).adapter.B[0].max() == 70000.0
 
 
-def test_a_flipped_byte_in_the_weights_is_noticed(saved):
+def test_a_flipped_bit_in_the_weights_is_detected(saved):
     data = bytearray(saved.read_bytes())
     data[-5] ^= 0x01
     saved.write_bytes(data)
     assert_refused(saved, "checksum")
 
 
-def test_a_changed_character_in_the_header_is_noticed(saved):
+def test_a_changed_value_in_the_header_is_detected(saved):
     data = saved.read_bytes()
     assert data.count(b'\\"rank\\": 4') == 1
     saved.write_bytes(data.replace(b'\\"dropout\\": 0.0', b'\\"dropout\\": 0.5'))
@@ -191,7 +191,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
-def test_a_pickle_under_another_name_is_refused_and_never_run(tmp_path, write):
+def test_a_pickle_under_another_name_is_refused_and_not_executed(tmp_path, write):
     path, mark = tmp_path / "adapter.safetensors", tmp_path / "executed"
     with path.open("wb") as file:
         write(Bomb(mark), file)
@@ -200,7 +200,7 @@ def test_a_pickle_under_another_name_is_refused_and_never_run(tmp_path, write):
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_a_plain_lora_is_refused_with_the_right_way_to_load_it(tmp_path, metadata):
+def test_the_refusal_of_plain_lora_says_how_to_load_it(tmp_path, metadata):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"unet.to_q.lora_A.weight": torch.zeros(2, 8)}, path, metadata=metadata)
     assert_refused(path, "load_lora_weights")
@@ -250,7 +250,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(saved):
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 @pytest.mark.parametrize("place", ["file", "config"])
-def test_another_format_version_is_refused(saved, version, place):
+def test_other_format_versions_are_refused(saved, version, place):
     header = read_raw(saved)[0]
     (header if place == "file" else header["config"])["format_version"] = version
     forge(saved, header=header)
@@ -277,9 +277,9 @@ FORGERIES = {
     "negative input": set_in("sites", 0, "in_features", value=-8),
     "negative output": set_in("sites", 0, "maps", 0, 1, value=-(1 << 45)),
     "width is text": set_in("sites", 0, "in_features", value="wide"),
-    "no maps": set_in("sites", 0, "maps", value=[]),
-    "maps are text": set_in("sites", 0, "maps", value="maps"),
-    "map without width": set_in("sites", 0, "maps", 0, value=["blocks.0.to_q"]),
+    "no linears": set_in("sites", 0, "maps", value=[]),
+    "linears are text": set_in("sites", 0, "maps", value="maps"),
+    "linear without width": set_in("sites", 0, "maps", 0, value=["blocks.0.to_q"]),
     "no sites": set_in("sites", value=[]),
     "sites are null": set_in("sites", value=None),
     "sites are text": set_in("sites", value="blocks"),
@@ -303,13 +303,13 @@ def test_a_forged_header_is_refused_before_anything_is_allocated(saved, change):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, "{}"])
-def test_a_header_that_is_no_object_is_refused(tmp_path, text):
+def test_a_header_that_is_not_a_json_object_is_refused(tmp_path, text):
     path = tmp_path / "a.safetensors"
     save_file({"shared_A.8": torch.zeros(1)}, path, metadata={"effilora": text})
     assert_refused(path)
 
 
-def test_random_damage_is_noticed_or_harmless(tmp_path):
+def test_random_damage_is_detected_or_harmless(tmp_path):
     path, rng = tmp_path / "a.safetensors", random.Random(0)
     adapter = make_adapter(blocks=1, rank=1, heads=2)
     digest = save_adapter_file(path, AdapterFile(adapter, dict(METADATA)))

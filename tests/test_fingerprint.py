@@ -1,4 +1,4 @@
-"""Knowing a base again: in other types, beside other adapters, and not by mistake."""
+"""Recognising the base of an adapter in other dtypes and next to other adapters."""
 
 import copy
 import logging
@@ -23,15 +23,15 @@ def linear(seed):
 
 @pytest.mark.parametrize("one", TYPES)
 @pytest.mark.parametrize("other", TYPES)
-def test_a_base_is_known_again_in_another_type(one, other):
-    facts, named = (base_fingerprint(linear(0).to(kind)) for kind in (one, other))
+def test_a_base_is_recognised_in_another_dtype(one, other):
+    first, second = (base_fingerprint(linear(0).to(dtype)) for dtype in (one, other))
     halves = {one, other} == {torch.float16, torch.bfloat16}
-    assert same_base(facts, named) is (None if halves else True)
-    stranger = base_fingerprint(linear(1).to(other))
-    assert same_base(facts, stranger) is (None if halves else False)
+    assert same_base(first, second) is (None if halves else True)
+    different = base_fingerprint(linear(1).to(other))
+    assert same_base(first, different) is (None if halves else False)
 
 
-def test_a_fine_tuned_base_is_another():
+def test_a_fine_tuned_base_is_different():
     tuned = copy.deepcopy(base := linear(0))
     with torch.no_grad():
         for value in tuned.parameters():
@@ -40,7 +40,7 @@ def test_a_fine_tuned_base_is_another():
     assert same_base(base_fingerprint(base), {}) is None
 
 
-def test_a_base_with_a_merged_adapter_is_no_other_model(tmp_path, caplog):
+def test_a_base_with_a_merged_adapter_is_not_reported_as_different(tmp_path, caplog):
     pipe = build_tiny_pipeline()
     pipe.save_pretrained(tmp_path / "model")
     options = {"routing": "static", "max_train_steps": 2, "num_validation_images": 0, "learning_rate": 0.1}
@@ -51,7 +51,7 @@ def test_a_base_with_a_merged_adapter_is_no_other_model(tmp_path, caplog):
     assert "another model" not in caplog.text
 
 
-def test_an_adapter_of_a_run_in_bfloat16_is_at_home_on_the_float32_model(tmp_path, caplog):
+def test_an_adapter_trained_in_bfloat16_matches_the_float32_model(tmp_path, caplog):
     pipe = build_tiny_pipeline()
     pipe.save_pretrained(tmp_path / "model")
     options = {"mixed_precision": "bf16", "max_train_steps": 1, "num_validation_images": 0, "learning_rate": 0.1}

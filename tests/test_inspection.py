@@ -1,4 +1,4 @@
-"""What is said of adapters: how their heads are used, a head by itself, and what the Reducer's log tells."""
+"""Statistics of adapters, single heads, and the history of a Reducer."""
 
 import json
 
@@ -13,9 +13,9 @@ from effilora_diffusion.core.inspection import head_usage, inspect_adapter, logg
 from effilora_diffusion.studio import figures
 
 
-def gates_seen(model, adapter, x):
-    """The gates' mean over the rows of every site, weighted by the codes' squares, by layer."""
-    found = {layer: [] for layer in adapter.blocks}
+def mean_gates(model, adapter, x):
+    """Return the mean gates per block over all tokens, weighted by the squared norm of A x."""
+    found = {block: [] for block in adapter.blocks}
     inputs = {}
     modules = dict(model.named_modules())
     hooks = [modules[path].register_forward_pre_hook(lambda _, args, index=index: inputs.setdefault(index, args[0]))
@@ -27,19 +27,19 @@ def gates_seen(model, adapter, x):
         h = adapter.shared_a(site) @ inputs[index].flatten(0, -2).t()
         weight = h.square().sum(0)
         found[site.block].append((adapter.gates(index, h) * weight).sum(1) / weight.sum())
-    return {layer: torch.stack(rows).mean(0).tolist() for layer, rows in found.items()}
+    return {block: torch.stack(rows).mean(0).tolist() for block, rows in found.items()}
 
 
 @torch.no_grad()
-def test_usage_is_the_mean_of_the_gates_over_the_inputs_seen():
+def test_usage_is_the_mean_of_the_gates_over_the_calibration_inputs():
     model, x = make_toy(), toy_input(batch=4)
     adapter = attach(model, make_adapter(heads=3, routing="token"))
     calibration, _ = calibrate(model, adapter, lambda: model(x))
     found = head_usage(AdapterFile(adapter, calibration=calibration))
-    for layer, expected in gates_seen(model, adapter, x).items():
-        assert found[layer] == pytest.approx(expected, abs=1e-4)
-        assert sum(found[layer]) == pytest.approx(1, abs=1e-4)
-    assert set(head_usage(AdapterFile(adapter)).values()) == {None}  # no calibration: not known
+    for block, expected in mean_gates(model, adapter, x).items():
+        assert found[block] == pytest.approx(expected, abs=1e-4)
+        assert sum(found[block]) == pytest.approx(1, abs=1e-4)
+    assert set(head_usage(AdapterFile(adapter)).values()) == {None}  # unknown without calibration
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_usage_of_fixed_gates_needs_no_inputs():
 
 @torch.no_grad()
 @pytest.mark.parametrize("routing", ["token", "static"])
-def test_single_heads_sum_up_to_the_adapter(routing):
+def test_single_heads_add_up_to_the_adapter(routing):
     model, x = make_toy(blocks=1), toy_input()
     model.blocks[0].forward = lambda x, block=model.blocks[0]: block.to_q(x)  # a linear path, so that updates add up
     content = AdapterFile(make_adapter(blocks=1, heads=3, routing=routing))
@@ -72,29 +72,29 @@ def test_single_heads_sum_up_to_the_adapter(routing):
             single_head(content, head)
 
 
-def test_a_run_s_log_becomes_its_history(tiny_pipeline, tmp_path):
+def test_the_history_matches_the_run(tiny_pipeline, tmp_path):
     options = {"max_train_steps": 12, "reducer": "importance", "reducer_warmup": 3, "reducer_interval": 3,
                "reducer_active": 0.5, "num_validation_images": 0}  # fmt: skip
     run = trainer(tiny_pipeline, make_subject(tmp_path / "s", 2), tmp_path / "out", **options)
     run.run()
     content = load_adapter_file(tmp_path / "out" / "effilora.safetensors")
-    layers, log = list(content.adapter.blocks), tmp_path / "out" / "reducer.jsonl"
-    assert logged_blocks(log) == layers
-    history = reducer_history(log, layers, 12)
+    blocks, log = list(content.adapter.blocks), tmp_path / "out" / "reducer.jsonl"
+    assert logged_blocks(log) == blocks
+    history = reducer_history(log, blocks, 12)
     assert history.steps == [3, 6, 9]
-    for layer, score in zip(run.reducer.blocks, run.reducer.scores, strict=True):
-        assert history.importance[layer][-1] == pytest.approx(1 / (1 + 2.718281828459045**score))
+    for block, score in zip(run.reducer.blocks, run.reducer.scores, strict=True):
+        assert history.importance[block][-1] == pytest.approx(1 / (1 + 2.718281828459045**score))
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for step, line in enumerate(metrics):
-        active = sum(history.share_active(layer, step, step + 1) for layer in layers)
+        active = sum(history.share_active(block, step, step + 1) for block in blocks)
         assert active == line["active_layers"], step
-    assert history.share_active(layers[0], 0, 3) == 1  # the warm-up trains all
+    assert history.share_active(blocks[0], 0, 3) == 1  # all blocks train during the warmup
     with log.open("a") as file:
-        file.write('{"step": 99, "eve')  # a line that is being written
-    assert reducer_history(log, layers, 12) == history
+        file.write('{"step": 99, "eve')  # an incomplete line
+    assert reducer_history(log, blocks, 12) == history
 
 
-def test_without_a_reducer_every_layer_is_trained(tmp_path):
+def test_without_a_reducer_every_block_is_trained(tmp_path):
     history = reducer_history(tmp_path / "none.jsonl", ["a", "b"], 10)
     assert history.active == {"a": [(0, 10)], "b": [(0, 10)]}
     assert figures.importance(history) == ""
@@ -113,7 +113,7 @@ def test_figures_show_values_and_escape_names():
     assert "<td>0.50</td>" in heat
 
 
-def test_layers_have_short_names():
+def test_blocks_have_short_names():
     paths = [
         f"{side}.{number}.attentions.0.transformer_blocks.0"
         for side in ("down_blocks", "up_blocks")
@@ -125,7 +125,7 @@ def test_layers_have_short_names():
     assert len(set(both.values())) == 2
 
 
-def test_the_card_tells_usage_by_layer():
+def test_statistics_include_the_usage_of_every_block():
     content = AdapterFile(make_adapter(heads=2, routing="static"))
     for facts in inspect_adapter(content)["layers"].values():
         assert len(facts["usage"]) == 2

@@ -1,4 +1,4 @@
-"""Answers in words, and the commands of language models: chat, evaluate, export, inspect."""
+"""Generation, and the commands for language models: chat, evaluate, export, inspect."""
 
 import io
 import json
@@ -21,7 +21,7 @@ CHOICES = [*PAIRS.values(), "v"]
 
 
 def trained(folder, template="chat"):
-    """An adapter that knows the answers of :data:`PAIRS`, in ``folder``, and a base that does not, beside it."""
+    """Save a base model and an adapter trained on :data:`PAIRS` to ``folder``."""
     save(folder / "model")
     model, encoder = build("llama"), Encoder(tokenizer(), template)
     adapter = attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",))))
@@ -51,7 +51,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
-def test_answers_of_a_batch_are_those_of_its_questions_and_of_a_stream(template):
+def test_batched_single_and_streamed_answers_are_equal(template):
     model, encoder = build("llama"), Encoder(tokenizer(), template)
     randomise(attach(model, create_adapter(model, EffiLoRAConfig(rank=4, target_modules=("paper",)))), 4)
     records = [{"instruction": text} for text in ("a", "what is it", "hm?", "one more")]
@@ -61,16 +61,16 @@ def test_answers_of_a_batch_are_those_of_its_questions_and_of_a_stream(template)
     assert len(set(single)) > 1
 
 
-def test_an_answer_ends_with_its_turn(place):
+def test_an_answer_ends_with_the_stop_token(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     load_adapter(model, place / "run")
     assert generate_answers(model, encoder, [{"instruction": key} for key in PAIRS], 30) == list(PAIRS.values())
     turns = [{"role": "user", "content": "ab"}]
     asked = [{"messages": turns}, {"messages": [*turns, {"role": "assistant", "content": "no"}]}]
-    assert generate_answers(model, encoder, asked, 30) == ["u", "u"]  # an answer that is there already is left out
+    assert generate_answers(model, encoder, asked, 30) == ["u", "u"]  # an existing answer is ignored
 
 
-def test_an_answer_also_ends_where_the_model_s_own_settings_say(place):
+def test_the_model_s_generation_config_adds_stop_tokens(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     load_adapter(model, place / "run")
     (full,) = generate_answers(model, encoder, [{"instruction": "d"}], 30)
@@ -79,31 +79,31 @@ def test_an_answer_also_ends_where_the_model_s_own_settings_say(place):
     assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == ["w"]
 
 
-def test_an_answer_also_ends_with_the_mark_of_its_template(place):
+def test_the_chat_template_s_stop_token_ends_an_answer(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     load_adapter(model, place / "run")
     assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == ["www"]
     encoder = Encoder(tokenizer())
     encoder.tokenizer.add_special_tokens({"additional_special_tokens": ["w"]})
-    encoder.tokenizer.chat_template = MARKED
+    encoder.tokenizer.chat_template = OWN_STOP_TOKEN
     assert encoder.stop_tokens == [2, *encoder.tokens("w")]
-    assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == [""]  # a mark is no word
+    assert generate_answers(model, encoder, [{"instruction": "d"}], 30) == [""]  # special tokens are removed
 
 
-MARKED = (
+OWN_STOP_TOKEN = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}w{% else %}</s>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-"""A template whose answers end otherwise than texts, as ChatML on a base model."""
+"""A template whose stop token is not the EOS token, like ChatML on a base model."""
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
-def test_an_answer_ends_where_the_model_s_positions_do(name):
+def test_an_answer_ends_at_max_position_embeddings(name):
     model, encoder = build(name), Encoder(tokenizer(), max_length=64)
     model.generation_config.eos_token_id = None
     record = {"instruction": "x" * 200}
     prompt = len(_encode_prompt(model, encoder, record, 40).ids)
-    assert prompt == 64 - 16  # of 64 positions a quarter is left for the answer
+    assert prompt == 64 - 16  # a quarter of 64 positions is reserved for the answer
     assert len(encoder.tokens(generate_answers(model, encoder, [record], 40)[0])) <= 16
     assert "".join(stream_answer(model, encoder, record, max_new_tokens=40)) is not None
     assert len(_encode_prompt(model, encoder, {"instruction": "x"}, 40).ids) < 48
@@ -118,23 +118,23 @@ def test_every_adapter_is_compared_with_the_base(place, tmp_path, caplog):
     assert "the adapter other was trained on" in caplog.text
 
 
-def test_sampling_follows_its_seed(place):
+def test_sampling_depends_on_the_seed(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 12}
-    said = []
+    generated = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        said += generate_answers(model, encoder, [{"instruction": "ab"}], **options)
-    assert said[0] == said[1] != said[2]
+        generated += generate_answers(model, encoder, [{"instruction": "ab"}], **options)
+    assert generated[0] == generated[1] != generated[2]
 
 
-def test_an_error_while_streaming_is_not_swallowed(place):
+def test_errors_while_streaming_are_raised(place):
     model, encoder = load_model(str(place / "model"))[0], Encoder(tokenizer())
     with pytest.raises(ValueError, match="temperature"):
         list(stream_answer(model, encoder, {"instruction": "ab"}, do_sample=True, temperature=-1.0))
 
 
-def test_chat_answers_one_question(place, capsys):
+def test_chat_answers_a_single_question(place, capsys):
     assert main(["chat", "--adapter", str(place / "run"), "--prompt", "bc"]) == 0
     assert capsys.readouterr().out == "yy\n"
     assert main(["chat", "--adapter", f"{place / 'run'}:0", "--prompt", "bc"]) == 0
@@ -143,7 +143,7 @@ def test_chat_answers_one_question(place, capsys):
     assert capsys.readouterr().out == base != "yy\n"
 
 
-def test_chat_talks_until_the_input_ends(place, capsys, monkeypatch):
+def test_chat_runs_until_the_input_ends(place, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\n/reset\nd\n/quit\nbc\n"))
     assert main(["chat", "--adapter", str(place / "run")]) == 0
     assert capsys.readouterr().out == "u\nwww\n"
@@ -165,7 +165,7 @@ def test_chat_keeps_the_conversation_until_it_is_reset(place, capsys, monkeypatc
     ]
 
 
-def test_evaluate_counts_right_answers_by_task(place, capsys):
+def test_evaluate_reports_accuracy_by_task(place, capsys):
     data = ["--data", str(place / "letters.jsonl"), str(place / "boolq" / "test.json"), "--exact_match", "--json"]
     assert main(["evaluate", "--adapter", str(place / "run"), *data]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_a_chat(place, capsys, monkeypatch):
     assert main(["chat", "--adapter", str(place / "run")]) == 0
 
 
-def test_merging_into_another_base_is_told(place, tmp_path, caplog):
+def test_merging_into_another_base_warns(place, tmp_path, caplog):
     build("llama", seed=5).save_pretrained(tmp_path / "other")
     tokenizer().save_pretrained(tmp_path / "other")
     content = load_adapter_file(place / "run" / "effilora.safetensors")
@@ -230,14 +230,14 @@ def test_a_merged_model_needs_no_adapter(place, tmp_path, capsys):
     merged, reader = load_model(str(output))
     assert merged.config.model_type == "llama"
     assert not [key for key in merged.state_dict() if "effilora" in key]
-    said = generate_answers(merged, Encoder(reader), [{"instruction": key} for key in PAIRS], 6)
+    generated = generate_answers(merged, Encoder(reader), [{"instruction": key} for key in PAIRS], 6)
     before = generate_answers(build("llama"), Encoder(tokenizer()), [{"instruction": key} for key in PAIRS], 6)
-    assert sum(map(str.__eq__, said, PAIRS.values())) > sum(map(str.__eq__, before, PAIRS.values()))
+    assert sum(map(str.__eq__, generated, PAIRS.values())) > sum(map(str.__eq__, before, PAIRS.values()))
     assert main(["export", str(place / "run"), str(output), "--format", "merged"]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_export_writes_the_folder_of_peft_unless_told_otherwise(place, tmp_path, capsys):
+def test_export_writes_a_peft_folder_by_default(place, tmp_path, capsys):
     from peft import PeftModel
 
     assert main(["export", str(place / "run"), str(tmp_path / "peft")]) == 0
@@ -250,11 +250,11 @@ def test_export_writes_the_folder_of_peft_unless_told_otherwise(place, tmp_path,
     assert "peft or merged" in capsys.readouterr().err
 
 
-def test_inspect_shows_an_adapter_of_a_language_model(place, capsys):
+def test_inspect_prints_an_adapter_of_a_language_model(place, capsys):
     assert main(["inspect", str(place / "run")]) == 0
-    said = capsys.readouterr().out
-    assert "template        chat" in said
-    assert "model.layers.1" in said
+    generated = capsys.readouterr().out
+    assert "template        chat" in generated
+    assert "model.layers.1" in generated
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,6 @@ def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, word
     stand_ins = {"RUN": str(place / "run"), "IMAGES": str(tmp_path / "images.safetensors"),
                  "BAD": str(tmp_path / "bad.jsonl")}  # fmt: skip
     assert main([stand_ins.get(word, word) for word in words]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    generated = capsys.readouterr().err
+    assert message in generated
+    assert "Traceback" not in generated

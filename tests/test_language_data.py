@@ -1,4 +1,4 @@
-"""Instruction data: what is read, what is answered, what is refused, and packing that keeps examples apart."""
+"""Instruction data: reading, labels, errors, truncation and packing."""
 
 import json
 
@@ -14,13 +14,13 @@ from effilora_diffusion.language.encoding import IGNORED, Encoder, Example, Exam
 from effilora_diffusion.language.records import read_records
 
 SUM = {"instruction": "add 1 and 2", "input": "", "output": "3"}
-TURNS = (("system", "be brief"), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4"))
-CHAT = {"messages": [{"role": role, "content": text} for role, text in TURNS]}
+MESSAGES = (("system", "be brief"), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4"))
+CHAT = {"messages": [{"role": role, "content": text} for role, text in MESSAGES]}
 LLAVA = {"conversations": [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]}
 
 
-def answered(example, reader):
-    """The answered parts of an example, one text per run of answered tokens."""
+def labelled(example, reader):
+    """Return the text of each run of tokens with loss."""
     parts, run = [], []
     for token, label in [*zip(example.ids, example.labels, strict=True), (None, IGNORED)]:
         if label != IGNORED:
@@ -32,20 +32,20 @@ def answered(example, reader):
     return parts
 
 
-def test_only_answers_and_the_end_of_a_turn_are_learned():
+def test_the_loss_is_on_answers_and_stop_tokens_only():
     reader = tokenizer()
     encoder = Encoder(reader)
     assert encoder.template == "chat"
     example = encoder.encode(SUM)
     assert reader.decode(example.ids) == "<user>add 1 and 2</s><assistant>3</s>"
-    assert answered(example, reader) == ["3</s>"]
-    assert answered(encoder.encode(CHAT), reader) == ["2</s>", "4</s>"]
+    assert labelled(example, reader) == ["3</s>"]
+    assert labelled(encoder.encode(CHAT), reader) == ["2</s>", "4</s>"]
     assert reader.decode(encoder.encode(LLAVA).ids) == "<user>1+1</s><assistant>2</s>"
     assert encoder.prompt(SUM) == "<user>add 1 and 2</s><assistant>"
     assert encoder.prompt({"instruction": "add 1 and 2"}) == encoder.prompt(SUM)
 
 
-def test_the_alpaca_form_is_that_of_commonsense_170k():
+def test_the_alpaca_prompt_is_that_of_commonsense_170k():
     reader = tokenizer(chat=False)
     encoder = Encoder(reader, max_length=1000)
     assert encoder.template == "alpaca"
@@ -55,23 +55,23 @@ def test_the_alpaca_form_is_that_of_commonsense_170k():
         "### Instruction:\nadd 1 and 2\n\n### Response:\n"
     )
     assert "### Input:\n7\n\n### Response" in encoder.prompt({**SUM, "input": "7"})
-    assert answered(encoder.encode(SUM), reader) == ["3</s>"]
+    assert labelled(encoder.encode(SUM), reader) == ["3</s>"]
     with pytest.raises(EffiLoRAError, match="no chat template"):
         Encoder(reader, "chat")
 
 
-def test_the_plain_form_is_instruction_and_answer():
+def test_the_plain_template_is_instruction_and_answer():
     encoder = Encoder(tokenizer(), "plain")
     assert encoder.prompt(SUM) == "add 1 and 2\n"
     assert encoder.prompt({**SUM, "input": "7"}) == "add 1 and 2\n7\n"
-    assert answered(encoder.encode(SUM), tokenizer()) == ["3</s>"]
+    assert labelled(encoder.encode(SUM), tokenizer()) == ["3</s>"]
 
 
-def test_long_examples_lose_their_beginning():
+def test_long_examples_are_truncated_on_the_left():
     encoder = Encoder(tokenizer(), max_length=8)
     example = encoder.encode({"instruction": "x" * 50, "output": "yes"})
     assert len(example.ids) == 8
-    assert answered(example, tokenizer()) == ["yes</s>"]
+    assert labelled(example, tokenizer()) == ["yes</s>"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_long_examples_lose_their_beginning():
         ("[" * 100000, "not a JSON list"),
     ],
 )
-def test_files_that_are_no_data_are_named_with_their_line(tmp_path, text, word):
+def test_errors_in_files_name_the_line(tmp_path, text, word):
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(EffiLoRAError, match=word):
         read_records(tmp_path / "data.jsonl")
@@ -122,7 +122,7 @@ def test_files_that_are_no_data_are_named_with_their_line(tmp_path, text, word):
         ({**LLAVA, "image": "a.png"}, "train_vlm_effilora.py"),
     ],
 )
-def test_records_that_can_t_be_learned_are_named(record, word):
+def test_errors_in_records_name_the_record(record, word):
     with pytest.raises(EffiLoRAError, match=f"data, record 2: .*{word}"):
         Examples([SUM, record], Encoder(tokenizer()), "data")
 
@@ -131,7 +131,7 @@ def test_records_that_can_t_be_learned_are_named(record, word):
 @pytest.mark.parametrize(
     "record", [{**SUM, "output": None}, {**SUM, "output": ["a"]}, {**SUM, "instruction": None}, CHAT]
 )
-def test_forms_without_turns_want_texts(template, record):
+def test_templates_without_messages_need_strings(template, record):
     with pytest.raises(EffiLoRAError, match=r"data, record 1: .*'instruction' and 'output' as strings"):
         Examples([record], Encoder(tokenizer(), template), "data")
     with pytest.raises(EffiLoRAError, match="vicuna is for images"):
@@ -139,14 +139,14 @@ def test_forms_without_turns_want_texts(template, record):
 
 
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
-def test_forms_without_turns_take_numbers_beside_an_instruction_but_no_system_text(template):
+def test_templates_without_messages_accept_numbers_as_input_but_no_system_prompt(template):
     encoder = Encoder(tokenizer(), template)
     assert "\n0\n" in encoder.prompt({**SUM, "input": 0})
     with pytest.raises(EffiLoRAError, match=f"{template} does not support its 'system' prompt"):
         encoder.encode({**SUM, "system": "be brief"})
 
 
-def test_a_system_text_and_early_greetings_are_understood():
+def test_system_prompts_are_used_and_leading_assistant_messages_dropped():
     encoder = Encoder(tokenizer())
     assert encoder.prompt({**SUM, "system": "be brief"}) == "<system>be brief</s><user>add 1 and 2</s><assistant>"
     greeted = {"conversations": [{"from": "gpt", "value": "hello"}, *LLAVA["conversations"]], "system": "be brief"}
@@ -158,10 +158,10 @@ THINKING = (
     "{{ m['content'].split('=')[-1] }}{% else %}{{ m['content'] }}{% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-"""A template that drops what was thought in earlier answers."""
+"""A template that removes the reasoning from earlier answers."""
 
 
-def test_where_a_template_rewrites_answers_the_last_one_is_learned():
+def test_if_a_template_rewrites_answers_the_loss_is_on_the_last_one():
     reader = tokenizer()
     reader.chat_template = THINKING
     turns = [("user", "1+1"), ("assistant", "hm=2"), ("user", "2+2"), ("assistant", "so=4")]
@@ -169,22 +169,22 @@ def test_where_a_template_rewrites_answers_the_last_one_is_learned():
     with pytest.warns(UserWarning, match="on the last answers only"):
         example = Encoder(reader).encode(record)
     assert reader.decode(example.ids) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>so=4</s>"
-    assert answered(example, reader) == ["so=4</s>"]
+    assert labelled(example, reader) == ["so=4</s>"]
     assert Encoder(reader).prompt(record) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>"
     reader.chat_template = CHAT_OPENED
     with pytest.warns(UserWarning, match="on the last answers only"):
         example = Encoder(reader).encode(SUM)
-    assert answered(example, reader) == ["<assistant>3</s>"]
+    assert labelled(example, reader) == ["<assistant>3</s>"]
 
 
 CHAT_OPENED = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>[think]{% endif %}"
 )
-"""A template whose prompt opens a thought that the trained answer does not have."""
+"""A template whose generation prompt opens a reasoning block that the answer does not have."""
 
 
-def test_a_template_s_refusal_names_the_record():
+def test_errors_of_a_template_name_the_record():
     reader = tokenizer()
     reader.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     with pytest.raises(EffiLoRAError, match=r"data, record 1: .*rejects its messages: no system here"):
@@ -193,7 +193,7 @@ def test_a_template_s_refusal_names_the_record():
         Encoder(reader).prompt(CHAT, "here")
 
 
-def test_the_beginning_of_text_is_set_once_and_kept():
+def test_the_bos_token_is_added_once_and_survives_truncation():
     reader = tokenizer(chat=False)
     reader.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     assert reader("a")["input_ids"][0] == 1
@@ -206,7 +206,7 @@ def test_the_beginning_of_text_is_set_once_and_kept():
     reader.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert Encoder(reader).encode(SUM).ids.count(1) == 1
     cut = Encoder(reader, max_length=5).encode(SUM)
-    assert (reader.decode(cut.ids), answered(cut, reader)) == ("<s> 23</s>", ["3</s>"])
+    assert (reader.decode(cut.ids), labelled(cut, reader)) == ("<s> 23</s>", ["3</s>"])
 
 
 SPACED = (
@@ -216,11 +216,11 @@ SPACED = (
 """A template whose answers begin with a space, as LLaMA 2's."""
 
 
-def test_pieces_of_a_text_are_the_tokens_of_the_whole():
+def test_tokens_of_the_pieces_are_those_of_the_whole_text():
     letters = "▁[]abcdefghijklmnopqrstuvwxyz\n"
     vocabulary = {token: place for place, token in enumerate(["<unk>", "<s>", "</s>", *letters, "ye", "yes", "▁yes"])}
     merges = [("y", "e"), ("ye", "s"), ("▁", "yes")]
-    reader = LlamaTokenizer(vocab=vocabulary, merges=merges)  # in SentencePiece's manner: a text begins with a space
+    reader = LlamaTokenizer(vocab=vocabulary, merges=merges)  # like SentencePiece: adds a space before a text
     reader.chat_template = SPACED
     turns = [("user", "hi"), ("assistant", "yes")] * 2
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -244,14 +244,14 @@ def test_json_lists_and_lines_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
-def test_packed_examples_do_not_see_one_another(name):
+def test_packed_examples_do_not_attend_to_each_other(name):
     encoder = Encoder(tokenizer())
     items = [encoder.encode({"instruction": "x" * n, "output": "y" * (n % 3 + 1)}) for n in (3, 9, 1, 6)]
     rows = pack(items, 30)
     assert sorted(len(item.ids) for row in rows for item in row) == sorted(len(item.ids) for item in items)
     assert all(sum(len(item.ids) for item in row) <= 30 for row in rows)
     assert len(rows) < len(items)
-    items[1] = Example(items[1].ids[-4:], items[1].ids[-4:])  # cut so far that it begins with its answer
+    items[1] = Example(items[1].ids[-4:], items[1].ids[-4:])  # truncated so that it begins with its answer
     model = build(name)
     with torch.no_grad():
         packed = model(**collate_packed([items])).loss

@@ -348,7 +348,7 @@ def test_a_model_of_images_is_also_asked_without_one(place, tmp_path, monkeypatc
     assert main(words(place, tmp_path / "out", max_steps=1), images=True) == 0
     asked = []
     monkeypatch.setattr(
-        "effilora_diffusion.language.commands.stream",
+        "effilora_diffusion.language.generate.stream_answer",
         lambda model, encoder, record, **options: asked.append(encoder.prompt(record)) or iter(["ok"]),
     )
     assert cli(["chat", "--adapter", str(tmp_path / "out"), "--prompt", "which?"]) == 0

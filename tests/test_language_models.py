@@ -1,4 +1,4 @@
-"""Every architecture of language models: attached, trained, saved, loaded, generated with, detached, exported."""
+"""Attach, train, save, load, generate, detach and export with every language model architecture."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def logits(model, ids, **more):
 
 
 def generated(model, ids, **more):
-    """The most likely eight tokens after ``ids``."""
+    """Generate eight tokens greedily."""
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.no_grad():
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_a_fresh_adapter_changes_no_bit_and_detaching_leaves_the_base(name):
+def test_an_untrained_adapter_changes_nothing_and_detaching_restores_the_base(name):
     model, ids = build(name), rows()
     before, hooks = logits(model, ids), sum(len(part._forward_hooks) for part in model.modules())
     adapter = attach(model, create_adapter(model, PAPER))
@@ -66,7 +66,7 @@ def test_every_head_learns_and_the_loss_falls(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_generation_with_the_cache_is_that_without(name):
+def test_generation_is_the_same_with_and_without_cache(name):
     model, ids = build(name), rows(2, 5)
     adapted(model)
     cached = generated(model, ids, use_cache=True)
@@ -75,7 +75,7 @@ def test_generation_with_the_cache_is_that_without(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_rows_of_a_padded_batch_do_not_see_one_another(name):
+def test_padding_does_not_change_the_output(name):
     model = build(name)
     adapted(model)
     long, short = rows(1, 9), rows(1, 5, seed=7)
@@ -90,7 +90,7 @@ def test_rows_of_a_padded_batch_do_not_see_one_another(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_a_saved_adapter_is_the_same_on_a_fresh_model(name, tmp_path):
+def test_a_saved_adapter_gives_the_same_output_on_a_new_model(name, tmp_path):
     model, ids = build(name), rows()
     adapter = adapted(model)
     expected = logits(model, ids)
@@ -123,7 +123,7 @@ def test_the_exported_folder_loads_in_peft(name, routing, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_static_gates_merge_into_the_weights_and_out_again(name):
+def test_static_gates_merge_and_unmerge_exactly(name):
     model, ids = build(name), rows()
     before = logits(model, ids)
     adapted(model, EffiLoRAConfig(rank=4, heads=3, routing="static", target_modules=("paper",)))
@@ -136,7 +136,7 @@ def test_static_gates_merge_into_the_weights_and_out_again(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_plain_form_can_be_added_to_the_weights(name):
+def test_plain_lora_can_be_added_to_the_weights(name):
     model, ids = build(name), rows()
     adapter = adapted(model, EffiLoRAConfig(rank=4, heads=3, routing="static", target_modules=("paper",)))
     merged = build(name)
@@ -159,27 +159,31 @@ def test_gradients_are_the_same_with_checkpointing(name):
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 
 
-def test_maps_on_one_input_share_their_codes(monkeypatch):
+def test_linears_with_the_same_input_compute_a_x_once(monkeypatch):
     model, ids = build("llama"), rows()
     adapted(model)
-    calls, original = [], EffiLoRA.code
-    monkeypatch.setattr(EffiLoRA, "code", lambda self, index, x: calls.append(index) or original(self, index, x))
+    calls, original = [], EffiLoRA.activations
+    monkeypatch.setattr(
+        EffiLoRA, "activations", lambda self, index, x: calls.append(index) or original(self, index, x)
+    )
     logits(model, ids)
     sites = find_sites(build("llama"), ["paper"])
     assert sorted(calls) == sorted(range(len(sites)))  # q, k and v are one call
     assert [len(site.linears) for site in sites] == [3, 1, 1] * 2
 
 
-def test_targets_are_groups_names_or_all():
+def test_targets_are_groups_suffixes_or_all_linear():
     model = build("llama")
-    endings = lambda targets: {
+    suffixes = lambda targets: {
         path.rpartition(".")[2] for site in find_sites(model, targets) for path, _ in site.linears
     }
-    assert endings(["paper"]) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
-    assert endings(["attention"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert endings(["feed_forward"]) == {"gate_proj", "up_proj", "down_proj"}
-    assert endings(["o_proj"]) == {"o_proj"}
-    assert endings(["all-linear"]) == endings(["attention"]) | endings(["feed_forward"])  # never the output embedding
+    assert suffixes(["paper"]) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert suffixes(["attention"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert suffixes(["feed_forward"]) == {"gate_proj", "up_proj", "down_proj"}
+    assert suffixes(["o_proj"]) == {"o_proj"}
+    assert suffixes(["all-linear"]) == suffixes(["attention"]) | suffixes(
+        ["feed_forward"]
+    )  # never the output embedding
     with pytest.raises(EffiLoRAError, match=r"ends in to_q: .* of \['down_proj'"):
         find_sites(model, ["to_q"])
     with pytest.raises(EffiLoRAError, match="no timestep"):

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: read in the formats of the commonsense tasks, answered by likelihood."""
+"""Multiple-choice questions: the formats of the commonsense tasks, and scoring by likelihood."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ PIQA = {"instruction": "How do you cut? Solution1: with a knife Solution2: with 
         "input": "", "output": "the correct answer is solution1", "answer": "solution1"}  # fmt: skip
 
 
-def test_the_commonsense_tasks_name_their_choices():
+def test_choices_of_the_commonsense_tasks_are_parsed():
     found = parse_question(PIQA)
     assert found.answers == ["the correct answer is solution1", "the correct answer is solution2"]
     assert found.correct == 0
@@ -35,12 +35,12 @@ def test_the_commonsense_tasks_name_their_choices():
         ({**PIQA, "answer": "solution3"}, "is not one of"),
     ],
 )
-def test_questions_that_can_t_be_asked_are_named(record, word):
+def test_errors_in_questions_name_the_record(record, word):
     with pytest.raises(EffiLoRAError, match=f"line 3: .*{word}"):
         parse_question(record, "line 3")
 
 
-def test_likelihoods_are_those_of_the_answers_alone():
+def test_likelihoods_are_those_of_the_answers_only():
     model, encoder = build("llama"), Encoder(tokenizer())
     questions = [Question({"instruction": "x" * n}, ["a", "bcd", "ef"], 0) for n in (2, 7)]
     found = log_likelihoods(model, encoder, questions, batch_size=4)
@@ -48,11 +48,11 @@ def test_likelihoods_are_those_of_the_answers_alone():
         for answer, value in zip(one.answers, row, strict=True):
             item = encoder.encode({**one.record, "output": answer})
             with torch.no_grad():
-                loss = model(**collate([item], 0)).loss  # the mean over answered tokens
+                loss = model(**collate([item], 0)).loss  # the mean over the answer's tokens
             assert value == pytest.approx(-float(loss), abs=1e-4)
 
 
-def test_questions_that_can_t_be_judged_are_refused_not_counted():
+def test_truncated_questions_and_non_finite_outputs_are_refused():
     model, encoder = build("llama"), Encoder(tokenizer(), max_length=12)
     asked = {"choices": ["yes", "no"], "answer": "yes"}
     with pytest.warns(UserWarning, match="data, record 1: truncated on the left to 12 tokens"):
@@ -65,7 +65,7 @@ def test_questions_that_can_t_be_judged_are_refused_not_counted():
         grade(model, encoder, [parse_question({"instruction": "x", **asked}, "data, record 3")])
 
 
-def test_a_model_that_has_learned_the_answers_chooses_them():
+def test_a_trained_model_chooses_the_correct_answers():
     model, encoder = build("llama"), Encoder(tokenizer())
     pairs = {"a": "z", "b": "y", "c": "x", "d": "w"}
     questions = [Question({"instruction": key}, list(pairs.values()), index) for index, key in enumerate(pairs)]

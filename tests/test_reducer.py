@@ -1,4 +1,4 @@
-"""The Reducer: who is trained when, which way the scores move, and that frozen means frozen."""
+"""The Reducer: selection of blocks, score updates, and freezing."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from conftest import make_adapter, make_toy, toy_input
 from effilora_diffusion.core import EffiLoRA, EffiLoRAError, Reducer, ReducerConfig, attach
 
 BLOCKS = 6
-LAYERS = tuple(f"blocks.{index}" for index in range(BLOCKS))
+NAMES = tuple(f"blocks.{index}" for index in range(BLOCKS))
 
 
 def make_reducer(seed=0, log=None, **options):
@@ -21,11 +21,11 @@ def make_reducer(seed=0, log=None, **options):
 
 
 def harm_of(reducer, harms):
-    """A validation loss that rises by a layer's harm, in proportion to how far the layer is suppressed."""
+    """Return a validation loss that increases by a block's harm in proportion to its suppression."""
 
     def evaluate():
         strength = reducer.adapter.block_strength
-        return 1.0 + sum(harm * (1 - strength.get(layer, 1.0)) for layer, harm in harms.items())
+        return 1.0 + sum(harm * (1 - strength.get(block, 1.0)) for block, harm in harms.items())
 
     return evaluate
 
@@ -35,7 +35,7 @@ def selections(reducer, steps=range(200)):
 
 
 @pytest.mark.parametrize("mode", ["importance", "random"])
-def test_the_choice_follows_from_seed_and_step_alone(mode):
+def test_the_selection_depends_on_seed_and_step_only(mode):
     expected = selections(make_reducer(3, mode=mode))
     again = make_reducer(3, mode=mode)
     random.seed(99)
@@ -48,49 +48,49 @@ def test_the_choice_follows_from_seed_and_step_alone(mode):
 
 @pytest.mark.parametrize("mode", ["importance", "random"])
 @pytest.mark.parametrize(("share", "count"), [(0.5, 3), (0.1, 1), (0.7, 4), (1.0, 6)])
-def test_all_layers_train_in_the_warm_up_and_k_after_it(mode, share, count):
+def test_all_blocks_train_during_the_warmup_and_k_after_it(mode, share, count):
     reducer = make_reducer(mode=mode, warmup=5, active=share)
     assert reducer.count == count
     for step in range(60):
         chosen = reducer.select(step)
         assert len(set(chosen)) == len(chosen) == (BLOCKS if step < 5 else count)
-        assert list(chosen) == [layer for layer in LAYERS if layer in chosen]  # in model order
+        assert list(chosen) == [block for block in NAMES if block in chosen]  # in model order
 
 
-def test_without_the_reducer_every_layer_trains_and_nothing_is_measured():
+def test_without_a_reducer_every_block_trains_and_nothing_is_evaluated():
     reducer = make_reducer(mode="off", active=0.2)
     for step in range(30):
         reducer.begin_step(step)
         assert not reducer.due(step)
         assert all(heads.requires_grad for heads in reducer.adapter.B)
         assert reducer.adapter.cut_blocks == frozenset()
-    assert reducer.active == LAYERS
+    assert reducer.active == NAMES
 
 
-def test_importance_is_due_at_the_end_of_the_warm_up_and_every_interval_after():
+def test_importance_is_evaluated_after_the_warmup_and_then_every_interval():
     reducer = make_reducer(warmup=4, interval=3)
     assert [step for step in range(14) if reducer.due(step)] == [4, 7, 10, 13]
     assert not any(make_reducer(mode="random").due(step) for step in range(14))
 
 
 @pytest.mark.parametrize("harm", [0.05, -0.05], ids=["hurts", "helps"])
-def test_a_layer_whose_suppression_hurts_scores_lowest_and_trains_most_often(harm):
+def test_a_block_whose_suppression_hurts_has_the_lowest_score_and_trains_most(harm):
     counts = Counter()
     for seed in range(4):
         reducer = make_reducer(seed)
         for step in range(40):
             reducer.update(step, harm_of(reducer, {"blocks.2": harm}))
-        scores = dict(zip(LAYERS, reducer.scores, strict=True))
+        scores = dict(zip(NAMES, reducer.scores, strict=True))
         assert (min if harm > 0 else max)(scores, key=scores.get) == "blocks.2"
-        counts.update(layer for chosen in selections(reducer) for layer in chosen)
-    others = [counts[layer] for layer in LAYERS if layer != "blocks.2"]
+        counts.update(block for chosen in selections(reducer) for block in chosen)
+    others = [counts[block] for block in NAMES if block != "blocks.2"]
     if harm > 0:
         assert counts["blocks.2"] > 1.25 * max(others)
     else:
         assert counts["blocks.2"] < 0.75 * min(others)
 
 
-def test_unimportant_layers_are_suppressed_more_often_than_important_ones():
+def test_unimportant_blocks_are_suppressed_more_often_than_important_ones():
     reducer = make_reducer()
     reducer.scores = [-3.0, -3.0, -3.0, 3.0, 3.0, 3.0]
     seen = Counter()
@@ -101,10 +101,10 @@ def test_unimportant_layers_are_suppressed_more_often_than_important_ones():
 
     for step in range(40):
         reducer.update(step, evaluate)
-    assert sum(seen[layer] for layer in LAYERS[3:]) > 2 * sum(seen[layer] for layer in LAYERS[:3])
+    assert sum(seen[block] for block in NAMES[3:]) > 2 * sum(seen[block] for block in NAMES[:3])
 
 
-def test_equal_losses_move_no_score():
+def test_equal_losses_do_not_change_the_scores():
     reducer = make_reducer()
     for step in range(5):
         reducer.update(step, lambda: 0.25)
@@ -130,15 +130,15 @@ def test_random_mode_ignores_the_scores():
     assert selections(importance) != before
 
 
-def test_random_mode_draws_every_layer_equally_often():
-    counts = Counter(layer for chosen in selections(make_reducer(mode="random"), range(1200)) for layer in chosen)
-    assert all(abs(counts[layer] - 600) < 90 for layer in LAYERS)
+def test_random_mode_selects_every_block_equally_often():
+    counts = Counter(block for chosen in selections(make_reducer(mode="random"), range(1200)) for block in chosen)
+    assert all(abs(counts[block] - 600) < 90 for block in NAMES)
 
 
 @pytest.mark.parametrize(
     ("share", "rollouts", "factor", "size"), [(0.5, 3, 0.0, 3), (0.34, 4, 0.25, 2), (0.1, 2, 0, 1)]
 )
-def test_each_rollout_suppresses_its_share_of_the_layers_by_the_factor(share, rollouts, factor, size):
+def test_each_rollout_suppresses_its_share_of_the_blocks_by_the_factor(share, rollouts, factor, size):
     reducer = make_reducer(suppress_share=share, rollouts=rollouts, suppress_factor=factor)
     seen = []
 
@@ -152,7 +152,7 @@ def test_each_rollout_suppresses_its_share_of_the_layers_by_the_factor(share, ro
     assert reducer.adapter.block_strength == {}
 
 
-def test_a_suppressed_layer_adds_nothing_to_the_output():
+def test_a_suppressed_block_adds_nothing_to_the_output():
     model, x = make_toy(BLOCKS), toy_input()
     adapter = attach(model, make_adapter(BLOCKS))
     adapter.block_strength["blocks.3"] = 0.0
@@ -168,7 +168,7 @@ def test_a_suppressed_layer_adds_nothing_to_the_output():
 
 
 @pytest.mark.parametrize("train_shared", [True, False])
-def test_frozen_heads_keep_every_bit_under_weight_decay_and_momentum(train_shared):
+def test_frozen_heads_do_not_change_under_weight_decay_and_momentum(train_shared):
     model, x = make_toy(BLOCKS), toy_input()
     adapter = attach(model, make_adapter(BLOCKS, reducer=ReducerConfig("random", 0.5, train_shared=train_shared)))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05, weight_decay=0.1)
@@ -178,11 +178,11 @@ def test_frozen_heads_keep_every_bit_under_weight_decay_and_momentum(train_share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for _ in range(3):  # all layers train: momentum builds up
+    for _ in range(3):  # all blocks train: momentum builds up
         step()
     assert all(optimizer.state[heads]["exp_avg"].any() for heads in adapter.B)
     active = ("blocks.1", "blocks.4")
-    model(x).square().mean().backward()  # a gradient left over from before the choice must not move a frozen head
+    model(x).square().mean().backward()  # a gradient from before the selection must not change a frozen head
     adapter.set_active(active, train_shared)
     before = [heads.detach().clone() for heads in adapter.B]
     for _ in range(4):
@@ -194,9 +194,9 @@ def test_frozen_heads_keep_every_bit_under_weight_decay_and_momentum(train_share
     assert not any(torch.equal(old, new) for old, new in zip(before, adapter.B, strict=True))
 
 
-def part_of(adapter, layers):
-    """An adapter of its own with the sites of ``layers`` and copies of their weights."""
-    keep = [index for index, site in enumerate(adapter.sites) if site.block in layers]
+def part_of(adapter, blocks):
+    """Copy the sites of ``blocks`` with their weights to a new adapter."""
+    keep = [index for index, site in enumerate(adapter.sites) if site.block in blocks]
     part = EffiLoRA(adapter.config, [adapter.sites[index] for index in keep])
     with torch.no_grad():
         for width, value in part.A.items():
@@ -208,7 +208,7 @@ def part_of(adapter, layers):
 
 
 @pytest.mark.parametrize("routing", ["token", "static"])
-def test_without_train_shared_a_learns_from_active_layers_only(routing):
+def test_without_train_shared_a_learns_from_active_blocks_only(routing):
     x, active = toy_input(), ("blocks.1", "blocks.4")
     model = make_toy(BLOCKS)
     adapter = attach(model, make_adapter(BLOCKS, routing=routing))
@@ -217,7 +217,7 @@ def test_without_train_shared_a_learns_from_active_layers_only(routing):
     cut.square().mean().backward()
 
     split = make_toy(BLOCKS)
-    frozen = attach(split, part_of(adapter, set(LAYERS) - set(active)), "frozen").requires_grad_(False)
+    frozen = attach(split, part_of(adapter, set(NAMES) - set(active)), "frozen").requires_grad_(False)
     moving = attach(split, part_of(adapter, active), "moving")
     torch.testing.assert_close(split(x), cut)
     split(x).square().mean().backward()
@@ -228,12 +228,12 @@ def test_without_train_shared_a_learns_from_active_layers_only(routing):
         assert (router.grad is not None) == (site.block in active)
 
 
-def test_with_train_shared_a_and_routers_learn_from_every_layer():
+def test_with_train_shared_a_and_routers_learn_from_every_block():
     x, gradients = toy_input(), []
-    for layers in (None, ("blocks.1",)):
+    for blocks in (None, ("blocks.1",)):
         model = make_toy(BLOCKS)
         adapter = attach(model, make_adapter(BLOCKS))
-        adapter.set_active(layers, train_shared=True)
+        adapter.set_active(blocks, train_shared=True)
         model(x).square().mean().backward()
         assert [heads.grad is not None for heads in adapter.B] == [heads.requires_grad for heads in adapter.B]
         gradients.append([value.grad for value in [*adapter.A.values(), *adapter.G]])
@@ -241,7 +241,7 @@ def test_with_train_shared_a_and_routers_learn_from_every_layer():
         torch.testing.assert_close(full, frozen)
 
 
-def test_begin_step_freezes_what_select_leaves_out():
+def test_begin_step_freezes_the_blocks_that_are_not_selected():
     reducer = make_reducer(active=0.34, train_shared=False)
     for step in range(5):
         reducer.begin_step(step)
@@ -249,36 +249,36 @@ def test_begin_step_freezes_what_select_leaves_out():
         assert reducer.active == chosen
         for site, heads in zip(reducer.adapter.sites, reducer.adapter.B, strict=True):
             assert heads.requires_grad == (site.block in chosen)
-        assert reducer.adapter.cut_blocks == set(LAYERS) - set(chosen)
+        assert reducer.adapter.cut_blocks == set(NAMES) - set(chosen)
 
 
-def test_trained_ever_counts_the_layers_drawn_so_far():
+def test_trained_ever_counts_the_blocks_selected_so_far():
     reducer = make_reducer(mode="random", active=0.17)
     shared = sum(value.numel() for value in reducer.adapter.A.values())
-    per_layer = sum(value.numel() for value in [*reducer.adapter.B, *reducer.adapter.G]) // BLOCKS
-    drawn = set()
+    per_block = sum(value.numel() for value in [*reducer.adapter.B, *reducer.adapter.G]) // BLOCKS
+    selected = set()
     for step in range(4):
         reducer.begin_step(step)
-        drawn.update(reducer.select(step))
-        assert reducer.trained_ever() == shared + per_layer * len(drawn)
+        selected.update(reducer.select(step))
+        assert reducer.trained_ever() == shared + per_block * len(selected)
 
 
 @pytest.mark.parametrize("train_shared", [False, True])
-def test_an_a_of_a_layer_s_own_counts_with_its_layer(train_shared):
+def test_an_unshared_a_counts_with_its_block(train_shared):
     config = ReducerConfig(mode="random", active=0.17, warmup=0, train_shared=train_shared)
     adapter = make_adapter(BLOCKS, a_sharing="none", reducer=config)
     reducer = Reducer(adapter)
     reducer.begin_step(0)
-    (drawn,) = reducer.active
+    (selected,) = reducer.active
     counted = reducer.trained_ever()
     attach(make_toy(BLOCKS), adapter)
-    own = [index for index, site in enumerate(adapter.sites) if train_shared or site.block == drawn]
+    own = [index for index, site in enumerate(adapter.sites) if train_shared or site.block == selected]
     expected = sum(adapter.G[i].numel() + adapter.shared_a(adapter.sites[i]).numel() for i in own)
     expected += sum(heads.numel() for heads in adapter.B if heads.requires_grad)
     assert counted == expected == adapter.parameter_counts()["trained_per_step"]
 
 
-def test_a_saved_state_continues_as_if_never_interrupted():
+def test_a_saved_state_continues_like_an_uninterrupted_run():
     harms = {"blocks.0": 0.3, "blocks.5": 0.1}
     whole, first = make_reducer(), make_reducer()
     for reducer, steps in ((whole, range(12)), (first, range(6))):
@@ -315,7 +315,7 @@ def test_the_log_holds_one_json_object_per_event(tmp_path):
     assert [event["step"] for event in measured] == [2, 3, 4, 5]
     for event in measured:
         assert len(event["losses"]) == len(event["suppressed"]) == 3
-        assert set(event["scores"]) == set(LAYERS)
+        assert set(event["scores"]) == set(NAMES)
     assert list(measured[-1]["scores"].values()) == reducer.scores
     changes = [event for event in events if event["event"] == "active"]
     assert changes[0]["step"] == 2
@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_scores(loss):
     assert reducer.adapter.block_strength == {}
 
 
-def test_an_exception_in_the_validation_leaves_no_layer_suppressed():
+def test_after_an_exception_in_the_validation_no_block_is_suppressed():
     reducer = make_reducer()
 
     def fail():
@@ -344,9 +344,9 @@ def test_an_exception_in_the_validation_leaves_no_layer_suppressed():
     assert reducer.adapter.block_strength == {}
 
 
-def test_scores_stay_bounded_so_that_every_layer_can_come_back():
+def test_scores_are_bounded_so_that_every_block_can_be_selected_again():
     reducer = make_reducer(step_size=50.0)
     for step in range(100):
         reducer.update(step, harm_of(reducer, {"blocks.2": 1.0}))
     assert all(math.isfinite(score) and abs(score) <= 16 for score in reducer.scores)
-    assert set(LAYERS) == {layer for chosen in selections(reducer, range(3000)) for layer in chosen}
+    assert set(NAMES) == {block for chosen in selections(reducer, range(3000)) for block in chosen}

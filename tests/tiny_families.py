@@ -1,4 +1,4 @@
-"""Tiny random-weight pipelines of many text-to-image families, from the real diffusers and transformers classes."""
+"""Tiny random pipelines of all families, from the real diffusers and transformers classes."""
 
 import math
 import os
@@ -17,11 +17,11 @@ CHANNELS = 4
 """Channels of the latents, before any packing."""
 
 GAIN = 1.15
-"""Weights a little larger than those that keep the variance: prompts show in images of two steps."""
+"""Gain of the random weights; a little above 1 so that the prompt influences images of two steps."""
 
 
 def kl_vae(cls: type = d.AutoencoderKL, **options):
-    """The usual autoencoder: eight times smaller latents."""
+    """An AutoencoderKL with latents eight times smaller than the image."""
     sizes = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     return cls(down_block_types=down, up_block_types=up, latent_channels=CHANNELS, **sizes, **options)
@@ -33,7 +33,7 @@ def flux_vae(scaling_factor: float = 0.3611, shift_factor: float = 0.1159):
 
 
 def qwen_vae():
-    """The video autoencoder of Qwen-Image; an image is one frame."""
+    """Qwen-Image's video autoencoder."""
     statistics = {"latents_mean": [-0.7, 0.4, 0.1, -0.2], "latents_std": [2.8, 1.5, 2.3, 1.2]}
     return d.AutoencoderKLQwenImage(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1, 2, 2], num_res_blocks=1, **statistics)
 
@@ -54,7 +54,7 @@ UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety
 HEADS = {"num_attention_heads": 2, "attention_head_dim": WIDTH // 2}
 LATENTS = {"in_channels": CHANNELS, "out_channels": CHANNELS, "sample_size": 8, "num_layers": 2}
 PACKED = 4 * CHANNELS
-"""Channels of a token when 2x2 latents are packed into one."""
+"""Channels of a token of packed 2x2 latents."""
 AXES = (4, 6, 6)
 """Rotary dimensions of each position axis; together the width of a head."""
 
@@ -68,13 +68,13 @@ def _unet(cross_attention_dim: int = WIDTH, **options):
 
 
 def _two_streams(cls: type, **options):
-    """A transformer of Flux's kind: one block of two streams, two blocks of one stream."""
+    """A transformer like FLUX's: one double-stream and two single-stream blocks."""
     sizes = {"patch_size": 1, "in_channels": PACKED, "num_layers": 1, "num_single_layers": 2}
     return cls(**(sizes | HEADS | {"joint_attention_dim": WIDTH, "axes_dims_rope": AXES} | options))
 
 
 def assemble(pipeline: type, model: nn.Module, vae: nn.Module, scheduler, *kinds: str, **options):
-    """A pipeline of its parts; the text encoders are named by their kinds, in the order of the pipeline."""
+    """Assemble a pipeline; ``kinds`` are the kinds of its text encoders in order."""
     parts = {"unet" if isinstance(model, d.UNet2DConditionModel) else "transformer": model}
     for kind, suffix in zip(kinds, ("", "_2", "_3"), strict=False):
         make_tokenizer, make_encoder = TEXTS[kind]
@@ -114,9 +114,9 @@ def _flux(guidance_embeds: bool):
 
 
 def _flux2(pipeline: type, kind: str, guidance_embeds: bool):
-    """FLUX.2; the released one has a PixtralProcessor, which needs torchvision, in the place of its tokenizer.
+    """FLUX.2 with a tokenizer instead of the released PixtralProcessor, which needs torchvision.
 
-    The pipeline uses only its text half, through ``apply_chat_template``.
+    The pipeline only uses its ``apply_chat_template`` for texts.
     """
     options = {"guidance_embeds": guidance_embeds, "timestep_guidance_channels": 32, "axes_dims_rope": (4,) * 4}
     model = _two_streams(d.Flux2Transformer2DModel, joint_attention_dim=3 * WIDTH // 2, **options)
@@ -243,7 +243,7 @@ FAMILIES: tuple[str, ...] = tuple(_TABLE)
 
 @torch.no_grad()
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill every weight, also the ones that start at zero, so that no input is without effect."""
+    """Randomise all weights, including zero-initialised ones, so that every input has an effect."""
     for name, value in module.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
         if value.ndim > 1 and value[0].numel() > 1:
@@ -256,7 +256,7 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def build(name: str, seed: int = 0) -> d.DiffusionPipeline:
-    """The tiny pipeline of a family, its random weights drawn from the seed."""
+    """Build the tiny pipeline of a family with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         pipeline = _TABLE[name][0]()
     generator = torch.Generator().manual_seed(seed)
@@ -268,12 +268,12 @@ def build(name: str, seed: int = 0) -> d.DiffusionPipeline:
 
 
 def sampling(name: str) -> dict:
-    """Keyword arguments with which the pipeline of a family draws a small image in two steps."""
+    """Return a family's pipeline arguments for a small image in two steps."""
     return {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pil"} | _TABLE[name][1]
 
 
 def draw(pipeline: d.DiffusionPipeline, name: str, prompt: str) -> torch.Tensor:
-    """The bytes of the image that a pipeline of the family draws for the prompt."""
+    """Sample an image for the prompt; returns its bytes as a tensor."""
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(1), **sampling(name)).images[0]
     assert image.size == (64, 64), f"{name}: image of {image.size}"

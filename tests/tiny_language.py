@@ -1,4 +1,4 @@
-"""Tiny random language models of many architectures, in their real transformers classes, with a tokenizer."""
+"""Tiny random language models from the real transformers classes, with a tokenizer."""
 
 import gguf
 import numpy
@@ -38,7 +38,7 @@ LANGUAGE_MODELS = tuple(_TABLE)
 
 
 def build(name, seed=0):
-    """A seeded model in evaluation mode, its weights frozen and large enough that its layers matter."""
+    """Build a frozen model in evaluation mode with seeded weights, scaled up so that every layer matters."""
     kind, config = _TABLE[name]
     torch.manual_seed(seed)
     model = kind(config())
@@ -50,7 +50,7 @@ def build(name, seed=0):
 
 
 def rows(count=2, tokens=9, seed=1):
-    """Token ids ``(count, tokens)`` without special ones."""
+    """Return random token ids ``(count, tokens)`` without special tokens."""
     return torch.randint(3, VOCAB - 2, (count, tokens), generator=torch.Generator().manual_seed(seed))
 
 
@@ -58,11 +58,11 @@ CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-"""A chat template in the manner of the usual ones."""
+"""A typical chat template."""
 
 
 def tokenizer(chat=True):
-    """A tokenizer of single characters, roles, the end of a turn, which also ends the text, and an image's place."""
+    """A character tokenizer with role tokens, an EOS token that is also the stop token, and an image token."""
     special = ["<pad>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
     letters = [chr(code) for code in range(32, 32 + VOCAB - len(special)) if chr(code) != "`"]
     vocabulary = {token: index for index, token in enumerate([*special, *letters, "<image>"])}
@@ -75,14 +75,14 @@ def tokenizer(chat=True):
 
 
 def save(folder, name="llama", chat=True):
-    """A folder with a model and the tokenizer, as a training command takes it."""
+    """Save a model and its tokenizer to ``folder``."""
     build(name).save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder
 
 
 def write_gguf(path, seed=0):
-    """A tiny LLaMA with weights of 8 bits and a tokenizer of single characters, as llama.cpp keeps them; returns some weights."""
+    """Write a tiny LLaMA with 8-bit weights and a character tokenizer as GGUF; returns some dequantised weights."""
     width, layers, hidden = 32, 2, 64
     writer = gguf.GGUFWriter(path, "llama")
     for add, value in (

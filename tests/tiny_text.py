@@ -1,4 +1,4 @@
-"""Tiny random-weight tokenizers and text encoders, from the real transformers classes."""
+"""Tiny tokenizers and random text encoders, from the real transformers classes."""
 
 import re
 import string
@@ -9,7 +9,7 @@ import transformers as t
 from tokenizers.pre_tokenizers import ByteLevel
 
 WIDTH = 32
-"""Width of the denoisers and of the text states they read."""
+"""Width of the denoisers and of their text states."""
 
 CLIP_TOKENS = 77
 
@@ -24,7 +24,7 @@ CORPUS = (
     "a photo of a red cat, a blue dog, a green house; an icon of a small yellow car on a big white table in the style "
     "of sks. A painting with a tree, the sun and two people! 0 1 2 3 4 5 6 7 8 9 b c e j k q v w x y z -",
 )
-"""What the tokenizers know: the templates of the pipelines become one token a word, as in the real ones."""
+"""Training corpus of the tokenizers, with the pipelines' templates, so that their words are single tokens."""
 
 WORDS = sorted(set(re.findall(r"\w+", " ".join(CORPUS).lower())))
 LETTERS = [letter for letter in string.ascii_letters + string.digits + string.punctuation if letter != "_"]
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def clip_tokenizer():
-    """A tokenizer of single bytes; trained ones differ from run to run."""
+    """A byte tokenizer; trained ones would differ from run to run."""
     letters = [letter + end for letter in sorted(ByteLevel.alphabet()) for end in ("", "</w>")]
     vocab = {token: index for index, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
     return t.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CLIP_TOKENS)
@@ -57,14 +57,14 @@ def t5_tokenizer():
 
 
 def gemma_tokenizer():
-    """A tokenizer that has learned the most common pieces of the corpus."""
+    """A tokenizer trained on the corpus."""
     tokenizer = t.GemmaTokenizer().train_new_from_iterator(CORPUS, 400)
     tokenizer.model_max_length, tokenizer.add_bos_token = 8192, True
     return tokenizer
 
 
 def chat_tokenizer(side: str = "right", **options):
-    """A byte-level tokenizer as Qwen's that has learned the corpus; a ``bos_token`` opens every text, as GLM's does."""
+    """A byte-level tokenizer like Qwen's, trained on the corpus; a ``bos_token`` is prepended, as by GLM's."""
     specials = ["<|im_start|>", "<|im_end|>", "[IMG]", "<|image_pad|>", "<|video_pad|>"]
     bare = t.Qwen2Tokenizer(padding_side=side, **options)
     tokenizer = bare.train_new_from_iterator(CORPUS, 2000, new_special_tokens=specials)
@@ -74,7 +74,7 @@ def chat_tokenizer(side: str = "right", **options):
 
 
 def encoder_options(tokenizer, width: int = WIDTH) -> dict:
-    """What the configurations of all text encoders share; two layers."""
+    """Return the common configuration of the text encoders."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     return {name: getattr(tokenizer, name) for name in names} | sizes | {"vocab_size": len(tokenizer)}
@@ -96,7 +96,7 @@ def t5_text(config: type, model: type, tokenizer):
 
 
 def decoder_options(tokenizer, layers: int = 3, width: int = WIDTH) -> dict:
-    """What the configurations of all decoder-only language models share."""
+    """Return the common configuration of the decoder-only language models."""
     heads = {"num_key_value_heads": 1, "head_dim": width // 2, "max_position_embeddings": 4096}
     return encoder_options(tokenizer, width) | heads | {"num_hidden_layers": layers}
 
@@ -106,7 +106,7 @@ def decoder_text(config: type, model: type, tokenizer, **sizes):
 
 
 def qwen_vl_text(config: type, model: type, tokenizer, **vision):
-    """A Qwen with eyes; only its language half works here."""
+    """A vision-language Qwen; only its language model is used."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     text = decoder_options(tokenizer) | {"rope_parameters": rope}
     vision |= {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
@@ -115,7 +115,7 @@ def qwen_vl_text(config: type, model: type, tokenizer, **vision):
 
 
 def mistral3_text(model: type, tokenizer, **sizes):
-    """A Mistral 3 with a Pixtral eye that nobody opens here."""
+    """A Mistral 3 with an unused Pixtral vision tower."""
     text = decoder_options(tokenizer, **sizes) | {"model_type": "mistral", "sliding_window": None}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"model_type": "pixtral", "patch_size": 14, "image_size": 28}
@@ -146,4 +146,4 @@ TEXTS: dict[str, tuple[Callable, Callable]] = {
     "t5": (t5_tokenizer, partial(t5_text, t.T5Config, t.T5EncoderModel)),
     "umt5": (t5_tokenizer, partial(t5_text, t.UMT5Config, t.UMT5EncoderModel)),
 }
-"""Tokenizers and encoders. The deep ones are thin: FLUX.2 reads layers 10, 20, 30 or 9, 18, 27."""
+"""Tokenizers and encoders; some are deep because FLUX.2 uses layers 10, 20, 30 or 9, 18, 27."""

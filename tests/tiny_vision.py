@@ -9,7 +9,7 @@ CHAT = (
     "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-"""A chat template in the manner of the usual ones, for messages in parts."""
+"""A typical chat template for messages with content parts."""
 
 _SIZE = {"height": 16, "width": 16}
 _VISION = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "image_size": 16}
@@ -80,14 +80,14 @@ VISION_MODELS = tuple(_TABLE)
 
 
 def build_vision(name="llava", seed=0, chat=True):
-    """A seeded model, frozen and in evaluation mode, and its processor."""
+    """Build a frozen model in evaluation mode with seeded weights, and its processor."""
     torch.manual_seed(seed)
     model, processor = _TABLE[name](CHAT.replace("MARK", "<image>") if chat else None)
     return model.eval().requires_grad_(False), processor
 
 
 def save_vision(folder, name="llava"):
-    """A folder with both, as a training command takes it."""
+    """Save a model and its processor to ``folder``."""
     for part in build_vision(name):
         part.save_pretrained(folder)
     return folder
