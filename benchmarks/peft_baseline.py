@@ -14,6 +14,7 @@ from effilora_diffusion.diffusion.data.prior import class_examples
 from effilora_diffusion.diffusion.models import Family, make_family
 from effilora_diffusion.diffusion.training.batches import BatchDrawer
 from effilora_diffusion.diffusion.training.build import load_base, make_objective
+from effilora_diffusion.diffusion.training.loop import Loop
 from effilora_diffusion.diffusion.training.loss import batch_loss
 from effilora_diffusion.diffusion.training.optim import learning_rates
 
@@ -61,13 +62,13 @@ def train(config: TrainingConfig) -> Family:
         fused=True,
     )
     assert config.max_train_steps is not None
-    rate = learning_rates(config, config.max_train_steps, config.learning_rate)
-    for step in range(config.max_train_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        batch = drawer.draw(step * config.train_batch_size, config.train_batch_size)
-        batch_loss(family, objective, batch, device, config.prior_loss_weight).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    size = config.train_batch_size
+    Loop(
+        parameters,
+        optimizer,
+        learning_rates(config, config.max_train_steps, config.learning_rate),
+        lambda step, micro: drawer.draw(step * size, size),
+        lambda batch: batch_loss(family, objective, batch, device, config.prior_loss_weight),
+        max_grad_norm=config.max_grad_norm,
+    ).run(0, config.max_train_steps)
     return family

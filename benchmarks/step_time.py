@@ -23,6 +23,7 @@ from torch import nn
 
 from effilora_diffusion import ReducerConfig
 from effilora_diffusion.core import Reducer, exit_code
+from effilora_diffusion.diffusion.training.loop import Loop
 
 from .architectures import ARCHITECTURES, build, fresh_adapter
 from .peft_baseline import inject
@@ -52,16 +53,19 @@ def make_step(
 ) -> Step:
     """A training step on fixed inputs; ``before`` is called with the step's number in its time."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    cuda = parameters[0].is_cuda
+    loop = Loop(
+        parameters,
+        optimizer,
+        lambda step: 1e-4,
+        lambda step, micro: inputs,
+        lambda batch: model(**batch, return_dict=False)[0].float().square().mean(),
+        before_step=before,
+    )
 
     def step(index: int) -> float:
         began = time.perf_counter()
-        if before is not None:
-            before(index)
-        model(**inputs, return_dict=False)[0].float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
+        loop.step(index)
+        if parameters[0].is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 

@@ -14,8 +14,8 @@ from helpers import arguments, files_in, make_subject, same_content, settings, t
 from PIL import Image
 
 from effilora_diffusion import EffiLoRAError, cli
+from effilora_diffusion.cli import train as launch
 from effilora_diffusion.core import load_adapter_file
-from effilora_diffusion.diffusion.training import main as launch
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,5 +1,6 @@
-"""The documented table of families matches the code: names, pipelines and line counts."""
+"""The pages match the code: the table of families, the files they name, the structure of the package."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from effilora_diffusion.cli.settings_page import page
 from effilora_diffusion.diffusion.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "effilora_diffusion"
 PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
@@ -29,3 +31,18 @@ def test_the_example_on_the_page_is_the_file_it_shows():
 def test_the_page_of_settings_is_what_the_code_says():
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert written == page(), "run: python -m effilora_diffusion.cli.settings_page > docs/settings.md"
+
+
+def test_the_files_that_the_pages_name_exist():
+    pages = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    named = {name for page in pages for name in re.findall(r"`([\w/]+/[\w/]+\.py)`", page.read_text(encoding="utf-8"))}
+    assert "language/targets.py" in named
+    assert [name for name in sorted(named) if not any((root / name).is_file() for root in (ROOT, PACKAGE))] == []
+
+
+def test_the_structure_in_contributing_is_the_package_s():
+    tree = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("effilora_diffusion/\n")[1].split("    app/")[0]
+    )
+    folders = {re.match(r" *([\w/]+?)/ ", line)[1] for line in tree.splitlines() if re.match(r" *[\w/]+/ ", line)}
+    assert folders == {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {"effilora_diffusion", "tabs"}

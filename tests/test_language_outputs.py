@@ -65,8 +65,8 @@ def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_pa
             {"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 9, "logging_steps": 3},
             "no longer finite by step 3",
         ),
-        ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
-        ({"resume_from_checkpoint": "/nowhere"}, "no checkpoint of this trainer"),
+        ({"resume_from_checkpoint": "latest"}, "no whole checkpoint"),
+        ({"resume_from_checkpoint": "/nowhere"}, "no such checkpoint"),
     ],
 )
 def test_a_run_without_a_result_is_no_success(place, tmp_path, capsys, change, word):

@@ -90,11 +90,11 @@ def test_packing_trains_on_every_example(place, tmp_path):
 @pytest.mark.parametrize(
     ("name", "kept_apart"), [("llama", True), ("gpt2", True), ("opt", False), ("bloom", False), ("falcon", False)]
 )
-def test_packing_is_refused_where_examples_would_see_one_another(place, tmp_path, capsys, name, kept_apart):
+def test_packing_is_refused_where_examples_would_attend_to_each_other(place, tmp_path, capsys, name, kept_apart):
     save(tmp_path / "model", name)
     options = {"model_name_or_path": tmp_path / "model", "packing": True, "max_length": 48, "max_steps": 1}
     assert main(words(place, tmp_path / "out", **options)) == (0 if kept_apart else 2)
-    assert ("would see one another" in capsys.readouterr().err) != kept_apart
+    assert ("would attend to each other" in capsys.readouterr().err) != kept_apart
 
 
 def test_long_examples_are_counted_and_fit_the_model(place, tmp_path, capsys):

@@ -41,7 +41,9 @@ def installed(wheel, tmp_path_factory):
     subprocess.run([python, *words], check=True, capture_output=True, timeout=PATIENCE)
     ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     own = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
-    (own / "libraries.pth").write_text(sysconfig.get_path("purelib"))  # .pth files in there, as a checkout's, are not read
+    (own / "libraries.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # .pth files in there, as a checkout's, are not read
     return commands
 
 
@@ -49,7 +51,13 @@ def run(commands, folder, *words, code=0):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     program = [str(commands / words[0]), *words[1:]]
     done = subprocess.run(
-        program, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+        program,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -10,17 +10,22 @@ import torch
 from conftest import build_tiny_pipeline, make_adapter
 from helpers import arguments, edit_json, files_in, make_subject, metrics, same_content, settings, trainer
 
+from effilora_diffusion.cli import train as launch
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.diffusion.training import main as launch
+from effilora_diffusion.core.run_folder import RunFolder, checkpoints
 from effilora_diffusion.diffusion.training.checkpoints import (
+    IMAGE_RUN,
     TrainingState,
     fault_of,
-    find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
 from effilora_diffusion.diffusion.training.trainer import Trainer
+
+
+def find_checkpoint(folder, wanted):
+    return RunFolder(folder, IMAGE_RUN).find_checkpoint(wanted)
+
 
 STEPS = 12
 HARD = {
@@ -194,7 +199,7 @@ def test_killed_process_s_wreck_is_resumed_from_its_newest_whole_checkpoint(shor
     assert launch.main([*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=latest"]) == 0
     assert "at step 2" in capsys.readouterr().out
     assert not wreck.exists()
-    assert all(fault_of(folder) is None for folder in list_checkpoints(output))
+    assert all(fault_of(folder) is None for folder in checkpoints(output))
     found, expected = ((folder / "effilora.safetensors").read_bytes() for folder in (output, Path(short.output_dir)))
     assert found == expected
 
@@ -275,7 +280,7 @@ def state(step):
 
 
 def names(output):
-    return [path.name for path in list_checkpoints(output)]
+    return [path.name for path in checkpoints(output)]
 
 
 def test_limit_keeps_the_newest_by_number(tmp_path):

@@ -10,12 +10,13 @@ import yaml
 from helpers import arguments, files_in, make_subject, metrics, settings, sharp_pipeline, trainer
 from PIL import Image
 
+from effilora_diffusion.cli import train as launch
 from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.core import EffiLoRAError, load_adapter_file
+from effilora_diffusion.core.run_folder import checkpoints
 from effilora_diffusion.diffusion.adapters import processors as attention
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
-from effilora_diffusion.diffusion.training import main as launch
-from effilora_diffusion.diffusion.training.checkpoints import fault_of, list_checkpoints
+from effilora_diffusion.diffusion.training.checkpoints import fault_of
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 CHECKPOINT = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"}
@@ -48,7 +49,7 @@ def names(folder):
 
 
 def checkpoints(output):
-    return [path.name for path in list_checkpoints(output)]
+    return [path.name for path in checkpoints(output)]
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def test_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_as_it_was(tiny_pi
     with pytest.raises(EffiLoRAError, match=rf"the loss became nan at step 3 \(images {name}\)"):
         run.run()
     assert checkpoints(run.output) == ["checkpoint-1", "checkpoint-2"]
-    assert all(fault_of(folder) is None for folder in list_checkpoints(run.output))
+    assert all(fault_of(folder) is None for folder in checkpoints(run.output))
     assert names(run.output) & RESULT == {"config.yaml", "metrics.jsonl", "samples/step-000000.png"}
     assert [line["step"] for line in metrics(run.output)] == [1, 2]
 

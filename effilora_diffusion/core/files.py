@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -138,21 +137,6 @@ def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype
     text = {HEADER_KEY: json.dumps({**header, "header_sha256": header_sha256(header)})}
     write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
     return str(header["sha256"])
-
-
-def trim_log(path: Path, limit: int) -> None:
-    """Remove the lines of a JSONL log from step ``limit`` on, and incomplete lines."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step_of(line) < limit]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def adapter_path(path: str | Path) -> Path:

@@ -49,12 +49,10 @@ class ChatTemplate:
         """Return the generation prompt for ``messages`` that end with a question, in the form used in training."""
         with _template_errors(where):
             text = self.render(messages, True)
-            last = max(
-                (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None
-            )
-            if last is None:
+            answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            if not answers:
                 return text
-            earlier = messages[: last + 1]
+            earlier = messages[: answers[-1] + 1]
             prefix = self.render(earlier, False)
             if not text.startswith(prefix):
                 return text

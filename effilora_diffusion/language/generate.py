@@ -36,9 +36,7 @@ def generate_answers(
         The answers, in the order of the records.
     """
     prompts = [_encode_prompt(model, encoder, record, max_new_tokens) for record in records]
-    order = sorted(
-        range(len(prompts)), key=lambda index: len(prompts[index].ids)
-    )  # similar lengths need little padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # similar lengths: less padding
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

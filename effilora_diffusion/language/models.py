@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from ..core import EffiLoRAError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 from ..core.errors import is_out_of_memory
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -35,6 +37,7 @@ def load_model(
         images: require a vision-language model.
         options: further arguments of ``from_pretrained``, such as ``revision``.
     """
+    import torch
     from transformers import AutoProcessor, AutoTokenizer
 
     if name.endswith(".gguf") and gguf_file is None:
@@ -55,9 +58,7 @@ def load_model(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         reason = reason if Path(name).exists() else f"there is no such folder here, and {reason}"
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
-    if (
-        gguf_file is not None
-    ):  # it is dequantised by now; with the configuration, transformers would refuse to train or save it
+    if gguf_file is not None:  # dequantised by now; with this configuration transformers refuses to train or save it
         model.hf_quantizer.remove_quantization_config(model)
     if images and not hasattr(processor, "image_processor"):
         raise EffiLoRAError(f"--model_name_or_path {name} is not a vision-language model, but the data has images")

@@ -121,7 +121,7 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """Return the mean log-likelihood per token of every answer to every question, its stop token included."""
     items = [_encode(encoder, question, answer) for question in questions for answer in question.answers]
-    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))  # similar lengths need little padding
+    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))  # similar lengths: less padding
     scores = [0.0] * len(items)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

@@ -23,8 +23,9 @@ from ..core import (
     load_adapter_file,
     save_adapter_file,
 )
-from ..core.files import ADAPTER_FILE, LANGUAGE, trim_log, write_atomic
+from ..core.files import ADAPTER_FILE, LANGUAGE, write_atomic
 from ..core.fingerprint import base_fingerprint, same_base
+from ..core.run_folder import REDUCER_FILE, Layout, RunFolder, trim_log
 from ..core.sites import is_transposed
 from .config import (
     DataOptions,
@@ -33,16 +34,48 @@ from .config import (
     Settings,
     as_mistakes,
 )
-from .datasets import Collator, Datasets, build_datasets, read_files
+from .datasets import Collator, Datasets, Records, build_datasets, read_files
 from .export import write_peft_folder
 from .models import load_model
-from .outputs import REDUCER_FILE, REDUCER_STATE, check_output, find_checkpoint, open_output, step_of
 from .targets import create_adapter
 
 MEASURED = 16
 """Examples on which the Reducer measures importance."""
 
 CALIBRATION_EXAMPLES = 128
+
+
+REDUCER_STATE = "reducer.json"
+"""The Reducer in a checkpoint."""
+
+STATE_FILE = "trainer_state.json"
+"""Where transformers keeps the number of steps, among others; it is written last."""
+
+
+def steps_done(checkpoint: Path) -> int:
+    """The optimizer steps behind a checkpoint."""
+    try:
+        return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EffiLoRAError(f"--resume_from_checkpoint {checkpoint}: its {STATE_FILE} can't be read") from error
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why ``folder`` is no checkpoint that a run can be continued from, or ``None``."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return f"{folder} is no checkpoint of this trainer"
+    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
+    return f"{folder} has no {missing}, so the run can't go on as it was" if missing else None
+
+
+LANGUAGE_RUN = Layout(
+    marks=(ADAPTER_FILE, "adapter_config.json", "adapter_model.safetensors", REDUCER_FILE),
+    files=(),
+    folders=(),
+    finished=lambda folder: (folder / STATE_FILE).is_file(),
+    fault=fault_of,
+)
+"""What a language run writes into its folder."""
 
 
 class ReducerCallback(TrainerCallback):
@@ -124,7 +157,7 @@ class LanguageTrainer(Trainer):
             raise EffiLoRAError(f"--resume_from_checkpoint {folder}: {REDUCER_STATE} can't be read") from error
         self.reducer.load_state_dict(state)
         if self.reducer.log is not None:  # later steps are about to be done again
-            trim_log(self.reducer.log, step_of(folder))
+            trim_log(self.reducer.log, steps_done(folder))
 
     def _load_best_model(self) -> None:
         self._load_weights(Path(str(self.state.best_model_checkpoint)))
@@ -146,23 +179,37 @@ class LanguageTrainer(Trainer):
 
 def train(settings: Settings) -> dict[str, Any]:
     """Train, evaluate and write an adapter; returns the figures of the run (of a process that writes none: nothing)."""
-    model_options, data, options, args = settings.model, settings.data, settings.adapter, settings.training
+    model_options, data, args = settings.model, settings.data, settings.training
     if not model_options.model_name_or_path:
         raise EffiLoRAError("--model_name_or_path is missing: a model folder, hub id or .gguf file")
-    config = options.adapter_config()
-    output = Path(args.output_dir)
-    checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
-    check_output(output, args.overwrite_output_dir, checkpoint)
+    folder, wanted = RunFolder(Path(args.output_dir), LANGUAGE_RUN), args.resume_from_checkpoint
+    checkpoint = None if wanted is None else folder.find_checkpoint(wanted)
+    if checkpoint is not None:
+        steps_done(checkpoint)
+    folder.check(args.overwrite_output_dir, checkpoint)
     records, held = read_files(data)
+    if args.process_index == 0:
+        folder.claim(args.overwrite_output_dir, checkpoint)
+    try:
+        return _train(settings, folder, checkpoint, records, held)
+    finally:
+        folder.release()
+
+
+def _train(
+    settings: Settings, folder: RunFolder, checkpoint: Path | None, records: Records, held: Records
+) -> dict[str, Any]:
+    """The run itself, in a claimed folder."""
+    model_options, data, args = settings.model, settings.data, settings.training
     images = isinstance(data, ImageDataOptions)
     model, reader = _load(model_options, images)
     datasets = build_datasets(data, records, held, model, reader)
     metadata = _metadata(model_options, data, datasets, model)
-    adapter = attach(model, create_adapter(model, config, args.seed))
+    adapter = attach(model, create_adapter(model, settings.adapter.adapter_config(), args.seed))
     trainer = make_trainer(datasets, model, adapter, args, metadata)
-    _rehearse(trainer, checkpoint)
+    _check_schedule(trainer, checkpoint)
     if args.process_index == 0:
-        open_output(output, checkpoint)
+        folder.open(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     figures: dict[str, Any] = {
         "loss": trainer.state.log_history[-1].get("train_loss"),
@@ -170,7 +217,7 @@ def train(settings: Settings) -> dict[str, Any]:
     }
     _check_learned(adapter)
     if args.process_index == 0:
-        figures["export_error"] = _write(output, trainer, datasets)
+        figures["export_error"] = _write(folder.path, trainer, datasets)
     if datasets.validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
     if datasets.num_truncated():
@@ -228,10 +275,10 @@ def _metadata(
     }
 
 
-def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
-    """Make what a run needs once: settings that can't be are told before an earlier run's files are deleted.
+def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
+    """Build dataloader, optimizer and scheduler once, so that bad settings fail before old files are deleted.
 
-    Also refuses to go on from the end: such a run would do nothing, and say that it had.
+    Raises :class:`EffiLoRAError` also for a checkpoint at the end of the run: there would be nothing to do.
     """
     args = trainer.args
     with as_mistakes():
@@ -240,9 +287,9 @@ def _rehearse(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
         trainer.create_optimizer()
         trainer.create_scheduler(max(1, wanted), trainer.optimizer)
     trainer.optimizer = trainer.lr_scheduler = None  # the trainer makes its own, by its own count of steps
-    if checkpoint is not None and step_of(checkpoint) >= wanted:
+    if checkpoint is not None and steps_done(checkpoint) >= wanted:
         raise EffiLoRAError(
-            f"{checkpoint} has {step_of(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
+            f"{checkpoint} has {steps_done(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
         )
 
 

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from .. import EffiLoRAError
 from ..core import load_adapter_file
-from ..core.files import write_atomic
+from ..core.files import ADAPTER_FILE, write_atomic
 from ..core.inspection import ReducerHistory, logged_blocks, reducer_history
+from ..core.run_folder import CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER, RunFolder, checkpoints
 from ..diffusion.config import TrainingConfig
-from ..diffusion.training.checkpoints import list_checkpoints
-from ..diffusion.training.outputs import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER, is_used
+from ..diffusion.training.checkpoints import IMAGE_RUN
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
 RESERVED = ("history", "adapters", "datasets", "exports", "class images")
@@ -41,24 +42,6 @@ REPORT_LINE = re.compile(rf"(?:{'|'.join(REPORT_LABELS)}) {{2,}}\S")
 EXIT_FILE = "exit_code"
 LOG_FILE = "training.log"
 SETTINGS_FILE = "settings.yaml"
-
-WRAPPER = """
-import signal, subprocess, sys
-from pathlib import Path
-child, asked = None, None
-def pass_on(number, frame):
-    global asked
-    asked = number
-    if child is not None:
-        child.send_signal(number)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, pass_on)
-child = subprocess.Popen([sys.executable, "-m", "effilora_diffusion.train", *sys.argv[2:]])
-if asked is not None:
-    child.send_signal(asked)
-Path(sys.argv[1]).write_text(str(child.wait()))
-"""
-"""Waits for the trainer and writes its exit code, so that it is known whoever looks, and whenever."""
 
 
 @dataclass
@@ -92,7 +75,7 @@ class Run:
             raise EffiLoRAError(f"{self.name} is being trained already")
         if (self.folder / ADAPTER_FILE).exists():
             raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete it")
-        if is_used(self.folder):
+        if RunFolder(self.folder, IMAGE_RUN).used:
             raise EffiLoRAError(f"there is an unfinished run named {self.name}: resume it, or give another name")
 
     def _busy_elsewhere(self) -> bool:
@@ -117,16 +100,15 @@ class Run:
         (self.folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
         words = [
             sys.executable,
-            "-c",
-            WRAPPER,
+            "-m",
+            "effilora_diffusion.studio.supervise",
             str(self.folder / EXIT_FILE),
             "--config",
             str(self.folder / SETTINGS_FILE),
         ]
         with (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
             process = subprocess.Popen(
-                words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=_environment(),
+                words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )  # fmt: skip
         text = json.dumps({"pid": process.pid, "born": _born(process.pid)})
         write_atomic(self.folder / STATE_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -207,11 +189,7 @@ class Run:
         return self._verdict_of_adapter("")
 
     def _way_on(self) -> str:
-        return (
-            "Resume goes on from its last checkpoint."
-            if list_checkpoints(self.folder)
-            else "It had no checkpoint yet."
-        )
+        return "Resume goes on from its last checkpoint." if checkpoints(self.folder) else "It had no checkpoint yet."
 
     def _verdict_of_adapter(self, remark: str) -> tuple[str, str]:
         """Of a run that has ended: whether its adapter is there and loads."""
@@ -306,22 +284,12 @@ def dry_run(settings: dict[str, Any], folder: Path) -> str:
     file.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
     words = [sys.executable, "-m", "effilora_diffusion.train", "--config", str(file)]
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", check=False, env=_environment(), timeout=PATIENCE
-        )
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
         raise EffiLoRAError(f"the check did not end within {PATIENCE // 60} minutes") from error
     if done.returncode != 0:
         raise EffiLoRAError(last_words(done.stderr or done.stdout))
     return report_lines(done.stdout)
-
-
-def _environment() -> dict[str, str]:
-    """The environment of a trainer: a checkout that is not installed is found as well."""
-    root = Path(__file__).parents[2]
-    paths = [str(root)] if (root / "effilora_diffusion").is_dir() else []
-    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _text(path: Path) -> str:
@@ -331,20 +299,10 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _born(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks; ``None`` if it is not there, or is only a zombie."""
+def _born(pid: int) -> float | None:
+    """When a process started, in seconds of the epoch; ``None`` if it is not there, or is only a zombie."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None if Path("/proc/self/stat").exists() else _alive(pid)
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
-
-
-def _alive(pid: int) -> int | None:
-    """Where the kernel shows no processes as files: 0 for one that is there."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
         return None
-    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,13 +20,13 @@ from ..core import is_native, load_adapter_file
 from ..core.files import ADAPTER_FILE
 from ..core.fingerprint import base_fingerprint
 from ..core.load import host_model
+from ..core.run_folder import Reference, checkpoint_adapters, parse_reference
 from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
 from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.config import EMBEDDED_SAMPLING
 from ..diffusion.models.pipelines import EMBEDDED_BASE, load_pipeline
 from ..diffusion.sampling.png import save_png
 from ..diffusion.sampling.stream import Progress, Stop, draw_live, settle
-from ..diffusion.training.checkpoints import CONTENT, list_checkpoints
 from .queue import Tickets
 
 MAX_STEPS = 150
@@ -39,9 +38,6 @@ MAX_GUIDANCE = 30.0
 MIN_EDGE = 32
 MAX_SEED = 2**53 - 1
 """Larger ones would change in a browser, whose numbers are float64."""
-
-REFERENCE = re.compile(r"(?P<name>.+?)(?: @ (?P<step>\d{1,9}))?(?: # (?P<head>\d{1,4}))?")
-"""How a drawing names an adapter: its name in the list, maybe a checkpoint of its run, maybe a single head."""
 
 
 @dataclass
@@ -184,30 +180,28 @@ class Session:
     def checkpoints(self, name: str) -> dict[int, Path]:
         """The adapter as it was at the checkpoints of its training run, by step; empty for one brought here."""
         path = self.adapter_path(name)
-        folders = list_checkpoints(path.parent) if path.name == ADAPTER_FILE else []
-        return {int(folder.name.rpartition("-")[2]): folder / CONTENT[0] for folder in folders}
+        return checkpoint_adapters(path.parent) if path.name == ADAPTER_FILE else {}
 
     def base_file(self, reference: str) -> Path:
         """The finished adapter's file that a reference to a checkpoint or head is about."""
-        return self.adapter_path(self._parts(reference)[0])
+        return self.adapter_path(self._reference(reference).name)
 
     def wanted(self, reference: str, strength: float = 1.0) -> AdapterRef:
         """What ``name``, ``name @ step`` (a checkpoint) or ``name # head`` (that head alone) stands for."""
-        name, step, head = self._parts(reference)
-        path = self.adapter_path(name)
-        if step is not None:
-            saved = self.checkpoints(name)
-            if int(step) not in saved:
-                raise EffiLoRAError(f"{name} has no checkpoint of step {step}; there are {sorted(saved)}")
-            path = saved[int(step)]
-        if head is not None and not is_native(path):
-            raise EffiLoRAError(f"{name} is a plain LoRA, which has no heads")
-        return AdapterRef(path, strength, None if head is None else int(head))
+        parts = self._reference(reference)
+        path = self.adapter_path(parts.name)
+        if parts.step is not None:
+            saved = self.checkpoints(parts.name)
+            if parts.step not in saved:
+                raise EffiLoRAError(f"{parts.name} has no checkpoint of step {parts.step}; there are {sorted(saved)}")
+            path = saved[parts.step]
+        if parts.head is not None and not is_native(path):
+            raise EffiLoRAError(f"{parts.name} is a plain LoRA, which has no heads")
+        return AdapterRef(path, strength, parts.head)
 
-    def _parts(self, reference: str) -> tuple[str, str | None, str | None]:
-        """Name, step and head of a reference."""
-        match = None if reference in self.adapters() else REFERENCE.fullmatch(reference)
-        return (match["name"], match["step"], match["head"]) if match else (reference, None, None)
+    def _reference(self, text: str) -> Reference:
+        """The parts of a reference; an adapter's own name may look like one."""
+        return Reference(text) if text in self.adapters() else parse_reference(text)
 
     def draw(self, request: Request, stop: Stop | None = None, preview_every: int = 5) -> Iterator[Progress | Path]:
         """Draw what is asked for; yields every step, and the file in the history of every finished image.

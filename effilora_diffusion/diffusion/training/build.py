@@ -25,7 +25,7 @@ from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 
 
 @dataclass
-class Plan:
+class RunParts:
     """What will be trained on what: the attached ``adapter`` is fresh, so that the model is still the base.
 
     ``base`` identifies the base's weights (:func:`.base_fingerprint`), ``images_per_step`` counts over all processes.
@@ -50,7 +50,7 @@ class Plan:
         return self.config.max_train_steps or self.config.num_train_epochs * self.steps_per_epoch
 
 
-def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Plan:
+def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> RunParts:
     """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes."""
     device = accelerator.device
     if not config.instance_data_dir:
@@ -71,7 +71,7 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
             raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    return Plan(config, examples, family, objective, adapter, base, per_step)
+    return RunParts(config, examples, family, objective, adapter, base, per_step)
 
 
 def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
+from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import model_hash
 from ...core.options import ADAPTER_SETTINGS, settings_of
+from ...core.run_folder import (
+    CARD_FILE,
+    CHECKPOINT_ADAPTER,
+    COMPARISON_FILE,
+    CONFIG_FILE,
+    LORA_FILE,
+    METRICS_FILE,
+    REDUCER_FILE,
+    SAMPLE_FILE,
+    SAMPLES_FOLDER,
+    Layout,
+    checkpoints,
+    step_of,
+)
 from ..config import TrainingConfig
 from ..data.folder import Example
-from .build import Plan
+from .build import RunParts
 
 MANIFEST = "manifest.json"
-CONTENT = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+CONTENT = (CHECKPOINT_ADAPTER, "optimizer.safetensors", "state.json")
 _RENAMED = {"pictures": "images", "class pictures": "class images"}
 """Fingerprint names of version 0.1.0, and what they are called now."""
-
-_NAME = re.compile(r"^checkpoint-\d+$")
 
 
 @dataclass
@@ -76,7 +88,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_adapter_file(aside / "adapter.safetensors", AdapterFile(adapter))
+        save_adapter_file(aside / CHECKPOINT_ADAPTER, AdapterFile(adapter))
         save_file(_optimizer_tensors(adapter, optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
         files = {name: _sha256(aside / name) for name in CONTENT}
@@ -93,19 +105,10 @@ def save_checkpoint(
         raise EffiLoRAError(f"checkpoint {folder} could not be written ({error}): earlier ones are intact") from error
     if limit is not None:
         # Later ones stem from a run that was resumed before them: counting those would drop the one just written.
-        reached = [path for path in list_checkpoints(output) if _step(path) <= state.step]
+        reached = [path for path in checkpoints(output) if step_of(path) <= state.step]
         for old in reached[:-limit]:
             shutil.rmtree(old)
     return folder
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """Checkpoint folders in the order of their steps (by number, not by name)."""
-    return sorted((path for path in output.glob("checkpoint-*") if _NAME.match(path.name)), key=_step)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -120,25 +123,14 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def find_checkpoint(output: Path, wanted: str) -> Path:
-    """The checkpoint that ``--resume_from_checkpoint`` means; a missing or damaged one is an error, never a fresh start.
-
-    ``latest`` is the newest whole one.
-    """
-    if wanted == "latest":
-        folders = list_checkpoints(output)
-        for folder in reversed(folders):
-            if fault_of(folder) is None:
-                return folder
-        raise EffiLoRAError(f"--resume_from_checkpoint latest: no whole checkpoint among {len(folders)} in {output}")
-    folder = Path(wanted) if Path(wanted).is_dir() else output / wanted
-    if not folder.is_dir():
-        names = [path.name for path in list_checkpoints(output)]
-        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output}; there are {names}")
-    fault = fault_of(folder)
-    if fault:
-        raise EffiLoRAError(f"--resume_from_checkpoint {wanted}: {fault}")
-    return folder
+IMAGE_RUN = Layout(
+    marks=(ADAPTER_FILE, METRICS_FILE),
+    files=(LORA_FILE, REDUCER_FILE, CONFIG_FILE, CARD_FILE, COMPARISON_FILE, SAMPLE_FILE),
+    folders=(SAMPLES_FOLDER,),
+    finished=lambda folder: fault_of(folder) is None,
+    fault=fault_of,
+)
+"""What an image run writes into its folder."""
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -155,7 +147,7 @@ def load_checkpoint(
     different = _differences(earlier, json.loads(json.dumps(fingerprint)))
     if different:
         raise EffiLoRAError(f"{folder} belongs to another run: {'; '.join(different)}")
-    saved = load_adapter_file(folder / "adapter.safetensors").adapter
+    saved = load_adapter_file(folder / CHECKPOINT_ADAPTER).adapter
     with torch.no_grad():
         for target, source in zip(adapter.parameters(), saved.parameters(), strict=True):
             target.copy_(source)
@@ -175,18 +167,18 @@ def _fixed() -> list[str]:
     return [name for name in names if name not in ADAPTER_SETTINGS]
 
 
-def fingerprint(plan: Plan, prior: list[Example], processes: int) -> dict[str, Any]:
+def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
-    config, family = plan.config, plan.family
+    config, family = parts.config, parts.family
     found: dict[str, Any] = {name: getattr(config, name) for name in _fixed()}
     found["adapter"] = config.adapter_config().to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]
-    found["base"] = plan.base["base_hash"] or named  # a quantised model has no hash
-    found["objective"] = plan.objective.name
+    found["base"] = parts.base["base_hash"] or named  # a quantised model has no hash
+    found["objective"] = parts.objective.name
     found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
     found["processes"] = processes
-    found["images"] = [[example.sha256[:16], example.caption] for example in plan.examples]
+    found["images"] = [[example.sha256[:16], example.caption] for example in parts.examples]
     found["class images"] = [[example.sha256[:16], example.caption] for example in prior]
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
-        found["max_train_steps"] = plan.steps  # the schedule depends on it; a constant rate may be trained longer
+        found["max_train_steps"] = parts.steps  # the schedule depends on it; a constant rate may be trained longer
     return found

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import TrainingConfig
 from ..models import IMAGE, Family
-from .build import Plan
+from .build import RunParts
 
 BYTES_PER_TRAINED = 16
 """Per trained parameter: float32 value, gradient and AdamW's two moments."""
@@ -65,26 +65,26 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def dry_run_report(plan: Plan, processes: int) -> DryRunReport:
+def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
     """Gather the report; nothing is computed and nothing moves to the device."""
-    family, adapter = plan.family, plan.adapter
+    family, adapter = parts.family, parts.adapter
     own = {id(parameter) for parameter in adapter.parameters()}
     others = [part for part in family.parts() if part is not family.model]
     return DryRunReport(
         family=family.title,
-        objective=plan.objective.name,
+        objective=parts.objective.name,
         model=type(family.model).__name__,
-        config=plan.config,
+        config=parts.config,
         counts=adapter.parameter_counts(),
         layers=len(adapter.blocks),
         linears=sum(len(site.linears) for site in adapter.sites),
-        sizes=[example.size for example in plan.examples],
-        captions=len({example.caption for example in plan.examples}),
-        steps=plan.steps,
+        sizes=[example.size for example in parts.examples],
+        captions=len({example.caption for example in parts.examples}),
+        steps=parts.steps,
         processes=processes,
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
-        activations=activation_bytes(plan.config, family, plan.examples[0].caption),
+        activations=activation_bytes(parts.config, family, parts.examples[0].caption),
     )
 
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from ..config import TrainingConfig
-from .trainer import Interrupted, Trainer, report_plan
+from .trainer import Interrupted, Trainer, report_only
 
 
 def run(config: TrainingConfig) -> int:
     """Train, or with ``dry_run`` only report; returns the exit code: 0, or 130 or 143 if a signal stopped the run."""
     if config.dry_run:
-        report_plan(config)
+        report_only(config)
         return 0
     trainer = Trainer(config)
     try:

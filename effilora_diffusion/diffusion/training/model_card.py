@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.files import write_atomic
+from ...core.run_folder import CARD_FILE, COMPARISON_FILE
 from ..config import TrainingConfig
 from ..models.pipelines import EMBEDDED_BASE
-from .outputs import CARD_FILE, COMPARISON_FILE
 
 
 @dataclass

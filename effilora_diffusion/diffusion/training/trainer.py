@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -15,9 +14,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate
-from ...core.files import ADAPTER_FILE, trim_log
+from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
+from ...core.files import ADAPTER_FILE
 from ...core.rng import counter_seed
+from ...core.run_folder import CONFIG_FILE, LORA_FILE, METRICS_FILE, REDUCER_FILE, RunFolder, trim_log
+from ..adapters.export import export
 from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
@@ -25,12 +26,12 @@ from ..data.prior import class_examples
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
 from .build import build, check_hardware, place
-from .checkpoints import TrainingState, find_checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
 from .loss import batch_loss
 from .model_card import Summary, write_report
+from .loop import Loop
 from .optim import learning_rates, make_optimizer, use_all_cores
-from .outputs import METRICS_FILE, REDUCER_FILE, check_output, claim_output, open_output, write_adapters
 from .validation import Validation
 
 CALIBRATION_BATCHES = 8
@@ -45,36 +46,59 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One run: everything is loaded and checked on construction, :meth:`run` trains and writes the result."""
+    """One run: everything is loaded and checked on construction, :meth:`run` trains and writes the result.
+
+    The output folder is claimed from construction to the end of :meth:`run`.
+    """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator | None = None):
         self.config = config
         self.accelerator = accelerator or Accelerator()
         self.output = Path(config.output_dir)
-        self.stop_code = 0
+        self.folder = RunFolder(self.output, IMAGE_RUN)
+        self.stop_code, self.step, self.seconds = 0, 0, 0.0
         use_all_cores(self.accelerator)
         check_hardware(config, self.accelerator.device, self.say)
+        self.checkpoint = find_checkpoint(config)
         if self.is_main:
-            claim_output(config)
-        self.accelerator.wait_for_everyone()
+            self.folder.claim(config.overwrite_output_dir, self.checkpoint)
+        try:
+            self.accelerator.wait_for_everyone()
+            self._prepare()
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def _prepare(self) -> None:
+        """Model, adapter, class images, cached latents, optimizer: all that the loop needs."""
+        config, accelerator = self.config, self.accelerator
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.plan = plan = build(config, self.accelerator, self.say)
-        self.family, self.objective, self.adapter = plan.family, plan.objective, plan.adapter
-        self.steps = plan.steps
-        self.say("\n".join(dry_run_report(plan, self.accelerator.num_processes).lines()))
+        self.parts = parts = build(config, accelerator, self.say)
+        self.family, self.objective, self.adapter = parts.family, parts.objective, parts.adapter
+        self.steps = parts.steps
+        self.say("\n".join(dry_run_report(parts, accelerator.num_processes).lines()))
         prior = self._class_images()
         self.batches = self._cache(prior)
-        place(self.family.model, self.accelerator.device)
-        factor = plan.images_per_step if config.scale_lr else 1
-        self.optimizer = make_optimizer(config, self.adapter, factor)
-        self.learning_rate_at = learning_rates(config, self.steps, config.learning_rate * factor)
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        place(self.family.model, accelerator.device)
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if self.is_main else None)
         self.validation = Validation(config, self.family, self.output)
-        self.fingerprint = fingerprint(plan, prior, self.accelerator.num_processes)
-        self.step = 0
-        self.seconds = 0.0
+        self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
+        factor = parts.images_per_step if config.scale_lr else 1
+        self.optimizer = make_optimizer(config, self.adapter, factor)
+        self.loop = Loop(
+            list(self.adapter.parameters()),
+            self.optimizer,
+            learning_rates(config, self.steps, config.learning_rate * factor),
+            self._batch,
+            self._loss,
+            config.gradient_accumulation_steps,
+            config.max_grad_norm,
+            self._choose_blocks,
+            self._average if accelerator.num_processes > 1 else None,
+            torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
+            lambda batch: f"images {', '.join(batch.names[:4])}",
+        )
 
     @property
     def is_main(self) -> bool:
@@ -96,7 +120,7 @@ class Trainer:
 
     def _cache(self, prior: list[Example]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance = ExampleSource(self.family, self.plan.examples, self.config, "instance")
+        instance = ExampleSource(self.family, self.parts.examples, self.config, "instance")
         classes = ExampleSource(self.family, prior, self.config, "class") if prior else None
         with self.family.encoders():
             for source in filter(None, (instance, classes)):
@@ -105,96 +129,78 @@ class Trainer:
 
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
-        if self.config.resume_from_checkpoint is not None:
-            self._resume()
+        try:
+            if self.checkpoint is not None:
+                self._resume(self.checkpoint)
+            self._open_output()
+            began, before = time.time(), self.seconds
+            self.adapter.train()
+            with (
+                self._signals(),
+                tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.is_main) as bar,
+            ):
+
+                def after_step(done: int, figures: dict[str, float]) -> None:
+                    self.step, self.seconds = done, before + time.time() - began
+                    self._record(figures, bar)
+                    if self.stop_code:
+                        raise Interrupted(self.stop_code, self._checkpoint())
+                    if self.step % self.config.checkpointing_steps == 0 and self.step < self.steps:
+                        self._checkpoint()
+                    self._validate()
+
+                self.loop.run(self.step, self.steps, after_step)
+            return self._finish()
+        finally:
+            self.folder.release()
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Continue from ``checkpoint``; raises :class:`EffiLoRAError` if there is nothing left to do."""
+        state = load_checkpoint(checkpoint, self.adapter, self.optimizer, self.fingerprint)
+        self.step, self.seconds = state.step, state.seconds
+        self.reducer.load_state_dict(state.reducer)
+        if state.scaler:
+            self.loop.scaler.load_state_dict(state.scaler)
+        self.say(f"resumed from {checkpoint} at step {self.step}")
         unfinished = self.step == self.steps and not (self.output / ADAPTER_FILE).exists()  # stopped while finishing
         if self.step >= self.steps and not unfinished:
             raise EffiLoRAError(
                 f"the checkpoint is at step {self.step}, max_train_steps is {self.steps}: nothing to do"
             )
+
+    def _open_output(self) -> None:
+        """Begin to write: settings, logs without the steps that are done again, images of the base before training."""
         if self.is_main:
-            open_output(self.config)
-            self._trim_logs()
+            self.folder.open(self.checkpoint)
+            try:
+                (self.output / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
+            except OSError as error:
+                raise EffiLoRAError(f"--output_dir {self.output} can't be written: {error}") from error
+            trim_log(self.output / METRICS_FILE, self.step + 1)
+            trim_log(self.output / REDUCER_FILE, self.step)
             self.adapter.enabled = False  # a resumed run shows the base before training, too
             self.validation.draw(0)
             self.adapter.enabled = True
         self.accelerator.wait_for_everyone()
-        began = time.time()
-        before = self.seconds
-        self.adapter.train()
-        with self._signals(), tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.is_main) as bar:
-            while self.step < self.steps:
-                metrics = self._optimizer_step()
-                self.step += 1
-                self.seconds = before + time.time() - began
-                self._record(metrics, bar)
-                if self.stop_code:
-                    folder = self._checkpoint()
-                    raise Interrupted(self.stop_code, folder)
-                if self.step % self.config.checkpointing_steps == 0 and self.step < self.steps:
-                    self._checkpoint()
-                self._validate()
-        return self._finish()
 
-    def _resume(self) -> None:
-        assert self.config.resume_from_checkpoint is not None
-        folder = find_checkpoint(self.output, self.config.resume_from_checkpoint)
-        state = load_checkpoint(folder, self.adapter, self.optimizer, self.fingerprint)
-        self.step, self.seconds = state.step, state.seconds
-        self.reducer.load_state_dict(state.reducer)
-        if state.scaler:
-            self.scaler.load_state_dict(state.scaler)
-        self.say(f"resumed from {folder} at step {self.step}")
-
-    def _trim_logs(self) -> None:
-        """Drop log lines of steps after the checkpoint: they are about to be done again."""
-        trim_log(self.output / METRICS_FILE, self.step + 1)
-        trim_log(self.output / REDUCER_FILE, self.step)
-
-    def _optimizer_step(self) -> dict[str, float]:
-        c, step = self.config, self.step
-        began = time.time()
+    def _choose_blocks(self, step: int) -> None:
+        """Let the Reducer measure importance when it is due, and freeze the blocks that ``step`` does not train."""
         if self.reducer.due(step):
             self.reducer.update(step, lambda: self._validation_loss(step))
         self.reducer.begin_step(step)
-        rate = self.learning_rate_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = 0.0
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for micro in range(c.gradient_accumulation_steps):
-            index = (step * c.gradient_accumulation_steps + micro) * processes + rank
-            batch = self.batches.draw(index * c.train_batch_size, c.train_batch_size)
-            if c.lora_dropout:  # the one draw that torch makes itself: by counter too, so that resuming repeats it
-                torch.manual_seed(counter_seed(c.seed, "dropout", index))
-            loss = self._loss(batch)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise EffiLoRAError(
-                    f"the loss became {value} at step {step + 1} (images {', '.join(batch.names[:4])}): lower "
-                    "--learning_rate or check the model; earlier checkpoints are intact, nothing else was written"
-                )
-            self.scaler.scale(loss / c.gradient_accumulation_steps).backward()
-            total += value / c.gradient_accumulation_steps
-        norm = self._apply_gradients()
-        return {"loss": total, "lr": rate, "grad_norm": norm, "seconds": time.time() - began}
 
-    def _apply_gradients(self) -> float:
-        """Average gradients over processes, clip, step; returns the gradient's norm."""
-        trained = [p for p in self.adapter.parameters() if p.grad is not None]
-        if not trained:
-            raise EffiLoRAError("no gradient reached the adapter: nothing would be learned")
-        if self.accelerator.num_processes > 1:  # before unscaling: all see an overflow, and all skip the step
-            for parameter in trained:  # a few small tensors: cheaper and plainer than wrapping the frozen base in DDP
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")  # type: ignore[assignment]
-        self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
-            raise EffiLoRAError(f"the gradient became {norm} at step {self.step + 1}: lower --learning_rate")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+    def _batch(self, step: int, micro: int) -> Batch:
+        """The micro-batch of this process; its dropout is drawn by counter too, so that resuming repeats it."""
+        c, accelerator = self.config, self.accelerator
+        index = (step * c.gradient_accumulation_steps + micro) * accelerator.num_processes + accelerator.process_index
+        batch = self.batches.draw(index * c.train_batch_size, c.train_batch_size)
+        if c.lora_dropout:
+            torch.manual_seed(counter_seed(c.seed, "dropout", index))
+        return batch
+
+    def _average(self, gradient: torch.Tensor) -> torch.Tensor:
+        averaged: Any = self.accelerator.reduce(gradient, "mean")
+        return averaged
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self.accelerator.device
@@ -222,7 +228,7 @@ class Trainer:
 
     def _checkpoint(self) -> Path:
         state = TrainingState(
-            self.step, self.fingerprint, self.reducer.state_dict(), self.scaler.state_dict(), self.seconds
+            self.step, self.fingerprint, self.reducer.state_dict(), self.loop.scaler.state_dict(), self.seconds
         )
         folder = self.output / f"checkpoint-{self.step}"
         if self.is_main:
@@ -236,7 +242,7 @@ class Trainer:
         c = self.config
         every = c.validation_steps
         if every is None and c.validation_epochs is not None:
-            every = c.validation_epochs * self.plan.steps_per_epoch
+            every = c.validation_epochs * self.parts.steps_per_epoch
         if self.is_main and self.step < self.steps and every and self.step % every == 0:
             self.adapter.eval()
             self.validation.draw(self.step)
@@ -272,9 +278,11 @@ class Trainer:
         self.adapter.set_active(None)
         if self.is_main:
             calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
-            write_adapters(self.output, AdapterFile(self.adapter, self._metadata(summary), calibration))
+            content = AdapterFile(self.adapter, self._metadata(summary), calibration)
+            content.sha256 = save_adapter_file(self.output / ADAPTER_FILE, content)
+            export(content, self.output / LORA_FILE, "diffusers")
             self.validation.draw(self.steps)
-            self.validation.before_after([example.path for example in self.plan.examples])
+            self.validation.before_after([example.path for example in self.parts.examples])
             write_report(self.output, summary)
         self.accelerator.wait_for_everyone()
         return summary
@@ -284,12 +292,12 @@ class Trainer:
         return {
             "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
             "single_file_config": self.config.single_file_config,
-            **self.plan.base,
+            **self.parts.base,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
-            "trigger_prompt": self.config.instance_prompt or self.plan.examples[0].caption,
+            "trigger_prompt": self.config.instance_prompt or self.parts.examples[0].caption,
             "steps": self.steps,
-            "images": len(self.plan.examples),
+            "images": len(self.parts.examples),
             "export_error": summary.export_error,
         }
 
@@ -300,7 +308,13 @@ class Trainer:
             self._loss(self.batches.validation(self.steps + index))
 
 
-def report_plan(config: TrainingConfig) -> None:
+def find_checkpoint(config: TrainingConfig) -> Path | None:
+    """The checkpoint that the run continues from, if it continues one."""
+    wanted = config.resume_from_checkpoint
+    return None if wanted is None else RunFolder(Path(config.output_dir), IMAGE_RUN).find_checkpoint(wanted)
+
+
+def report_only(config: TrainingConfig) -> None:
     """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
     accelerator = Accelerator()
 
@@ -309,7 +323,5 @@ def report_plan(config: TrainingConfig) -> None:
             print(text)
 
     check_hardware(config, accelerator.device, say)
-    check_output(config)
-    if config.resume_from_checkpoint is not None:
-        find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+    RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
     say("\n".join(dry_run_report(build(config, accelerator, say), accelerator.num_processes).lines()))

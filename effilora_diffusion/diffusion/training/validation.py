@@ -7,13 +7,13 @@ from pathlib import Path
 from PIL import Image
 
 from ...core.rng import counter_seed
+from ...core.run_folder import COMPARISON_FILE, SAMPLES_FOLDER
 from ..config import TrainingConfig
 from ..data.folder import load_image
 from ..models import Family
 from ..sampling.generate import draw_for_run
 from ..sampling.grid import labelled_grid
 from ..sampling.png import save_png
-from .outputs import COMPARISON_FILE, SAMPLES_FOLDER
 
 
 class Validation:

@@ -13,16 +13,16 @@ from PIL import Image
 from ... import EffiLoRAError, export_lora
 from ...core import is_native, load_adapter_file
 from ...core.attachment import check_sites
-from ...core.files import write_atomic
+from ...core.files import ADAPTER_FILE, write_atomic
 from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
 from ...core.load import host_model
+from ...core.run_folder import COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
 from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
 from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
-from ...diffusion.training.outputs import ADAPTER_FILE, COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
 from ..queue import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal, shown_file
 from ..runs import NAME, Run
 

@@ -12,10 +12,10 @@ from PIL import Image
 from ... import EffiLoRAError
 from ...core import AdapterFile, is_native, load_adapter_file
 from ...core.inspection import inspect_adapter, reducer_history
+from ...core.run_folder import METRICS_FILE, REDUCER_FILE
 from ...diffusion.adapters.lora_files import is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
-from ...diffusion.training.outputs import METRICS_FILE, REDUCER_FILE
 from .. import figures
 from ..queue import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
 
