@@ -15,15 +15,16 @@ from PIL import Image
 from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.diffusion.sampling import stream as live
 from effilora_diffusion.diffusion.sampling.png import read_parameters
-from effilora_diffusion.studio.session import Request, Session
+from effilora_diffusion.diffusion.sampling.request import GenerationRequest
+from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.compare import CompareTab, changed, split
 from effilora_diffusion.studio.tabs.generate import NONE, GenerateTab
 
-SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
+SMALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 
 
 def draw(session, **options):
-    request = Request("a sks cat", **{**SMALL, **options})
+    request = GenerationRequest("a sks cat", **{**SMALL, **options})
     return [event for event in session.draw(request) if not hasattr(event, "step")]
 
 
@@ -73,7 +74,7 @@ def test_visitors_at_once_get_their_own_images(session):
 
 
 def test_several_images_have_the_seeds_that_follow(session):
-    files = draw(session, count=3, seed=7)
+    files = draw(session, num_images=3, seed=7)
     assert [read_parameters(file)["seed"] for file in files] == [7, 8, 9]
     assert np.array_equal(pixels(files[1]), pixels(draw(session, seed=8)[0]))
     assert session.drawn()[0].name.endswith("-8.png")
@@ -84,10 +85,10 @@ def test_several_images_have_the_seeds_that_follow(session):
 BAD = {
     "no prompt": {"prompt": "  "},
     "a novel": {"prompt": "x" * 5000},
-    "no steps": {"steps": 0},
-    "too many steps": {"steps": 100000},
-    "no images": {"count": 0},
-    "too many images": {"count": 1000},
+    "no steps": {"num_inference_steps": 0},
+    "too many steps": {"num_inference_steps": 100000},
+    "no images": {"num_images": 0},
+    "too many images": {"num_images": 1000},
     "odd width": {"width": 33},
     "huge": {"height": 100000},
     "negative seed": {"seed": -1},
@@ -105,7 +106,7 @@ BAD = {
 @pytest.mark.parametrize("options", BAD.values(), ids=BAD)
 def test_bad_requests_are_refused_and_the_studio_keeps_working(session, options):
     with pytest.raises(EffiLoRAError):
-        list(session.draw(Request(**{"prompt": "a cat", **SMALL, **options})))
+        list(session.draw(GenerationRequest(**{"prompt": "a cat", **SMALL, **options})))
     assert len(draw(session)) == 1
 
 
@@ -143,7 +144,7 @@ def test_a_image_fills_the_form_with_what_drew_it(tab, session, tmp_path):
     *values, status = tab.read_upload(str(file))
     assert status == "The form holds that image's settings."
     again = tab.request(*values)
-    assert again == Request("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
+    assert again == GenerationRequest("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
     assert np.array_equal(pixels(file), pixels(next(e for e in session.draw(again) if not hasattr(e, "step"))))
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no image")
@@ -181,9 +182,9 @@ def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):
 
 
 def test_axes_of_a_grid_change_one_setting():
-    base = Request("a", adapters=[("cat", 1.0)], **SMALL)
+    base = GenerationRequest("a", adapters=[("cat", 1.0)], **SMALL)
     assert changed(base, "strength", "0.5").adapters == [("cat", 0.5)]
-    assert changed(base, "steps", "7").steps == 7
+    assert changed(base, "steps", "7").num_inference_steps == 7
     assert changed(base, "prompt", "b").prompt == "b"
     assert changed(base, "adapter", NONE).adapters == []
     assert split(" 0; 0.5 ;;1") == ["0", "0.5", "1"]
@@ -309,9 +310,9 @@ def test_a_fault_leaves_the_buttons_usable(tab, session, monkeypatch):
 
 
 def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(session):
-    expected = pixels(draw(session, steps=3)[0])
+    expected = pixels(draw(session, num_inference_steps=3)[0])
     slow = session.pipe.unet.register_forward_pre_hook(lambda module, args: time.sleep(0.3))
-    drawing = session.draw(Request("a sks cat", **{**SMALL, "steps": 50}))
+    drawing = session.draw(GenerationRequest("a sks cat", **{**SMALL, "num_inference_steps": 50}))
     next(drawing)
     began = time.monotonic()
     drawing.close()
@@ -319,7 +320,7 @@ def test_closing_a_drawing_does_not_wait_and_the_next_one_is_clean(session):
     with session.holding():
         assert not live._WORKERS[session.pipe].is_alive()  # whoever holds the pipeline has it alone
     slow.remove()
-    assert np.array_equal(pixels(draw(session, steps=3)[0]), expected)
+    assert np.array_equal(pixels(draw(session, num_inference_steps=3)[0]), expected)
     assert closed < 0.25  # not the rest of a step
 
 
@@ -332,4 +333,4 @@ def test_the_model_s_type_can_be_chosen(place, tmp_path):
 def test_sizes_far_beyond_the_model_s_own_are_refused(session):
     assert session.max_edge == 256
     with pytest.raises(EffiLoRAError, match="256 at most"):
-        list(session.draw(Request("a cat", **{**SMALL, "width": 512})))
+        list(session.draw(GenerationRequest("a cat", **{**SMALL, "width": 512})))

@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_families import FAMILIES, build
 
 from effilora_diffusion.core import load_adapter_file
+from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.server import make_page
-from effilora_diffusion.studio.session import Request, Session
+from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.inspect import InspectTab
 
 VISIT = SimpleNamespace(session_hash="visitor")
@@ -41,7 +42,7 @@ def test_every_head_is_drawn_alone_on_the_same_seeds(tab, session):
     assert len(session.drawn()) == before  # grids are no history
     with Image.open(update["value"]) as grid:
         assert grid.width > 5 * 128  # base, all, three heads
-    drawn = [np.asarray(session.image(Request("a sks cat", adapters=adapters, steps=2, width=32, height=32, seed=3)))
+    drawn = [np.asarray(session.image(GenerationRequest("a sks cat", "", adapters, 2, 2.0, 32, 32, seed=3)))
              for adapters in ([], [("cat", 1.0)], [("cat # 1", 1.0)], [("cat # 2", 1.0)], [("cat # 3", 1.0)])]  # fmt: skip
     for index, one in enumerate(drawn):
         for other in drawn[:index]:
@@ -64,5 +65,7 @@ def test_the_page_is_made_and_draws_on_every_family(name, tmp_path):
     usual = session.usual("a cat", [], 0)
     usual.check()
     assert usual.steps > 1
-    image = session.image(Request("a cat", steps=2, guidance_scale=usual.guidance_scale, width=64, height=64))
+    image = session.image(
+        GenerationRequest("a cat", num_inference_steps=2, guidance_scale=usual.guidance_scale, width=64, height=64)
+    )
     assert image.size == (64, 64)

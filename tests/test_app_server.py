@@ -20,10 +20,11 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.server import credentials, serve
-from effilora_diffusion.studio.session import Request
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
+DRAWN = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 GOOD = {"prompt": "a sks cat", "adapter": "cat", "strength": 0.5, "seed": 5, **SMALL}
 
 
@@ -51,7 +52,11 @@ def pixels(path):
 
 def drawn(session, **options):
     """The image that plain Python draws."""
-    (file,) = (event for event in session.draw(Request("a sks cat", **SMALL, **options)) if isinstance(event, Path))
+    (file,) = (
+        event
+        for event in session.draw(GenerationRequest("a sks cat", **{**DRAWN, **options}))
+        if isinstance(event, Path)
+    )
     return pixels(file)
 
 

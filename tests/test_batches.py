@@ -287,9 +287,11 @@ def gradients_of_first_step(model, subject, output, monkeypatch, **options):
         heads.data.copy_(torch.randn(heads.shape, generator=generator) * 0.1)
     seen = SimpleNamespace()
     monkeypatch.setattr(
-        run, "_apply_gradients", lambda: seen.__dict__.update({n: p.grad for n, p in run.adapter.named_parameters()})
+        run.loop,
+        "_apply_gradients",
+        lambda step: seen.__dict__.update({n: p.grad for n, p in run.adapter.named_parameters()}),
     )
-    loss = run._optimizer_step()["loss"]
+    loss = run.loop.step(0)["loss"]
     return loss, vars(seen)
 
 

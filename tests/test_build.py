@@ -75,7 +75,7 @@ def test_the_parameters_in_the_report_are_those_that_are_stored(folders, tmp_pat
 
 def test_memory_is_the_sum_of_its_parts(folders, tmp_path):
     run = trainer(folders["flux"], make_subject(tmp_path / "s"), tmp_path / "out", resolution=64)
-    report = dry_run_report(run.plan, 1)
+    report = dry_run_report(run.parts, 1)
     size = lambda part: sum(p.numel() * 4 for name, p in part.named_parameters() if "effilora" not in name)
     pipe = run.family.pipe
     assert report.weights == size(pipe.transformer)

@@ -1,4 +1,4 @@
-"""The image folder: every kind of file gives an example or a reason in words, before the first step."""
+"""the image folder: every kind of file gives an example or a reason in words, before the first step."""
 
 import hashlib
 import json
@@ -162,7 +162,7 @@ def test_folder_without_a_usable_image_lists_the_first_reasons(tmp_path):
     with pytest.raises(EffiLoRAError) as caught:
         scan_images(tmp_path, "a toy")
     message = str(caught.value)
-    assert "None of the 5 files" in message
+    assert "none of the 5 files" in message
     assert all(f"{index}.png: the file is empty" in message for index in range(3))
     assert "3.png" not in message
     assert "and 2 more" in message
@@ -275,7 +275,7 @@ def test_undecodable_caption_is_an_error_naming_it(tmp_path, content):
 def test_caption_that_is_a_folder_is_an_error_naming_it(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(EffiLoRAError, match=r"Cannot read the captions in '.*a\.txt'"):
+    with pytest.raises(EffiLoRAError, match=r"cannot read the captions in '.*a\.txt'"):
         scan_images(tmp_path, "a toy")
 
 
@@ -296,7 +296,7 @@ def test_bad_metadata_line_is_an_error_naming_file_and_line(tmp_path, line, phra
     write_metadata(tmp_path, {"file_name": "a.png", "text": "fine"}, "", line)
     with pytest.raises(EffiLoRAError, match=phrase) as caught:
         scan_images(tmp_path, "a toy")
-    assert str(caught.value).startswith("Line 3 of '")
+    assert str(caught.value).startswith("line 3 of '")
     assert "metadata.jsonl'" in str(caught.value)
 
 
@@ -310,7 +310,7 @@ def test_metadata_that_is_not_utf8_is_an_error_naming_it(tmp_path):
 def test_two_captions_for_one_image_are_an_error(tmp_path):
     image(tmp_path / "a.png")
     write_metadata(tmp_path, {"file_name": "a.png", "text": "one"}, {"file_name": "a.png", "text": "two"})
-    with pytest.raises(EffiLoRAError, match=r"Lines 1 and 2 of .* give 'a\.png' two captions"):
+    with pytest.raises(EffiLoRAError, match=r"lines 1 and 2 of .* give 'a\.png' two captions"):
         scan_images(tmp_path, "a toy")
     write_metadata(tmp_path, {"file_name": "a.png", "text": "one"}, {"file_name": "a.png", "text": "one"})
     assert captions(tmp_path)[0] == {"a.png": "one"}

@@ -13,10 +13,11 @@ from effilora_diffusion import EffiLoRAError, attach, detach, load_adapter
 from effilora_diffusion.cli import main as cli
 from effilora_diffusion.cli.train_llm import main
 from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, load_adapter_file, save_adapter_file
+from effilora_diffusion.core.image_io import load_image
 from effilora_diffusion.language.config import LanguageTrainingArguments
 from effilora_diffusion.language.encoding import IGNORED
 from effilora_diffusion.language.generate import generate_answers
-from effilora_diffusion.language.images import ImageEncoder, ImageExamples, image_paths, open_image
+from effilora_diffusion.language.images import ImageEncoder, ImageExamples, image_paths
 from effilora_diffusion.language.multiple_choice import grade, parse_question
 from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import LanguageTrainer
@@ -181,7 +182,7 @@ def test_images_are_upright_and_may_lie_behind_a_link(place, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg", "here").size == (12, 24)
+    assert load_image(tmp_path / "turned.jpg").size == (12, 24)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "linked").symlink_to(place / "images")
     assert ImageEncoder(processor(), tmp_path / "folder").encode(talk("<image>", "a", image="linked/red0.png")).images

@@ -137,11 +137,16 @@ def test_what_is_plain_is_judged_by_content(files, tmp_path):
     assert (facts["ranks"], facts["trigger_prompt"]) == ([4], "a sks cat")
 
 
-def test_native_adapters_can_t_follow_plain_ones(files):
-    pipe = build_tiny_pipeline()
+def test_native_adapters_follow_plain_ones(files):
+    pipe, other = build_tiny_pipeline(), build_tiny_pipeline()
     assert load_plain_lora(pipe, files / "diffusers.safetensors", "plain") > 0
-    with pytest.raises(EffiLoRAError, match="load EffiLoRA adapters first"):
-        load_adapter(pipe, files / "cat")
+    load_adapter(pipe, files / "cat")
+    load_adapter(other, files / "cat")
+    assert load_plain_lora(other, files / "diffusers.safetensors", "plain") > 0
+    first, second = (np.asarray(draw_images(one, ["a sks cat"], [0], 2)[0]) for one in (pipe, other))
+    assert np.array_equal(first, second)
+    pipe.unload_lora_weights()
+    assert not np.array_equal(np.asarray(draw_images(pipe, ["a sks cat"], [0], 2)[0]), first)
 
 
 def test_the_command_line_draws_with_plain_ones(files, tmp_path):
@@ -149,7 +154,7 @@ def test_the_command_line_draws_with_plain_ones(files, tmp_path):
     for name, adapters in (("base", []), ("plain", ["--adapter", f"{files / 'kohya.safetensors'}:0.5"])):
         assert cli.main([*words, *adapters, "--output", str(tmp_path / f"{name}.png")]) == 0
     assert (tmp_path / "base.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
-    assert read_parameters(tmp_path / "plain.png")["adapters"] == [{"file": "kohya.safetensors", "strength": 0.5}]
+    assert read_parameters(tmp_path / "plain.png")["adapters"] == [{"file": "kohya", "strength": 0.5}]
     for file in odd_files(tmp_path):
         assert cli.main([*words, "--adapter", str(file), "--output", str(tmp_path / "no.png")]) == 2
 

@@ -20,6 +20,7 @@ from effilora_diffusion.diffusion.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from effilora_diffusion.diffusion.training.loop import Loop
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 
@@ -128,14 +129,14 @@ def test_checkpoint_may_be_named_or_given_as_a_folder(tiny_pipeline, subject, un
 def test_run_stopped_by_a_signal_in_its_last_step_is_finished_by_resuming(short, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     words = [*arguments(short), f"--output_dir={output}"]
-    step = Trainer._optimizer_step
+    take = Loop.step
 
-    def interrupted(self):
-        if self.step == 2:
+    def interrupted(self, step):
+        if step == 2:
             os.kill(os.getpid(), 15)
-        return step(self)
+        return take(self, step)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", interrupted)
+    monkeypatch.setattr(Loop, "step", interrupted)
     assert launch.main(words) == 143
     assert not (output / "effilora.safetensors").exists()
     assert launch.main([*words, "--resume_from_checkpoint=latest"]) == 0

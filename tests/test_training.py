@@ -10,13 +10,14 @@ import yaml
 from helpers import arguments, files_in, make_subject, metrics, settings, sharp_pipeline, trainer
 from PIL import Image
 
+from effilora_diffusion import detach
 from effilora_diffusion.cli import train as launch
 from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.core import EffiLoRAError, load_adapter_file
 from effilora_diffusion.core.run_folder import checkpoints
-from effilora_diffusion.diffusion.adapters import processors as attention
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training.checkpoints import fault_of
+from effilora_diffusion.diffusion.training.loop import Loop
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 CHECKPOINT = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"}
@@ -48,7 +49,7 @@ def names(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def checkpoints(output):
+def checkpoint_names(output):
     return [path.name for path in checkpoints(output)]
 
 
@@ -125,7 +126,7 @@ def test_base_is_bit_identical_after_training_and_detaching(tiny_pipeline, subje
     fresh = load_pipeline(str(tiny_pipeline))
     run = trainer(tiny_pipeline, subject, tmp_path / "out", learning_rate=0.1, reducer="random", reducer_warmup=0)
     run.run()
-    attention.detach(run.family.model)
+    detach(run.family.model)
     for part in ("unet", "vae", "text_encoder"):
         expected, found = getattr(fresh, part).state_dict(), getattr(run.family.pipe, part).state_dict()
         assert expected.keys() == found.keys()
@@ -178,7 +179,7 @@ def test_reducer_trains_half_of_the_layers_after_its_warm_up(tiny_pipeline, subj
 def test_grids_and_checkpoints_come_as_often_as_asked(tiny_pipeline, subject, tmp_path):
     options = {"max_train_steps": 5, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
     trainer(tiny_pipeline, subject, tmp_path / "a", **options, validation_steps=2).run()
-    assert checkpoints(tmp_path / "a") == ["checkpoint-4", "checkpoint-5"]
+    assert checkpoint_names(tmp_path / "a") == ["checkpoint-4", "checkpoint-5"]
     assert sorted(path.name for path in (tmp_path / "a" / "samples").iterdir()) == [
         f"step-00000{step}.png" for step in (0, 2, 4, 5)
     ]
@@ -207,13 +208,13 @@ def test_bf16_trains_a_float_adapter_on_a_half_base_and_fp16_is_refused(tiny_pip
 def test_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_as_it_was(tiny_pipeline, subject, tmp_path):
     run = trainer(tiny_pipeline, subject, tmp_path / "out", max_train_steps=5, checkpointing_steps=1)
     name = run.batches.draw(2, 1).names[0]
-    (example,) = [example for example in run.plan.examples if example.path.name == name]
+    (example,) = [example for example in run.parts.examples if example.path.name == name]
     for key, moments in run.batches.instance._moments.items():
         if key[0] == example.sha256:
             moments[0, 0, 0, 0] = float("nan")
     with pytest.raises(EffiLoRAError, match=rf"the loss became nan at step 3 \(images {name}\)"):
         run.run()
-    assert checkpoints(run.output) == ["checkpoint-1", "checkpoint-2"]
+    assert checkpoint_names(run.output) == ["checkpoint-1", "checkpoint-2"]
     assert all(fault_of(folder) is None for folder in checkpoints(run.output))
     assert names(run.output) & RESULT == {"config.yaml", "metrics.jsonl", "samples/step-000000.png"}
     assert [line["step"] for line in metrics(run.output)] == [1, 2]
@@ -225,7 +226,7 @@ def test_nan_gradient_stops_the_run_before_it_reaches_the_weights(tiny_pipeline,
     with pytest.raises(EffiLoRAError, match="the gradient became nan at step 1"):
         run.run()
     assert all(p.isfinite().all() for p in run.adapter.parameters())
-    assert checkpoints(run.output) == []
+    assert checkpoint_names(run.output) == []
     assert not (run.output / "effilora.safetensors").exists()
 
 
@@ -235,7 +236,7 @@ def test_run_that_changed_no_head_is_refused(tiny_pipeline, subject, tmp_path):
         heads.register_hook(torch.zeros_like)
     with pytest.raises(EffiLoRAError, match="without changing a single head"):
         run.run()
-    assert checkpoints(run.output) == []
+    assert checkpoint_names(run.output) == []
     assert not names(run.output) & {"effilora.safetensors", "pytorch_lora_weights.safetensors", "README.md"}
 
 
@@ -259,7 +260,7 @@ def test_earlier_run_is_replaced_only_if_asked_and_then_only_its_own_files(tiny_
 
     assert launch.main([*words, "--overwrite_output_dir", "--seed=1", "--max_train_steps=1"]) == 0
     after = files_in(output)
-    assert checkpoints(output) == ["checkpoint-1"]
+    assert checkpoint_names(output) == ["checkpoint-1"]
     assert after["effilora.safetensors"] != before["effilora.safetensors"]
     kept = {"notes.txt", *(f"subject/{index}.png" for index in range(3))}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
@@ -281,37 +282,37 @@ def test_bad_image_is_named_on_the_screen_and_the_rest_is_used(tiny_pipeline, tm
 def test_signal_ends_the_run_after_its_step_with_a_checkpoint(
     tiny_pipeline, subject, tmp_path, monkeypatch, capsys, number, code
 ):
-    step = Trainer._optimizer_step
+    take = Loop.step
 
-    def interrupted(self):
-        found = step(self)
-        if self.step == 1:
+    def interrupted(self, step):
+        found = take(self, step)
+        if step == 1:
             os.kill(os.getpid(), number)
         return found
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", interrupted)
+    monkeypatch.setattr(Loop, "step", interrupted)
     before = signal.getsignal(number)
     words = arguments(settings(tiny_pipeline, subject, tmp_path / "out", max_train_steps=5))
     assert launch.main(words) == code
     assert signal.getsignal(number) == before
-    assert checkpoints(tmp_path / "out") == ["checkpoint-2"]
+    assert checkpoint_names(tmp_path / "out") == ["checkpoint-2"]
     assert fault_of(tmp_path / "out" / "checkpoint-2") is None
     assert not (tmp_path / "out" / "effilora.safetensors").exists()
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
 
 
 def test_second_signal_ends_the_run_at_once(tiny_pipeline, subject, tmp_path, monkeypatch):
-    step = Trainer._optimizer_step
+    take = Loop.step
 
-    def interrupted(self):
+    def interrupted(self, step):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
+        return take(self, step)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", interrupted)
+    monkeypatch.setattr(Loop, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         launch.main(arguments(settings(tiny_pipeline, subject, tmp_path / "out")))
-    assert checkpoints(tmp_path / "out") == []
+    assert checkpoint_names(tmp_path / "out") == []
 
 
 def test_run_without_images_names_the_missing_setting(tiny_pipeline, tmp_path, capsys):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from ..core import EffiLoRAError
-from ..core.files import adapter_path
+from ..core.run_folder import adapter_file
 from ..diffusion.config import PRECISIONS
 from .arguments import parse_adapter
 
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="native file, training folder or plain LoRA; may be given several times",
+        help="native file, training folder (RUN@STEP: its checkpoint) or plain LoRA; may be given several times",
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative_prompt")
@@ -41,51 +40,35 @@ def run(args: argparse.Namespace) -> None:
     """Draw ``num_images`` images; each PNG carries its parameters."""
     import torch
 
-    from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
+    from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
     from ..diffusion.config import EMBEDDED_SAMPLING
-    from ..diffusion.models.pipelines import EMBEDDED_BASE, load_pipeline
+    from ..diffusion.models.pipelines import load_pipeline
     from ..diffusion.sampling.generate import draw_images
     from ..diffusion.sampling.png import save_png
+    from ..diffusion.sampling.request import GenerationRequest
 
-    if args.num_images < 1 or (args.num_inference_steps is not None and args.num_inference_steps < 1):
-        raise EffiLoRAError("--num_images and --num_inference_steps must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise EffiLoRAError(f"--seed must be 0 to 2^63 - 1, not {args.seed}")
-    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
-        raise EffiLoRAError(f"--guidance_scale must be a number, not {args.guidance_scale}")
-    for name in ("width", "height"):
-        value = getattr(args, name)
-        if value is not None and (value < 8 or value % 8):
-            raise EffiLoRAError(f"--{name} must be a positive multiple of 8, not {value}")
     if args.output.suffix.lower() != ".png":
         raise EffiLoRAError(f"--output {args.output} must end in .png")
-    adapters = [parse_adapter(text) for text in args.adapter]
-    for path, _ in adapters:
-        if not adapter_path(path).is_file():
-            raise EffiLoRAError(f"--adapter {path}: no such file")
+    adapters = [(adapter_file(path), strength) for path, strength in map(parse_adapter, args.adapter)]
+    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
+    request = GenerationRequest(
+        args.prompt,
+        args.negative_prompt or "",
+        [(label_of(path), strength) for path, strength in adapters],
+        usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
+        usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
+        args.width,
+        args.height,
+        args.num_images,
+        args.seed,
+    )
+    request.check()
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
-    ActiveAdapters(pipe).use([AdapterRef(adapter_path(path), strength) for path, strength in adapters])
+    ActiveAdapters(pipe).use([AdapterRef(path, strength) for path, strength in adapters])
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
-    defaults = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
-    steps = args.num_inference_steps or defaults["steps"]
-    guidance = args.guidance_scale if args.guidance_scale is not None else defaults["guidance_scale"]
-    for index in range(args.num_images):
-        seed = args.seed + index
-        (image,) = draw_images(
-            pipe, [args.prompt], [seed], steps, guidance, args.negative_prompt, width=args.width, height=args.height
-        )
-        parameters = {
-            "prompt": args.prompt,
-            "negative_prompt": args.negative_prompt,
-            "seed": seed,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "width": image.width,
-            "height": image.height,
-            "model": args.model or EMBEDDED_BASE,
-            "adapters": [{"file": Path(path).name, "strength": strength} for path, strength in adapters],
-        }
-        path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{index + 1}")
-        save_png(image, path, parameters)
+    for number, seed in enumerate(request.seeds(), 1):
+        (image,) = draw_images(pipe, [request.prompt], [seed], **request.options())
+        path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{number}")
+        save_png(image, path, request.parameters(image, seed, args.model))
         print(path)

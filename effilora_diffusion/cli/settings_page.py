@@ -13,9 +13,9 @@ from .settings_parser import groups_of
 HEAD = """# Settings
 
 Every setting is a flag of its command and a name in the TOML or YAML file of `--config`; the command line wins.
-`--learning-rate` is `--learning_rate`; `--no_center_crop` or `--center_crop false` switch off. A resumed run must have the same
-values where *fixed* is marked: they decide what a step computes. (`--max_train_steps` is fixed as well unless the learning rate is
-constant.)
+`--learning-rate` is `--learning_rate`; `--no_center_crop` or `--center_crop false` switch off. A resumed run must have
+the same values where *fixed* is marked: they decide what a step computes. (`--max_train_steps` is fixed as well unless
+the learning rate is constant.)
 """
 
 COMMANDS = (

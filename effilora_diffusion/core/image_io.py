@@ -37,7 +37,7 @@ class ImageError(EffiLoRAError):
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"Cannot use the image '{printable(path)}': {reason}; replace or remove the file.")
+        super().__init__(f"the image '{printable(path)}' can't be used: {reason}; replace or remove the file")
         self.path = path
         self.reason = reason
 
@@ -66,6 +66,17 @@ def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -
     return _decode(Path(path), background)[0]
 
 
+def check_header(path: Path) -> tuple[int, int]:
+    """Width and height by a file's header alone: decoding thousands of images would take minutes.
+
+    Raises:
+        ImageError: there is no image of a known format and allowed size.
+    """
+    path = Path(path)
+    with _named(path), _open(path) as image:
+        return image.size
+
+
 def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
     """Decode one image file to be sure of it; return its width and height in pixels and what is odd about it.
 
@@ -90,15 +101,21 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
 
 def _decode(path: Path, background: tuple[int, int, int]) -> tuple[Image.Image, bool]:
     """Return the RGB image, and False where broken EXIF data left its rotation unknown."""
+    with _named(path), _open(path) as image:
+        image.load()
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except Exception:  # Pillow raises SyntaxError and others; no reason to lose the image
+            return to_rgb(image, background), False
+        return to_rgb(upright, background), True
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with one image file into an :class:`ImageError` in words."""
     try:
         _check_file(path)
-        with _open(path) as image:
-            image.load()
-            try:
-                upright = ImageOps.exif_transpose(image)
-            except Exception:  # Pillow raises SyntaxError and others; no reason to lose the image
-                return to_rgb(image, background), False
-            return to_rgb(upright, background), True
+        yield
     except _UnusableError as error:
         raise ImageError(path, str(error)) from None
     except Image.DecompressionBombError:

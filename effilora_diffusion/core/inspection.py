@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .convert import is_exact
+from .convert import describe_export_error, is_exact
 from .errors import EffiLoRAError
 from .files import AdapterFile, adapter_path, load_adapter_file
 
@@ -183,7 +183,7 @@ def describe(facts: dict[str, Any]) -> str:
     """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
     alpha = config["alpha"] if config["alpha"] is not None else config["rank"]
-    export = "exact" if facts["exact_export"] else f"least squares, relative error {facts.get('export_error', 0):.2%}"
+    export = describe_export_error(0.0 if facts["exact_export"] else facts.get("export_error", 0.0))
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
         f"template        {facts['prompt_template']}"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import EffiLoRAError
+from ..core.image_io import ImageError, check_header, load_image
 from .batches import pad_and_concat
 from .encoding import Encoder, Example
 from .records import check_record, to_messages
+
+T = TypeVar("T")
 
 MARK = "<image>"
 """Where an image belongs, in the texts of LLaVA's format."""
@@ -46,13 +50,12 @@ def image_paths(record: dict[str, Any], folder: Path, where: str) -> list[Path]:
     return paths
 
 
-def open_image(path: Path, where: str) -> Image.Image:
-    """An image as RGB and upright, as transformers opens them; one that can't be read is named."""
+def _read(reader: Callable[[Path], T], path: Path, where: str) -> T:
+    """What ``reader`` finds in an image; an error names the record."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise EffiLoRAError(f"{where}: the image {path} can't be read ({error})") from error
+        return reader(path)
+    except ImageError as error:
+        raise EffiLoRAError(f"{where}: {error}") from error
 
 
 def with_images(messages: list[dict[str, str]], images: int, where: str) -> list[dict[str, Any]]:
@@ -140,7 +143,7 @@ class ImageEncoder(Encoder):
 
     def _example(self, segments: list[tuple[str, bool]], record: dict[str, Any], where: str) -> Example:
         paths = image_paths(record, self.image_folder, where)
-        images = [open_image(path, where) for path in paths]
+        images = [_read(load_image, path, where) for path in paths]
         example = Example([], [])
         start = self.tokenizer.bos_token
         if start and segments and not segments[0][0].startswith(start) and self.tokenizer("")["input_ids"][:1]:
@@ -202,7 +205,7 @@ class ImageExamples(Dataset[Example]):
             if not any(part.get("text") for part in encoder.messages(record, place)[-1]["content"]):
                 raise EffiLoRAError(f"{place}: its answer is empty")
             for path in image_paths(record, encoder.image_folder, place):
-                _check_image(path, place)
+                _read(check_header, path, place)
         self[0]  # template and processor, before anything is trained
 
     def __len__(self) -> int:
@@ -218,11 +221,3 @@ class ImageExamples(Dataset[Example]):
                 f"{where}: longer than --max_length {self.encoder.max_length}, it lost its end", stacklevel=2
             )
         return example
-
-
-def _check_image(path: Path, where: str) -> None:
-    """Whether there is an image at all, by its header: decoding thousands of them would take minutes."""
-    try:
-        Image.open(path).close()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise EffiLoRAError(f"{where}: the image {path} can't be read ({error})") from error

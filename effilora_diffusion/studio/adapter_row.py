@@ -8,7 +8,7 @@ import gradio as gr
 
 from .. import EffiLoRAError
 from .queue import plain_words
-from .session import MAX_STRENGTH, Session
+from .session import LIMITS, Session
 
 NONE = "none"
 """Stands for no adapter in lists."""
@@ -30,8 +30,8 @@ class AdapterRow:
                 )  # fmt: skip
                 self.active = gr.Checkbox(True, label="On", scale=1, min_width=70, elem_id=f"on-{self.number}")
             self.strength = gr.Slider(
-                -MAX_STRENGTH,
-                MAX_STRENGTH,
+                -LIMITS.strength,
+                LIMITS.strength,
                 1,
                 step=0.05,
                 label=f"Strength {self.number}",

@@ -10,9 +10,10 @@ import gradio as gr
 from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
 from ..diffusion.adapters.lora_files import describe_plain
+from ..diffusion.sampling.request import GenerationRequest
 from .queue import MODEL_QUEUE, one_line
 from .runs import Run
-from .session import Request, Session
+from .session import Session
 
 
 def add_endpoints(session: Session) -> None:
@@ -25,8 +26,8 @@ def add_endpoints(session: Session) -> None:
         """Draw one image; returns the PNG, which carries its parameters."""
         try:
             chosen = [(str(adapter), float(strength))] if adapter else []
-            size = {"width": int(width), "height": int(height), "seed": int(seed), "steps": int(steps)}
-            wanted = Request(
+            size = {"width": int(width), "height": int(height), "seed": int(seed), "num_inference_steps": int(steps)}
+            wanted = GenerationRequest(
                 str(prompt or ""), str(negative_prompt or ""), chosen, guidance_scale=float(guidance_scale), **size
             )
             (path,) = (event for event in session.draw(wanted, preview_every=0) if isinstance(event, Path))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from .. import EffiLoRAError
 from ..diffusion.sampling.stream import Stop
-
-if TYPE_CHECKING:
-    from .session import Session  # which needs the tickets of this module
 
 logger = logging.getLogger(__name__)
 
@@ -118,43 +114,3 @@ class Tickets:
         """The visitor's drawings that have not begun never will."""
         for ticket in [one for one in self._open.get(visitor, []) if not one.drawn]:
             self.end(visitor, ticket)
-
-
-class DrawingTab:
-    """A tab whose button draws: the click is answered at once, then the drawing waits its turn."""
-
-    def __init__(self, session: Session):
-        self.session, self.tickets = session, session.tickets
-
-    def announce(self, visit: gr.Request) -> tuple[str, Any]:
-        """Say at once that a drawing waits for its turn; it can be stopped from now on."""
-        return self.tickets.announce(str(visit.session_hash)), gr.update(interactive=True)
-
-    def stop(self, visit: gr.Request) -> str:
-        """End this visitor's drawings after their step."""
-        return "Stopping ..." if self.tickets.stop(str(visit.session_hash)) else "Nothing is being drawn."
-
-    def failed(self, visit: gr.Request) -> tuple[str, Any, Any]:
-        """A drawing that could not begin: a value out of its range, or a queue that is full."""
-        self.tickets.forget(str(visit.session_hash))
-        words = "**Not drawn:** a value is out of its range, or too many drawings wait."
-        return words, gr.update(interactive=True), gr.update(interactive=False)
-
-    def wire_drawing(
-        self,
-        triggers: list[Callable[..., Any]],
-        draw: Callable[..., Any],
-        inputs: list[Any],
-        outputs: Any,
-        status: Any,
-        go: gr.Button,
-        halt: gr.Button,
-    ) -> list[Any]:
-        """Connect what starts ``draw``, and return the events of the drawing, which others may follow."""
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        drawn = []
-        for trigger in triggers:
-            waiting = trigger(self.announce, None, [status, halt], queue=False, **private)
-            drawn.append(waiting.then(draw, inputs, outputs, **private, **MODEL_QUEUE))
-            drawn[-1].failure(self.failed, None, [status, go, halt], queue=False, **private)
-        return drawn

@@ -7,8 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +22,23 @@ from ..core.load import host_model
 from ..core.run_folder import Reference, checkpoint_adapters, parse_reference
 from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
 from ..diffusion.adapters.lora_files import describe_plain
-from ..diffusion.config import EMBEDDED_SAMPLING
-from ..diffusion.models.pipelines import EMBEDDED_BASE, load_pipeline
+from ..diffusion.models.pipelines import load_pipeline
 from ..diffusion.sampling.png import save_png
+from ..diffusion.sampling.request import GenerationRequest, Limits, sampling_defaults
 from ..diffusion.sampling.stream import Progress, Stop, draw_live, settle
 from .queue import Tickets
 
-MAX_STEPS = 150
-MAX_COUNT = 8
-MAX_EDGE = 2048
-MAX_PROMPT = 4000
-MAX_STRENGTH = 2.0
-MAX_GUIDANCE = 30.0
-MIN_EDGE = 32
-MAX_SEED = 2**53 - 1
-"""Larger ones would change in a browser, whose numbers are float64."""
-
-
-@dataclass
-class Request:
-    """What somebody wants drawn; :meth:`check` says in one sentence what can't be."""
-
-    prompt: str
-    negative_prompt: str = ""
-    adapters: list[tuple[str, float]] = field(default_factory=list)
-    steps: int = 25
-    guidance_scale: float = 2.0
-    width: int = 64
-    height: int = 64
-    count: int = 1
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise :class:`EffiLoRAError` for values that can't be drawn."""
-        if not self.prompt.strip():
-            raise EffiLoRAError("the prompt is empty: say what to draw")
-        if max(len(self.prompt), len(self.negative_prompt)) > MAX_PROMPT:
-            raise EffiLoRAError(f"a prompt may have {MAX_PROMPT} characters at most")
-        for name, value, most in (("steps", self.steps, MAX_STEPS), ("images", self.count, MAX_COUNT)):
-            if not 1 <= value <= most:
-                raise EffiLoRAError(f"{name} must be 1 to {most}, not {value}")
-        for name, value in (("width", self.width), ("height", self.height)):
-            if not MIN_EDGE <= value <= MAX_EDGE or value % 8:
-                raise EffiLoRAError(f"{name} must be a multiple of 8 from {MIN_EDGE} to {MAX_EDGE}, not {value}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise EffiLoRAError(f"the seed must be 0 to 2^53 - 1, not {self.seed}")
-        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
-            raise EffiLoRAError(f"guidance must be 0 to {MAX_GUIDANCE:g}, not {self.guidance_scale}")
-        for name, strength in self.adapters:
-            if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
-                raise EffiLoRAError(f"the strength of {name} must be -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+LIMITS = Limits(
+    seed=2**53 - 1,  # larger ones would change in a browser, whose numbers are float64
+    steps=150,
+    images=8,
+    least_edge=32,
+    edge=2048,
+    guidance=30.0,
+    strength=2.0,
+    prompt=4000,
+)
+"""What may be drawn here at once."""
 
 
 class Session:
@@ -89,7 +55,7 @@ class Session:
         self.lock, self.tickets = threading.Lock(), Tickets()
         self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
         self.base = base_fingerprint(host_model(self.pipe))
-        self.stack = ActiveAdapters(self.pipe)
+        self.active = ActiveAdapters(self.pipe)
         if torch.cuda.is_available():
             self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed
         for folder in (self.history, self.uploads):
@@ -112,16 +78,7 @@ class Session:
 
     def defaults(self) -> dict[str, Any]:
         """Steps, guidance and edge that suit the model."""
-        call = signature(self.pipe.__call__).parameters
-        found = {
-            "steps": call["num_inference_steps"].default,
-            "guidance_scale": call["guidance_scale"].default or 1.0,
-        }
-        if self.model is None:
-            found = dict(EMBEDDED_SAMPLING)
-        part: Any = host_model(self.pipe)
-        edge = part.config.get("sample_size") or 128
-        return {**found, "edge": int(edge) * int(getattr(self.pipe, "vae_scale_factor", 8))}
+        return sampling_defaults(self.pipe, self.model)
 
     def adapters(self) -> dict[str, Path]:
         """Adapters by name: those of training runs and those brought here, native or plain LoRA, the newest first."""
@@ -138,13 +95,11 @@ class Session:
     @property
     def max_edge(self) -> int:
         """The longest edge that is drawn: a step far beyond the model's own size takes minutes, and none ends within one."""
-        return min(MAX_EDGE, 8 * int(self.defaults()["edge"]))
+        return min(int(LIMITS.edge), 8 * int(self.defaults()["edge"]))
 
-    def check(self, request: Request) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """Raise :class:`EffiLoRAError` for a request that can't be drawn with this model."""
-        request.check()
-        if max(request.width, request.height) > self.max_edge:
-            raise EffiLoRAError(f"width and height may be {self.max_edge} at most with this model")
+        request.check(replace(LIMITS, edge=self.max_edge))
         for name, strength in request.adapters:
             self.wanted(name, strength)
 
@@ -203,7 +158,9 @@ class Session:
         """The parts of a reference; an adapter's own name may look like one."""
         return Reference(text) if text in self.adapters() else parse_reference(text)
 
-    def draw(self, request: Request, stop: Stop | None = None, preview_every: int = 5) -> Iterator[Progress | Path]:
+    def draw(
+        self, request: GenerationRequest, stop: Stop | None = None, preview_every: int = 5
+    ) -> Iterator[Progress | Path]:
         """Draw what is asked for; yields every step, and the file in the history of every finished image.
 
         Raises :class:`EffiLoRAError` for requests that can't be drawn, before anything is changed.
@@ -215,52 +172,32 @@ class Session:
                 assert progress.seed is not None
                 yield self._keep(progress.image, request, progress.seed)
 
-    def image(self, request: Request, stop: Stop | None = None) -> Image.Image:
+    def image(self, request: GenerationRequest, stop: Stop | None = None) -> Image.Image:
         """A single image, for a grid: it does not go into the history. A stop is an :class:`EffiLoRAError`."""
         drawn = [progress.image for progress in self._drawing(request, stop, 0) if progress.image is not None]
         if not drawn:
             raise EffiLoRAError("stopped")
         return drawn[0]
 
-    def _drawing(self, request: Request, stop: Stop | None, preview_every: int) -> Iterator[Progress]:
+    def _drawing(self, request: GenerationRequest, stop: Stop | None, preview_every: int) -> Iterator[Progress]:
         self.check(request)
-        seeds = [(request.seed + index) % (MAX_SEED + 1) for index in range(request.count)]
         with self.holding():
-            self.stack.use([self.wanted(name, strength) for name, strength in request.adapters])
+            self.active.use([self.wanted(name, strength) for name, strength in request.adapters])
             yield from draw_live(
-                self.pipe,
-                request.prompt,
-                seeds,
-                stop,
-                preview_every,
-                steps=request.steps,
-                guidance_scale=request.guidance_scale,
-                negative_prompt=request.negative_prompt or None,
-                width=request.width,
-                height=request.height,
+                self.pipe, request.prompt, request.seeds(LIMITS), stop, preview_every, **request.options()
             )
 
-    def usual(self, prompt: str, adapters: list[tuple[str, float]], seed: int) -> Request:
+    def usual(self, prompt: str, adapters: list[tuple[str, float]], seed: int) -> GenerationRequest:
         """A single image with the model's own settings."""
-        found = self.defaults()
-        size = {"width": found["edge"], "height": found["edge"], "steps": found["steps"]}
-        return Request(prompt, "", adapters, guidance_scale=found["guidance_scale"], seed=seed, **size)
+        own = self.defaults()
+        return GenerationRequest(
+            prompt, "", adapters, own["steps"], own["guidance_scale"], own["edge"], own["edge"], seed=seed
+        )
 
-    def _keep(self, image: Any, request: Request, seed: int) -> Path:
+    def _keep(self, image: Image.Image, request: GenerationRequest, seed: int) -> Path:
         """Write an image with its parameters into the history."""
-        parameters = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt or None,
-            "seed": seed,
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance_scale,
-            "width": image.width,
-            "height": image.height,
-            "model": self.model or EMBEDDED_BASE,
-            "adapters": [{"file": name, "strength": strength} for name, strength in request.adapters],
-        }
         path = self.new_file(str(seed))
-        save_png(image, path, parameters)
+        save_png(image, path, request.parameters(image, seed, self.model))
         return path
 
     def fresh_folder(self, label: str) -> Path:

@@ -10,6 +10,7 @@ from ...core import AdapterFile, EffiLoRA, EffiLoRAError, is_native, load_adapte
 from ...core.files import ADAPTER_FILE
 from ...core.inspection import single_head
 from ...core.load import host_model, load, remove, unique_name
+from ...core.run_folder import CHECKPOINT_ADAPTER, Reference, step_of
 from .lora_files import is_plain_lora, load_plain_lora, plain_layers, remove_plain_loras, set_plain_strengths
 from .processors import attach
 
@@ -90,8 +91,11 @@ class ActiveAdapters:
 
 
 def label_of(path: Path) -> str:
-    """What people call an adapter's file: its name, or that of the training run's folder."""
-    return path.resolve().parent.name if path.name == ADAPTER_FILE else path.stem
+    """What people call an adapter's file: its name, that of the training run's folder, or ``RUN @ STEP`` for a checkpoint's."""
+    folder = path.resolve().parent
+    if path.name in (ADAPTER_FILE, CHECKPOINT_ADAPTER) and folder.name.startswith("checkpoint-"):
+        return str(Reference(folder.parent.name, step_of(folder)))
+    return folder.name if path.name == ADAPTER_FILE else path.stem
 
 
 def _common_start(one: list[Any], other: list[Any]) -> list[Any]:

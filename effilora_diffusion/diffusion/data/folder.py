@@ -79,7 +79,7 @@ def scan_images(folder: Path, default_caption: str | None) -> tuple[list[Example
     sidecars = {_key(file.stem): file for file in files if file.suffix.lower() == ".txt"}
     candidates = [file for file in files if not is_unrelated(file)]
     if not candidates:
-        raise EffiLoRAError(f"The image folder '{printable(folder)}' holds no images; put PNG or JPEG files there.")
+        raise EffiLoRAError(f"the image folder '{printable(folder)}' holds no images; put PNG or JPEG files there")
     listed = _read_metadata(folder / METADATA_NAME)
 
     examples: list[Example] = []
@@ -116,13 +116,13 @@ def _list_folder(folder: Path) -> list[Path]:
     """Return what the folder holds, hidden entries left out, sorted by name."""
     shown = printable(folder)
     if not folder.exists():
-        raise EffiLoRAError(f"The image folder '{shown}' does not exist; give the folder that holds your images.")
+        raise EffiLoRAError(f"the image folder '{shown}' does not exist; give the folder that holds your images")
     if not folder.is_dir():
-        raise EffiLoRAError(f"'{shown}' is a file, not a folder; give the folder that holds your images.")
+        raise EffiLoRAError(f"'{shown}' is a file, not a folder; give the folder that holds your images")
     try:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
-        raise EffiLoRAError(f"Cannot list the image folder '{shown}': {error.strerror}; check its rights.") from error
+        raise EffiLoRAError(f"cannot list the image folder '{shown}': {error.strerror}; check its rights") from error
     return [path for path in entries if not path.name.startswith(".")]
 
 
@@ -137,7 +137,7 @@ def _key(name: str) -> str:
 
 
 def _inspect(path: Path) -> tuple[tuple[int, int], list[str], str]:
-    """Decode an image fully; return its size in pixels, remarks on it, and the SHA-256 of the file."""
+    """Decode an image fully; return its size in pixels, remarks on it, and the SHA-256 of the file"""
     if path.suffix.lower() in _FOREIGN_CAPTIONS:
         raise ImageError(path, f"captions are read only from .txt files and {METADATA_NAME}")
     size, remarks = inspect_image(path)
@@ -160,7 +160,7 @@ def _caption(image: Path, sidecar: Path | None, entry: _Listed | None, default: 
     if default is None:
         gap = f"{source} is empty" if source else f"there is no '{printable(image.stem)}.txt' beside it"
         where = printable(image)
-        raise EffiLoRAError(f"The image '{where}' has no caption: {gap}; write one there or give a default prompt.")
+        raise EffiLoRAError(f"the image '{where}' has no caption: {gap}; write one there or give a default prompt")
     return default, f"the caption in {source} is empty, so the default is used" if source else None
 
 
@@ -169,14 +169,14 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise EffiLoRAError(
-            f"The captions in '{printable(path)}' are not UTF-8 text; save the file as UTF-8."
+            f"the captions in '{printable(path)}' are not UTF-8 text; save the file as UTF-8"
         ) from error
     except OSError as error:
-        raise EffiLoRAError(f"Cannot read the captions in '{printable(path)}': {error.strerror}.") from error
+        raise EffiLoRAError(f"cannot read the captions in '{printable(path)}': {error.strerror}") from error
 
 
 def _read_metadata(path: Path) -> dict[str, _Listed]:
-    """Read Hugging Face ImageFolder metadata, one JSON object a line; {} where the file is missing."""
+    """Read Hugging Face ImageFolder metadata, one JSON object a line; {} where the file is missing"""
     found: dict[str, _Listed] = {}
     if not path.is_symlink() and not path.exists():
         return found
@@ -184,12 +184,12 @@ def _read_metadata(path: Path) -> dict[str, _Listed]:
     for line, text in enumerate(_read_text(path).split("\n"), start=1):
         if not text.strip():
             continue
-        entry = _parse_entry(text, line, f"Line {line} of '{printable(path)}'")
+        entry = _parse_entry(text, line, f"line {line} of '{printable(path)}'")
         earlier = found.setdefault(_key(entry.name), entry)
         if earlier.caption != entry.caption:
             name = printable(entry.name)
             raise EffiLoRAError(
-                f"Lines {earlier.line} and {line} of '{printable(path)}' give '{name}' two captions; keep one of them."
+                f"lines {earlier.line} and {line} of '{printable(path)}' give '{name}' two captions; keep one of them"
             )
     return found
 
@@ -198,7 +198,7 @@ def _parse_entry(text: str, line: int, where: str) -> _Listed:
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise EffiLoRAError(f"{where} is not valid JSON ({error}); write one JSON object a line.") from error
+        raise EffiLoRAError(f"{where} is not valid JSON ({error}); write one JSON object a line") from error
     if not isinstance(entry, dict):
         raise EffiLoRAError(f'{where} is not a JSON object; write one like {{"file_name": ..., "text": ...}}.')
     name = entry.get("file_name")
@@ -207,7 +207,7 @@ def _parse_entry(text: str, line: int, where: str) -> _Listed:
     caption = next((entry[key] for key in _CAPTION_KEYS if entry.get(key) is not None), "")
     # A lone surrogate such as "\ud800" is valid JSON, but no tokenizer can encode it.
     if not isinstance(caption, str) or any("\ud800" <= character <= "\udfff" for character in caption):
-        raise EffiLoRAError(f"{where} has a caption that is not text; put it in double quotes.")
+        raise EffiLoRAError(f"{where} has a caption that is not text; put it in double quotes")
     return _Listed(name.removeprefix("./"), caption.strip(), line)
 
 
@@ -234,4 +234,4 @@ def _nothing_left(folder: Path, problems: list[Problem]) -> str:
     bad = [problem for problem in problems if problem.fatal]
     reasons = "; ".join(f"{printable(problem.path.name)}: {problem.reason}" for problem in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return f"None of the {len(bad)} files in '{printable(folder)}' is a usable image ({reasons}{more})."
+    return f"none of the {len(bad)} files in '{printable(folder)}' is a usable image ({reasons}{more})"

@@ -44,11 +44,11 @@ def prepare_image(
     """
     if interpolation not in INTERPOLATIONS:
         known = ", ".join(INTERPOLATIONS)
-        raise EffiLoRAError(f"Unknown image interpolation mode '{interpolation}'; choose one of: {known}.")
+        raise EffiLoRAError(f"unknown image interpolation mode '{interpolation}'; choose one of: {known}")
     if resolution < 1:
-        raise EffiLoRAError(f"The resolution is {resolution}; it must be at least 1 pixel.")
+        raise EffiLoRAError(f"the resolution is {resolution}; it must be at least 1 pixel")
     if not all(0.0 <= position <= 1.0 for position in crop):
-        raise EffiLoRAError(f"The crop position is {crop}; both numbers must lie between 0 and 1.")
+        raise EffiLoRAError(f"the crop position is {crop}; both numbers must lie between 0 and 1")
     image = to_rgb(image, (255, 255, 255))
     square = _cut_square(image, resolution, None if center_crop else crop, INTERPOLATIONS[interpolation])
     if flip:
@@ -80,7 +80,7 @@ def crop_place(
 def _cut_square(
     image: Image.Image, resolution: int, crop: tuple[float, float] | None, method: Image.Resampling
 ) -> Image.Image:
-    """Resize the shorter edge to ``resolution`` and cut a square there; ``crop`` None means the centre."""
+    """Resize the shorter edge to ``resolution`` and cut a square there; ``crop`` None means the centre"""
     width, height, left, top = crop_place(image.size, resolution, crop)
     box = (left, top, left + resolution, top + resolution)
     if width * height <= MAX_PIXELS:

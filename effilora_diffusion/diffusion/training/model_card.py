@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...core.convert import describe_export_error
 from ...core.files import write_atomic
 from ...core.run_folder import CARD_FILE, COMPARISON_FILE
 from ..config import TrainingConfig
@@ -31,8 +32,9 @@ class Summary:
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
         counts = self.parameters
-        missing = f"least squares, {self.export_error:.1%} of the update missing (none with --routing static)"
-        exact = "exact" if self.export_error == 0 else missing
+        exact = describe_export_error(self.export_error) + (
+            " (none with --routing static)" if self.export_error else ""
+        )
         if not self.loader:
             exact += "; diffusers has no loader for it in this pipeline: use load_adapter, or export --format merged"
         return [

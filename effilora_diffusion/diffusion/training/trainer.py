@@ -28,9 +28,9 @@ from .batches import Batch, BatchDrawer
 from .build import build, check_hardware, place
 from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
+from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
-from .loop import Loop
 from .optim import learning_rates, make_optimizer, use_all_cores
 from .validation import Validation
 

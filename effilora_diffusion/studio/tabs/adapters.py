@@ -13,6 +13,7 @@ from PIL import Image
 from ... import EffiLoRAError, export_lora
 from ...core import is_native, load_adapter_file
 from ...core.attachment import check_sites
+from ...core.convert import describe_export_error
 from ...core.files import ADAPTER_FILE, write_atomic
 from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
@@ -23,8 +24,9 @@ from ...diffusion.adapters.active_adapters import AdapterRef
 from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
-from ..queue import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal, shown_file
+from ..queue import BUSY, IDLE, one_line, plain_words, refusal, shown_file
 from ..runs import NAME, Run
+from .drawing import DrawingTab
 
 AS_IT_IS = "as it is"
 FORMATS = (*export.FORMATS, AS_IT_IS)
@@ -89,7 +91,7 @@ class AdaptersTab(DrawingTab):
         config, base = facts["config"], facts.get("base_model", "unknown")
         if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
-        gap = "exact" if facts["exact_export"] else f"{facts.get('export_error', 0):.1%} of the update missing"
+        gap = describe_export_error(0.0 if facts["exact_export"] else facts.get("export_error", 0.0))
         used = f"{facts['heads_used']} of {facts['heads_total']}"
         return {
             "trigger prompt": facts.get("trigger_prompt", "unknown"),
@@ -161,9 +163,9 @@ class AdaptersTab(DrawingTab):
         if is_plain_lora(file):
             facts, one = describe_plain(file), AdapterRef(file)
             with self.session.holding():
-                self.session.stack.use([one])  # whether it fits is known once it is loaded
-                acts = self.session.stack.layers(one)
-                self.session.stack.use([])
+                self.session.active.use([one])  # whether it fits is known once it is loaded
+                acts = self.session.active.layers(one)
+                self.session.active.use([])
             if acts < facts["layers"]:
                 remark = (
                     f" It acts on {acts} of its {facts['layers']} layers: **this model does not have the others.**"
@@ -206,7 +208,7 @@ class AdaptersTab(DrawingTab):
             error = export_lora(path, target, format, self.session.model)
         except Exception as problem:
             return nothing, refusal(problem, "Not exported")
-        missing = "exact" if error == 0 else f"least squares, {error:.1%} of the update is missing"
+        missing = describe_export_error(error)
         if format == "merged":  # a whole model: too large to be sent through a browser
             return nothing, f"The whole model with the adapter in it is in `{target}`: {missing}."
         if folder:

@@ -14,9 +14,11 @@ from PIL import Image
 from ... import EffiLoRAError
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
+from ...diffusion.sampling.request import GenerationRequest
 from ..adapter_row import NONE
-from ..queue import BUSY, IDLE, DrawingTab, plain_words, refusal
-from ..session import MAX_STRENGTH, Request
+from ..queue import BUSY, IDLE, plain_words, refusal
+from ..session import LIMITS
+from .drawing import DrawingTab
 
 AXES = ("strength", "checkpoint", "steps", "guidance", "seed", "prompt", "adapter")
 ADAPTER_AXES = ("adapter", "strength", "checkpoint")
@@ -41,7 +43,7 @@ class CompareTab(DrawingTab):
                                          placeholder="empty: the prompt that the adapter was trained with")  # fmt: skip
                 self.adapter = gr.Dropdown([NONE, *names], value=None, label="Adapter",
                                            allow_custom_value=True, elem_id="compare-adapter")  # fmt: skip
-                self.strength = gr.Slider(-MAX_STRENGTH, MAX_STRENGTH, 1, step=0.05, label="Strength")
+                self.strength = gr.Slider(-LIMITS.strength, LIMITS.strength, 1, step=0.05, label="Strength")
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", precision=0, min_width=90)
                     self.steps = gr.Number(defaults["steps"], label="Steps", precision=0, min_width=90)
@@ -72,13 +74,18 @@ class CompareTab(DrawingTab):
         self._wire(defaults["edge"])
 
     def request(self, prompt: str, adapter: str, strength: float, seed: float, steps: float, guidance: float,
-                edge: int) -> Request:  # fmt: skip
-        """The form as a :class:`Request`."""
+                edge: int) -> GenerationRequest:  # fmt: skip
+        """The form as a :class:`GenerationRequest`."""
         try:
             chosen = [(str(adapter), float(strength))] if adapter and adapter != NONE else []
             prompt = str(prompt or "") or (self.session.trigger(chosen[0][0]) if chosen else "")
-            size: dict[str, Any] = {"width": edge, "height": edge, "seed": int(seed), "steps": int(steps)}
-            return Request(prompt, adapters=chosen, guidance_scale=float(guidance), **size)
+            size: dict[str, Any] = {
+                "width": edge,
+                "height": edge,
+                "seed": int(seed),
+                "num_inference_steps": int(steps),
+            }
+            return GenerationRequest(prompt, adapters=chosen, guidance_scale=float(guidance), **size)
         except (TypeError, ValueError, OverflowError) as error:
             raise EffiLoRAError("a setting is no number: fill every field") from error
 
@@ -127,7 +134,8 @@ class CompareTab(DrawingTab):
                 for one in row:
                     yield same, same, f"Image {sum(len(r) for _, r in rows) + 1} of {count}", *BUSY
                     rows[-1][1].append(self.session.image(one, ticket.stop))
-            title = f"{wanted.prompt}  (seed {wanted.seed}, {wanted.steps} steps, guidance {wanted.guidance_scale:g})"
+            steps, guidance = wanted.num_inference_steps, wanted.guidance_scale
+            title = f"{wanted.prompt}  (seed {wanted.seed}, {steps} steps, guidance {guidance:g})"
             path = self.session.new_file("grid")
             save_png(labelled_grid(rows, title, [f"{x}: {value}" for value in across]), path)
         except Exception as error:
@@ -138,7 +146,7 @@ class CompareTab(DrawingTab):
         yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down.", *IDLE
 
     def cells(self, x: str, x_values: str, y: str, y_values: str, values: tuple[Any, ...]
-              ) -> tuple[Request, list[str], list[tuple[str, list[Request]]]]:  # fmt: skip
+              ) -> tuple[GenerationRequest, list[str], list[tuple[str, list[GenerationRequest]]]]:  # fmt: skip
         """The form's request, the values across, and the rows of requests; all are checked before the first is drawn."""
         wanted = self.request(*values)
         across, down = split(x_values), split(y_values)
@@ -208,7 +216,7 @@ def _range(part: str) -> list[str]:
     return [f"{round(first + index * step, 6):g}" for index in range(count)]
 
 
-def cell(wanted: Request, values: dict[str, str]) -> Request:
+def cell(wanted: GenerationRequest, values: dict[str, str]) -> GenerationRequest:
     """``wanted`` with a value on every axis: the adapter first, since checkpoints and strengths are the adapter's.
 
     Where the adapter is an axis, its ``none`` has neither.
@@ -220,15 +228,15 @@ def cell(wanted: Request, values: dict[str, str]) -> Request:
     return wanted
 
 
-def changed(wanted: Request, axis: str, value: str) -> Request:
+def changed(wanted: GenerationRequest, axis: str, value: str) -> GenerationRequest:
     """``wanted`` with another value on one axis."""
     try:
         if axis == "strength":
             if not wanted.adapters:
-                raise EffiLoRAError(f"choose an adapter, whose strength (up to {MAX_STRENGTH:g}) can change")
+                raise EffiLoRAError(f"choose an adapter, whose strength (up to {LIMITS.strength:g}) can change")
             return replace(wanted, adapters=[(name, float(value)) for name, _ in wanted.adapters])
         if axis == "steps":
-            return replace(wanted, steps=int(value))
+            return replace(wanted, num_inference_steps=int(value))
         if axis == "guidance":
             return replace(wanted, guidance_scale=float(value))
         if axis == "seed":

@@ -11,10 +11,12 @@ import gradio as gr
 
 from ... import EffiLoRAError
 from ...diffusion.sampling.png import read_parameters
+from ...diffusion.sampling.request import GenerationRequest
 from ...diffusion.sampling.stream import Progress
 from ..adapter_row import NONE, AdapterRow
-from ..queue import DrawingTab, plain_words, refusal
-from ..session import MAX_GUIDANCE, MAX_STEPS, MIN_EDGE, Request
+from ..queue import plain_words, refusal
+from ..session import LIMITS
+from .drawing import DrawingTab
 
 SLOTS = 3
 """Adapters that can act at once."""
@@ -45,16 +47,16 @@ class GenerateTab(DrawingTab):
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     self.negative = gr.Textbox(label="Negative prompt", lines=1)
                     with gr.Row():
-                        self.steps = gr.Slider(1, MAX_STEPS, defaults["steps"], step=1, label="Steps")
+                        self.steps = gr.Slider(1, LIMITS.steps, defaults["steps"], step=1, label="Steps")
                         self.guidance = gr.Slider(
-                            0, MAX_GUIDANCE, defaults["guidance_scale"], step=0.1, label="Guidance"
+                            0, LIMITS.guidance, defaults["guidance_scale"], step=0.1, label="Guidance"
                         )
                     with gr.Row():
                         self.width = gr.Slider(
-                            MIN_EDGE, self.session.max_edge, defaults["edge"], step=8, label="Width"
+                            LIMITS.least_edge, self.session.max_edge, defaults["edge"], step=8, label="Width"
                         )
                         self.height = gr.Slider(
-                            MIN_EDGE, self.session.max_edge, defaults["edge"], step=8, label="Height"
+                            LIMITS.least_edge, self.session.max_edge, defaults["edge"], step=8, label="Height"
                         )
                 with gr.Row():
                     self.count = gr.Number(4, label="Images", precision=0, min_width=90)
@@ -88,8 +90,8 @@ class GenerateTab(DrawingTab):
 
     @staticmethod
     def request(prompt: str, negative: str, steps: float, guidance: float, width: float, height: float, count: float,
-                seed: float | None, use_random: bool, *slots: Any) -> Request:  # fmt: skip
-        """The form as a :class:`Request`; raises :class:`EffiLoRAError` for fields that hold no number."""
+                seed: float | None, use_random: bool, *slots: Any) -> GenerationRequest:  # fmt: skip
+        """The form as a :class:`GenerationRequest`; raises :class:`EffiLoRAError` for fields that hold no number."""
         try:
             numbers = [int(value) for value in (steps, width, height, count, seed or 0)]
             scale = float(guidance)
@@ -101,7 +103,7 @@ class GenerateTab(DrawingTab):
             raise EffiLoRAError("the same adapter is chosen twice: choose it once and change its strength")
         if use_random:
             numbers[4] = random.SystemRandom().randrange(2**32)
-        return Request(str(prompt or ""), str(negative or ""), chosen, numbers[0], scale, *numbers[1:])
+        return GenerationRequest(str(prompt or ""), str(negative or ""), chosen, numbers[0], scale, *numbers[1:])
 
     def draw(self, visit: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the form says; yields updates of the page after every step."""
@@ -124,9 +126,9 @@ class GenerateTab(DrawingTab):
             return
         finally:
             self.tickets.end(visitor, ticket)
-        word = "Stopped" if len(files) < wanted.count else "Done"
+        word = "Stopped" if len(files) < wanted.num_images else "Done"
         yield {**self._idle(), self.gallery: [str(file) for file in files],
-               self.status: f"{word}: {len(files)} of {wanted.count}, seeds from {wanted.seed}."}  # fmt: skip
+               self.status: f"{word}: {len(files)} of {wanted.num_images}, seeds from {wanted.seed}."}  # fmt: skip
 
     def _progress(self, event: Progress, files: list[Path]) -> dict[Any, Any]:
         """The step in words; a preview stands behind the finished images until its own image is finished."""
@@ -173,25 +175,17 @@ class GenerateTab(DrawingTab):
             return [gr.update() for _ in self.form] + [gr.update()]
         try:
             return self.filled(read_parameters(Path(path)))
-        except (EffiLoRAError, KeyError, TypeError, ValueError, OverflowError) as error:
-            text = (
-                plain_words(error) if isinstance(error, EffiLoRAError) else "this image's parameters are not complete"
-            )
-            return [gr.update() for _ in self.form] + [f"**Not read:** {text}"]
+        except EffiLoRAError as error:
+            return [gr.update() for _ in self.form] + [f"**Not read:** {plain_words(error)}"]
 
     def filled(self, facts: dict[str, Any]) -> list[Any]:
         """The form with an image's parameters, and what is to be said of it."""
+        asked = GenerationRequest.from_parameters(facts)
         usual = self.session.defaults()  # `effilora generate` leaves what was not given to the model
-        steps, guidance = facts["num_inference_steps"], facts["guidance_scale"]
-        steps = usual["steps"] if steps is None else steps
-        guidance = usual["guidance_scale"] if guidance is None else guidance
-        here: list[tuple[str, float]] = []
-        missing = []
-        for entry in facts["adapters"]:
-            try:
-                here.append((self._known(str(entry["file"])), float(entry["strength"])))
-            except EffiLoRAError:
-                missing.append(plain_words(entry["file"], 80))
+        steps = usual["steps"] if asked.num_inference_steps is None else asked.num_inference_steps
+        guidance = usual["guidance_scale"] if asked.guidance_scale is None else asked.guidance_scale
+        here = [pair for pair in asked.adapters if self.session.knows(pair[0])]
+        missing = [plain_words(name, 80) for name, _ in asked.adapters if not self.session.knows(name)]
         missing += [plain_words(name, 80) for name, _ in here[SLOTS:]]
         slots: list[Any] = []
         for index in range(SLOTS):
@@ -201,14 +195,8 @@ class GenerateTab(DrawingTab):
             text = (
                 f"The form holds that image's settings, **but for adapters that are not here:** {', '.join(missing)}."
             )
-        return [str(facts["prompt"]), str(facts["negative_prompt"] or ""), int(steps), float(guidance),
-                int(facts["width"]), int(facts["height"]), 1, int(facts["seed"]), False, *slots, text]  # fmt: skip
-
-    def _known(self, file: str) -> str:
-        """The name in our list of an adapter that an image names: ours, or the file's of the command line."""
-        name = file if file in self.session.adapters() else file.removesuffix(".safetensors")
-        self.session.wanted(name)
-        return name
+        return [asked.prompt, asked.negative_prompt, steps, guidance, asked.width, asked.height, 1, asked.seed, False,
+                *slots, text]  # fmt: skip
 
     def refresh(self) -> list[Any]:
         """The adapters and the history as they are on the disk now."""

@@ -17,7 +17,8 @@ from ...diffusion.adapters.lora_files import is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
 from .. import figures
-from ..queue import BUSY, IDLE, DrawingTab, one_line, plain_words, refusal
+from ..queue import BUSY, IDLE, one_line, plain_words, refusal
+from .drawing import DrawingTab
 
 MOST_HEADS = 8
 """Heads that are drawn one at a time."""

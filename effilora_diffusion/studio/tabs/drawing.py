@@ -1,0 +1,51 @@
+"""A tab whose button draws: the click is answered at once, then the drawing waits its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from ..queue import MODEL_QUEUE
+from ..session import Session
+
+
+class DrawingTab:
+    """A tab whose button draws: the click is answered at once, then the drawing waits its turn."""
+
+    def __init__(self, session: Session):
+        self.session, self.tickets = session, session.tickets
+
+    def announce(self, visit: gr.Request) -> tuple[str, Any]:
+        """Say at once that a drawing waits for its turn; it can be stopped from now on."""
+        return self.tickets.announce(str(visit.session_hash)), gr.update(interactive=True)
+
+    def stop(self, visit: gr.Request) -> str:
+        """End this visitor's drawings after their step."""
+        return "Stopping ..." if self.tickets.stop(str(visit.session_hash)) else "Nothing is being drawn."
+
+    def failed(self, visit: gr.Request) -> tuple[str, Any, Any]:
+        """A drawing that could not begin: a value out of its range, or a queue that is full."""
+        self.tickets.forget(str(visit.session_hash))
+        words = "**Not drawn:** a value is out of its range, or too many drawings wait."
+        return words, gr.update(interactive=True), gr.update(interactive=False)
+
+    def wire_drawing(
+        self,
+        triggers: list[Callable[..., Any]],
+        draw: Callable[..., Any],
+        inputs: list[Any],
+        outputs: Any,
+        status: Any,
+        go: gr.Button,
+        halt: gr.Button,
+    ) -> list[Any]:
+        """Connect what starts ``draw``, and return the events of the drawing, which others may follow."""
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        drawn = []
+        for trigger in triggers:
+            waiting = trigger(self.announce, None, [status, halt], queue=False, **private)
+            drawn.append(waiting.then(draw, inputs, outputs, **private, **MODEL_QUEUE))
+            drawn[-1].failure(self.failed, None, [status, go, halt], queue=False, **private)
+        return drawn
