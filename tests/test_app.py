@@ -296,12 +296,12 @@ def test_stop_ends_all_drawings_of_the_visitor_and_of_nobody_else(compare, tab):
 
 def test_drawings_that_never_began_are_forgotten(tab, monkeypatch):
     tab.announce(VISIT)
-    monkeypatch.setattr("app.drawing.FORGOTTEN", -1.0)
+    monkeypatch.setattr("effilora_diffusion.studio.queue.FORGOTTEN", -1.0)
     assert tab.announce(argparse.Namespace(session_hash="another"))[0] == "Waiting for the model."
 
 
 def test_a_fault_leaves_the_buttons_usable(tab, session, monkeypatch):
-    monkeypatch.setattr(session.stack, "use", lambda wanted: 1 / 0)
+    monkeypatch.setattr(session.active, "use", lambda wanted: 1 / 0)
     *_, last = tab.draw(VISIT, *form())
     assert last[tab.go]["interactive"]
     assert not last[tab.halt]["interactive"]
@@ -332,5 +332,5 @@ def test_the_model_s_type_can_be_chosen(place, tmp_path):
 
 def test_sizes_far_beyond_the_model_s_own_are_refused(session):
     assert session.max_edge == 256
-    with pytest.raises(EffiLoRAError, match="256 at most"):
+    with pytest.raises(EffiLoRAError, match="32 to 256"):
         list(session.draw(GenerationRequest("a cat", **{**SMALL, "width": 512})))

@@ -64,7 +64,7 @@ def test_the_page_is_made_and_draws_on_every_family(name, tmp_path):
     make_page(session)
     usual = session.usual("a cat", [], 0)
     usual.check()
-    assert usual.steps > 1
+    assert usual.num_inference_steps > 1
     image = session.image(
         GenerationRequest("a cat", num_inference_steps=2, guidance_scale=usual.guidance_scale, width=64, height=64)
     )

@@ -391,4 +391,4 @@ def test_an_adapter_of_another_base_is_explained(place, tmp_path):
         _, text = tab.bring(str(place / "outputs" / "cat" / f"{name}.safetensors"))
         assert text.startswith("**Not taken:**")
         assert "made for another base" in text
-    assert not tab.studio.adapters()
+    assert not tab.session.adapters()

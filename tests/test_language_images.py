@@ -219,7 +219,7 @@ def test_processors_without_a_template_speak_as_llava_does(place):
 @pytest.mark.parametrize(
     ("record", "word"),
     [
-        (talk("<image>", "a", image="none.png"), "none.png can't be read"),
+        (talk("<image>", "a", image="none.png"), "none.png' can't be used: there is no such file"),
         (talk("<image>", "a", image="../train.json"), "outside --image_folder"),
         (talk("<image>", "a", image=5), "file name or a list"),
         (talk("<image><image>", "a", image="red0.png"), "2 times <image>, but it names 1"),
@@ -236,7 +236,7 @@ def test_records_that_can_t_be_learned_are_named_at_once(encoder, record, word):
 def test_damaged_images_are_named(place, encoder):
     whole = (place / "images" / "red0.png").read_bytes()
     (place / "images" / "half.png").write_bytes(whole[: len(whole) - 30])
-    with pytest.raises(EffiLoRAError, match=r"data, record 1: the image .*half\.png can't be read"):
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: the image .*half\.png' can't be used: it is cut short"):
         ImageExamples([talk("<image>", "a", image="half.png")], encoder, "data")[0]
 
 
@@ -360,7 +360,7 @@ def test_a_model_of_images_is_also_asked_without_one(place, tmp_path, monkeypatc
     ("change", "word"),
     [
         ({"image_folder": "/nowhere"}, "--image_folder /nowhere: no such folder"),
-        ({"image_folder": "."}, "can't be read"),
+        ({"image_folder": "."}, "can't be used: there is no such file"),
         ({"train_file": "/nowhere.json"}, "--train_file /nowhere.json can't be read"),
         ({"max_length": 3}, "longer than --max_length 3"),
         ({"prompt_template": "chat", "model_name_or_path": "text"}, "is not a vision-language model"),

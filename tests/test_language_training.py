@@ -116,7 +116,7 @@ def test_long_examples_are_counted_and_fit_the_model(place, tmp_path, capsys):
         ({"rank": 0}, "rank"),
         ({"gguf_file": "none.gguf"}, "can't be loaded"),
         ({"max_length": 0}, "--max_length must be at least 2"),
-        ({"lora_r": 8}, "--lora_r=8 is no flag of this command: here it is --rank"),
+        ({"lora_r": 8}, "--lora_r is no setting of this command: here it is --rank"),
         ({"nonsense": 8}, "--help lists"),
         ({"eval_strategy": "steps"}, "don't go together"),
         ({"save_strategy": "best"}, "don't go together"),

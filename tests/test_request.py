@@ -87,8 +87,8 @@ def test_seeds_follow_one_another_and_wrap_around():
 
 def test_defaults_are_the_pipeline_s_own_and_the_embedded_base_s(tmp_path):
     pipe = build_tiny_pipeline()
-    assert sampling_defaults(pipe, "a model") == {"steps": 50, "guidance_scale": 7.5, "edge": 64}
-    assert sampling_defaults(pipe, None) == {"steps": 25, "guidance_scale": 2.0, "edge": 64}
+    assert sampling_defaults(pipe, "a model") == {"steps": 50, "guidance_scale": 7.5, "edge": 32}
+    assert sampling_defaults(pipe, None) == {"steps": 25, "guidance_scale": 2.0, "edge": 32}
 
 
 def test_adapters_are_called_by_their_run_their_checkpoint_or_their_file(tmp_path):

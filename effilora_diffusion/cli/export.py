@@ -27,4 +27,4 @@ def run(args: argparse.Namespace) -> None:
     content = load_adapter_file(adapter_path(args.adapter))
     format = args.format or default_format(content)
     error = export_lora(content, args.output, format, args.model, args.single_file_config)
-    print(f"{args.output} ({format}, {describe_export_error(error)})")
+    print(f"{args.output} ({format}, {describe_export_error(error or None)})")

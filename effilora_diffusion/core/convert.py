@@ -33,9 +33,9 @@ def is_exact(adapter: EffiLoRA) -> bool:
     return adapter.config.heads == 1 or adapter.config.routing == "static"
 
 
-def describe_export_error(error: float) -> str:
-    """How close the plain LoRA is, in words; ``error`` is its relative output error."""
-    return "exact" if error == 0 else f"least squares, {error:.1%} of the update missing"
+def describe_export_error(error: float | None) -> str:
+    """How close the plain LoRA is, in words; ``error`` is its relative output error, ``None`` where it is exact."""
+    return "exact" if error is None else f"least squares, {error:.1%} of the update missing"
 
 
 class Moments:

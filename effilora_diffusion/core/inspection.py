@@ -183,7 +183,7 @@ def describe(facts: dict[str, Any]) -> str:
     """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
     alpha = config["alpha"] if config["alpha"] is not None else config["rank"]
-    export = describe_export_error(0.0 if facts["exact_export"] else facts.get("export_error", 0.0))
+    export = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
         f"template        {facts['prompt_template']}"

@@ -32,7 +32,7 @@ class Summary:
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
         counts = self.parameters
-        exact = describe_export_error(self.export_error) + (
+        exact = describe_export_error(self.export_error or None) + (
             " (none with --routing static)" if self.export_error else ""
         )
         if not self.loader:

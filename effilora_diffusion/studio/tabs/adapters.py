@@ -91,7 +91,7 @@ class AdaptersTab(DrawingTab):
         config, base = facts["config"], facts.get("base_model", "unknown")
         if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
-        gap = describe_export_error(0.0 if facts["exact_export"] else facts.get("export_error", 0.0))
+        gap = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
         used = f"{facts['heads_used']} of {facts['heads_total']}"
         return {
             "trigger prompt": facts.get("trigger_prompt", "unknown"),
@@ -208,7 +208,7 @@ class AdaptersTab(DrawingTab):
             error = export_lora(path, target, format, self.session.model)
         except Exception as problem:
             return nothing, refusal(problem, "Not exported")
-        missing = describe_export_error(error)
+        missing = describe_export_error(error or None)
         if format == "merged":  # a whole model: too large to be sent through a browser
             return nothing, f"The whole model with the adapter in it is in `{target}`: {missing}."
         if folder:
