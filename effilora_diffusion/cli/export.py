@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the adapter in another format and say how close it is."""
+    """Write the adapter in another format and print how close it is."""
     from ..api import default_format, export_lora
     from ..core.convert import describe_export_error
     from ..core.files import adapter_path, load_adapter_file

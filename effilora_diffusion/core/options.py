@@ -1,4 +1,4 @@
-"""Settings as dataclass fields that carry everything said of them: help, bounds, choices, group, and where they show.
+"""Settings as dataclass fields that carry their own description: help, bounds, choices, group, and where they show.
 
 The command line, the config file, the web UI and ``docs/settings.md`` are made from these fields.
 """

@@ -137,7 +137,7 @@ class RunFolder:
     def find_checkpoint(self, wanted: str) -> Path:
         """The checkpoint that ``--resume_from_checkpoint`` means: ``latest``, a name in this folder, or a path.
 
-        Raises :class:`EffiLoRAError` for one that is missing or damaged: a run never starts anew instead.
+        Raises :class:`EffiLoRAError` for one that is missing or damaged: a run never starts from the beginning instead.
         """
         flag = f"--resume_from_checkpoint {wanted}"
         there = checkpoints(self.path)

@@ -138,7 +138,7 @@ class TrainingConfig(AdapterOptions):
     logit_std: float = option(1.0, "deviation of the logit_normal scheme", LOSS, bounds=POSITIVE, fixed=True)
     mode_scale: float = option(1.29, "scale of the mode scheme", LOSS, bounds=NATURAL, fixed=True)
     guidance_scale: float = option(
-        3.5, "guidance that FLUX.1 dev and FLUX.2 dev are told while training", LOSS, bounds=NATURAL, fixed=True
+        3.5, "guidance scale given to FLUX.1 dev and FLUX.2 dev while training", LOSS, bounds=NATURAL, fixed=True
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower", MEMORY, usual=True)
     mixed_precision: str = option(

@@ -89,7 +89,7 @@ class ReducerCallback(TrainerCallback):
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean loss on the batches; with several processes the first one's, lest they choose different layers."""
+        """The mean loss on the batches; of the first process where there are several, so that all choose the same blocks."""
         training = self.model.training
         self.model.eval()
         device = next(self.model.parameters()).device

@@ -43,7 +43,7 @@ def one_line(error: BaseException) -> str:
 
 
 def shown_file(component: gr.Image, path: Path) -> str | None:
-    """``path`` as ``component`` can show it; given an opened image, Gradio would write its file anew while pages load it."""
+    """``path`` as ``component`` can show it; given an opened image, Gradio would rewrite its file while pages load it."""
     return component.move_resource_to_block_cache(path)
 
 

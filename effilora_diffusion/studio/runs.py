@@ -94,7 +94,7 @@ class Run:
             raise EffiLoRAError(f"{self.name} is being trained already")
         settings = {**settings, "output_dir": str(self.folder), "overwrite_output_dir": not resume}
         settings["resume_from_checkpoint"] = "latest" if resume else None
-        TrainingConfig(**settings)  # mistakes are said here, not in a process
+        TrainingConfig(**settings)  # mistakes are raised here, not in the process
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / EXIT_FILE).unlink(missing_ok=True)
         (self.folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")

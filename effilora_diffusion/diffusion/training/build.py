@@ -75,7 +75,7 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
 
 
 def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:
-    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; say so of slow ones."""
+    """Raise :class:`EffiLoRAError` for precisions ``device`` can't train in; print a note for slow ones."""
     if device.type == "cpu" and config.mixed_precision == "fp16":
         raise EffiLoRAError("--mixed_precision fp16 needs a GPU: leave it out on a CPU")
     if device.type == "cpu" and config.quantization is not None and config.quantization.startswith("bnb"):

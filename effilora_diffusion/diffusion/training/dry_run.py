@@ -19,7 +19,7 @@ BYTES_PER_TRAINED = 16
 
 @dataclass
 class DryRunReport:
-    """Facts about a run that is about to start; memory in bytes, ``activations`` ``None`` where it can't be told."""
+    """Facts about a run that is about to start; memory in bytes, ``activations`` ``None`` where it is not known."""
 
     family: str
     objective: str
@@ -42,6 +42,7 @@ class DryRunReport:
         per_step = c.train_batch_size * c.gradient_accumulation_steps * self.processes
         epochs = self.steps * per_step / len(self.sizes)
         small = sum(min(size) < c.resolution for size in self.sizes)
+        captions = f"{self.captions} distinct caption{'s' if self.captions > 1 else ''}"
         enlarged = f", {small} smaller than that and enlarged" if small else ""
         trained = self.counts["stored"]
         adapter = trained * BYTES_PER_TRAINED
@@ -52,10 +53,10 @@ class DryRunReport:
             activations += " kept, one block more at a time"
         return [
             f"model       {self.family} ({self.model}), {self.objective}",
-            f"images      {len(self.sizes)} with {self.captions} different captions, at {c.resolution} px{enlarged}",
-            f"adapter     rank {c.rank}, {c.heads} heads, {c.routing} routing on {self.linears} linear maps in "
-            f"{self.layers} layers: {trained:,} parameters, {_size(4 * trained)} on disk",
-            f"steps       {self.steps} of {per_step} images, {epochs:.1f} epochs",
+            f"images      {len(self.sizes)}, {captions}, at {c.resolution} px{enlarged}",
+            f"adapter     rank {c.rank}, {c.heads} heads, {c.routing} routing on {self.linears} linears in "
+            f"{self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk",
+            f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
             f"memory      {total} while training: weights {_size(self.weights)}, adapter {_size(adapter)}, "
             f"activations {activations}; encoders before that {_size(self.encoders)}",
         ]
