@@ -15,7 +15,7 @@ from helpers import QUICK, make_subject
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.studio.runs import Run
 
-PATIENCE = 90
+PATIENCE = 600
 
 
 @pytest.fixture

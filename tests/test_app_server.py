@@ -255,7 +255,7 @@ def test_only_images_and_exports_are_served(server, path):
 def test_large_uploads_are_cut_off(server):
     page, _ = server
     files = {"files": ("big.safetensors", bytes(65 * 2**20))}
-    assert httpx.post(f"{page.local_url}gradio_api/upload", files=files, timeout=60).status_code == 413
+    assert httpx.post(f"{page.local_url}gradio_api/upload", files=files, timeout=600).status_code == 413
 
 
 def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):

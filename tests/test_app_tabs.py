@@ -81,7 +81,7 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     data = session.outputs / "datasets" / "new cat"
     assert (data / "000-0.txt").read_text() == "a red one"
     assert not (data / "001-1.txt").exists()
-    end = time.monotonic() + 90
+    end = time.monotonic() + 600
     while "Done" not in tab.look("new cat")[0]:
         assert time.monotonic() < end, tab.look("new cat")[0]
         time.sleep(0.2)

@@ -317,7 +317,7 @@ def test_accelerate_launch_trains_and_writes_its_files(tiny_pipeline, place, tmp
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     command += [str(ROOT / "train_scripts" / "train_dreambooth_effilora.py"), *arguments(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "trained 2 steps" in done.stdout
     assert "Traceback" not in done.stderr

@@ -374,7 +374,7 @@ def test_every_tab_fits_and_can_be_read(visit, size, dark):
     for name in ("Generate", "Compare", "Train", "Adapters", "Inspect"):
         one.tab(name)
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
-        page.wait_for_timeout(800)  # transitions of colours end
+        one.settle()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is cut off"
         found = Axe().run(page).response["violations"]
         grave = [(issue["id"], [node["target"] for node in issue["nodes"]]) for issue in found

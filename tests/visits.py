@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import expect
 
-PATIENCE = 60_000
+PATIENCE = 600_000
 """Milliseconds that an expectation may take: the machine may be slow, the page must only get there."""
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -31,6 +31,7 @@ class Visit:
         self.context = browser.new_context(
             viewport={"width": self.size[0], "height": self.size[1]}, color_scheme=self.scheme, accept_downloads=True
         )
+        self.context.set_default_timeout(PATIENCE)
         self.page = self.context.new_page()
         self.hosts, self.errors = set(), []
         self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname))
@@ -65,10 +66,21 @@ class Visit:
             for scheme in ("light", "dark"):
                 self.page.set_viewport_size({"width": width, "height": height})
                 self.page.emulate_media(color_scheme=scheme)
-                self.page.wait_for_timeout(300)
+                self.settle()
                 self.page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
         self.page.set_viewport_size({"width": self.size[0], "height": self.size[1]})
         self.page.emulate_media(color_scheme=self.scheme)
+
+    def settle(self):
+        """Wait until nothing moves: layout is drawn, transitions of colours and sizes have ended."""
+        self.page.evaluate(
+            """async () => {
+              await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
+              const ends = (one) => Number.isFinite(one.effect.getComputedTiming().endTime);
+              const moving = document.getAnimations().filter(ends);
+              await Promise.all(moving.map((one) => one.finished.catch(() => null)));
+            }"""
+        )
 
     def close(self):
         """End the visit: nothing may have been asked of another host, and no script may have failed."""
