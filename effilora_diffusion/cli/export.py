@@ -7,7 +7,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``effilora export``."""
-    parser.add_argument("adapter", help="native file or training folder")
+    parser.add_argument("adapter", help="native file or training folder (RUN@STEP: its checkpoint)")
     parser.add_argument("output", help="file (diffusers, kohya) or folder (peft, merged)")
     parser.add_argument(
         "--format",
@@ -22,9 +22,10 @@ def run(args: argparse.Namespace) -> None:
     """Write the adapter in another format and print how close it is."""
     from ..api import default_format, export_lora
     from ..core.convert import describe_export_error
-    from ..core.files import adapter_path, load_adapter_file
+    from ..core.files import load_adapter_file
+    from ..core.run_folder import adapter_file
 
-    content = load_adapter_file(adapter_path(args.adapter))
+    content = load_adapter_file(adapter_file(args.adapter))
     format = args.format or default_format(content)
     error = export_lora(content, args.output, format, args.model, args.single_file_config)
     print(f"{args.output} ({format}, {describe_export_error(error or None)})")

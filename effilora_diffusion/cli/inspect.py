@@ -8,13 +8,14 @@ import json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``effilora inspect``."""
-    parser.add_argument("adapter", help="native file or training folder")
+    parser.add_argument("adapter", help="native file or training folder (RUN@STEP: its checkpoint)")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what the adapter is."""
     from ..core.inspection import describe, inspect_adapter
+    from ..core.run_folder import adapter_file
 
-    facts = inspect_adapter(args.adapter)
+    facts = inspect_adapter(adapter_file(args.adapter))
     print(json.dumps(facts, indent=2) if args.json else describe(facts))

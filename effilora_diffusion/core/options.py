@@ -143,8 +143,8 @@ def from_text(name: str, hint: Any, value: Any) -> Any:
         elif isinstance(kind, type) and isinstance(value, kind):
             return value
     members = [arg for arg in get_args(hint) if arg is not type(None)]
-    if len(members) > 1 and any(isinstance(value, arg) for arg in members if isinstance(arg, type)):  # transformers' own
-        return value
+    if len(members) > 1 and isinstance(value, tuple(arg for arg in members if isinstance(arg, type))):
+        return value  # transformers' own unions
     raise EffiLoRAError(f"the setting {name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
 
 

@@ -71,11 +71,11 @@ def adapter_file(text: str) -> Path:
     if path.is_file():
         return path
     if reference.step is None or not Path(reference.name).is_dir():
-        raise EffiLoRAError(f"--adapter {text}: no such file")
+        raise EffiLoRAError(f"{text}: no such file")
     found = checkpoint_adapters(Path(reference.name))
     if reference.step not in found:
         raise EffiLoRAError(
-            f"--adapter {text}: {reference.name} has no checkpoint of step {reference.step}; there are {sorted(found)}"
+            f"{text}: {reference.name} has no checkpoint of step {reference.step}; there are {sorted(found)}"
         )
     return found[reference.step]
 

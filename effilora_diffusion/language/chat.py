@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..core import EffiLoRAError, attach, load_adapter_file
-from ..core.files import adapter_path
 from ..core.load import load, unique_name
+from ..core.run_folder import adapter_file
 from .encoding import Encoder
 from .export import is_language
 from .images import ImageEncoder
@@ -42,14 +42,14 @@ def load_chat_model(
 
     Args:
         model: model folder, hub id or ``.gguf`` file; ``None`` takes the first adapter's base model.
-        adapters: pairs of file (or training folder) and strength.
+        adapters: pairs of file (or training folder, or ``RUN@STEP``) and strength.
         gguf_file: name of a GGUF file in the model's folder.
         dtype: of the weights.
         quantization: ``bnb-8bit`` or ``bnb-4bit``.
         prompt_template: ``None`` takes the first adapter's.
         image_folder: folder of the records' images; ``None`` if there are none.
     """
-    contents = [load_adapter_file(adapter_path(path)) for path, _ in adapters]
+    contents = [load_adapter_file(adapter_file(path)) for path, _ in adapters]
     for (path, _), content in zip(adapters, contents, strict=True):
         if not is_language(content):
             raise EffiLoRAError(f"--adapter {path} is for images: use it with 'effilora generate'")
