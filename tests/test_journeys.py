@@ -235,7 +235,7 @@ def test_train_the_example_reload_and_use_it(visit, served):
     page.locator("#train-advanced > button").click()
     page.locator("#train-check").click()
     one.says("#train-note", "Nothing is in the way.")
-    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30 of 2 images"))
+    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30, batch size 2"))
     page.locator("#train-start").click()
     one.says("#train-status", "Training.")
     page.reload()

@@ -72,14 +72,10 @@ class Visit:
         self.page.emulate_media(color_scheme=self.scheme)
 
     def settle(self):
-        """Wait until nothing moves: layout is drawn, transitions of colours and sizes have ended."""
-        self.page.evaluate(
-            """async () => {
-              await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
-              const ends = (one) => Number.isFinite(one.effect.getComputedTiming().endTime);
-              const moving = document.getAnimations().filter(ends);
-              await Promise.all(moving.map((one) => one.finished.catch(() => null)));
-            }"""
+        """Wait until nothing moves: transitions of colours and sizes have ended."""
+        self.page.wait_for_function(
+            """() => document.getAnimations().every((one) =>
+              one.playState !== "running" || !Number.isFinite(one.effect.getComputedTiming().endTime))"""
         )
 
     def close(self):
