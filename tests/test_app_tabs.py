@@ -91,7 +91,7 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     newest = sorted((session.outputs / "new cat" / "samples").glob("*.png"))[-1]
     assert Path(sample).read_bytes() == newest.read_bytes()
     assert layers == ""  # the Reducer was off
-    assert "steps       3 of" in report["value"]
+    assert "steps       3, batch size" in report["value"]
     assert "new cat" in session.adapters()
 
 

@@ -51,7 +51,7 @@ def test_a_dry_run_prints_the_report_and_writes_nothing(folders, tmp_path, capsy
     report = capsys.readouterr().out
     assert "FLUX.1 (FluxTransformer2DModel), flow matching" in report
     assert "3, 2 distinct captions, at 64 px, 3 smaller than that and enlarged" in report
-    assert "6 of 1 images, 2.0 epochs" in report
+    assert "6, batch size 1, 2.0 epochs" in report
     assert not (tmp_path / "out").exists()
 
 
