@@ -10,10 +10,10 @@ from peft import LoraConfig
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.data.folder import scan_images
 from effilora_diffusion.diffusion.data.latents import ExampleSource
-from effilora_diffusion.diffusion.data.prior import class_examples
+from effilora_diffusion.diffusion.data.prior import ClassFolder, class_examples
 from effilora_diffusion.diffusion.models import Family, make_family
 from effilora_diffusion.diffusion.training.batches import BatchDrawer
-from effilora_diffusion.diffusion.training.build import load_base, make_objective
+from effilora_diffusion.diffusion.training.build import load_base, make_objective, preparation, sampler
 from effilora_diffusion.diffusion.training.loop import Loop
 from effilora_diffusion.diffusion.training.loss import batch_loss
 from effilora_diffusion.diffusion.training.optim import learning_rates
@@ -43,9 +43,14 @@ def train(config: TrainingConfig) -> Family:
     family = make_family(load_base(config), device)
     objective = make_objective(config, family)
     examples, _ = scan_images(Path(str(config.instance_data_dir)), config.instance_prompt)
-    prior = class_examples(family, config, print) if config.with_prior_preservation else []
+    prior = []
+    if config.with_prior_preservation:
+        folder = ClassFolder(
+            Path(str(config.class_data_dir)), config.class_prompt, config.num_class_images, config.seed
+        )
+        prior = class_examples(folder, sampler(config, family), print)
     sources = [
-        ExampleSource(family, group, config, purpose) if group else None
+        ExampleSource(family, group, preparation(config), purpose) if group else None
         for group, purpose in ((examples, "instance"), (prior, "class"))
     ]
     for source in sources:

@@ -5,15 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import files_in, make_subject, settings, sharp_pipeline, trainer
+from helpers import files_in, make_subject, sharp_pipeline, trainer
 from PIL import Image
 
 from effilora_diffusion.core.image_io import load_image
 from effilora_diffusion.diffusion.data.folder import scan_images
+from effilora_diffusion.diffusion.data.images import Preparation
 from effilora_diffusion.diffusion.data.latents import ExampleSource
-from effilora_diffusion.diffusion.data.prior import class_examples
+from effilora_diffusion.diffusion.data.prior import ClassFolder, class_examples
 from effilora_diffusion.diffusion.models import IMAGE, make_family
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.sampling.generate import Sampler
 from effilora_diffusion.diffusion.training.batches import BatchDrawer
 from effilora_diffusion.diffusion.training.loss import DDPMObjective
 
@@ -45,7 +47,9 @@ def source_of(family, folder, **options):
 
 
 def filled(family, examples, **options):
-    source = ExampleSource(family, examples, settings("none", "none", "none", **options), "instance")
+    source = ExampleSource(
+        family, examples, Preparation(**{"resolution": 32, "center_crop": True, **options}), "instance"
+    )
     source.fill()
     return source
 
@@ -173,8 +177,7 @@ def test_the_image_condition_says_where_the_crop_was_cut(family, tmp_path, monke
 
 def test_everything_is_encoded_at_once_for_a_gpu(family, tmp_path, monkeypatch):
     examples, _ = scan_images(make_subject(tmp_path / "s", 2, size=(48, 32)), "a cat")
-    source = ExampleSource(family, examples, settings("none", "none", "none", random_flip=True), "instance")
-    source.config.center_crop = False
+    source = ExampleSource(family, examples, Preparation(32, random_flip=True), "instance")
     source.fill(everything=True)
     monkeypatch.setattr(family, "encode_image", None)
     monkeypatch.setattr(family, "encode_prompt", None)
@@ -185,40 +188,39 @@ def test_everything_is_encoded_at_once_for_a_gpu(family, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- class images
 
 
-def prior_settings(tmp_path, **options):
-    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
-    return settings("none", tmp_path, "none", **{**prior, "num_class_images": 3, "sample_batch_size": 2, **options})
+def drawn_into(family, folder, count=3, prompts=("a dog",), say=print):
+    """The class images of a folder, the missing ones drawn in batches of two."""
+    return class_examples(ClassFolder(folder, list(prompts), count, seed=0), Sampler(family, 32, 1, 1.0, 2), say)
 
 
 def test_class_images_are_drawn_to_the_exact_number_and_only_missing_ones(family, tmp_path):
     folder, said = tmp_path / "class", []
-    config = prior_settings(tmp_path)
-    examples = class_examples(family, config, said.append)
+    examples = drawn_into(family, folder, say=said.append)
     first = files_in(folder)
     assert said == ["drawing 3 class images of 'a dog'"]
     assert len(examples) == len(first) == len(set(first.values())) == 3
     assert {example.caption for example in examples} == {"a dog"}
 
-    assert class_examples(family, config, said.append) == examples
+    assert drawn_into(family, folder, say=said.append) == examples
     assert said[1:] == []
-    more = class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
+    more = drawn_into(family, folder, 5, say=said.append)
     assert said[1:] == ["drawing 2 class images of 'a dog'"]
     assert len(more) == 5
     assert files_in(folder).items() >= first.items()
 
     lost = next(path for path in folder.iterdir() if path.name.startswith("1-"))
     lost.unlink()
-    class_examples(family, prior_settings(tmp_path, num_class_images=5), said.append)
+    drawn_into(family, folder, 5, say=said.append)
     assert said[2:] == ["drawing 1 class images of 'a dog'"]
     assert files_in(folder)[lost.name] == first[lost.name]
 
 
 def test_several_class_prompts_share_the_images_and_each_keeps_its_own(family, tmp_path):
-    config = prior_settings(tmp_path, class_prompt=["a dog", "a red car"], num_class_images=4)
-    examples = class_examples(family, config, print)
+    folder, prompts = tmp_path / "class", ("a dog", "a red car")
+    examples = drawn_into(family, folder, 4, prompts)
     assert sorted(example.caption for example in examples) == ["a dog", "a dog", "a red car", "a red car"]
-    assert class_examples(family, config, print) == examples
-    single = class_examples(family, prior_settings(tmp_path / "one", num_class_images=2), print)
+    assert drawn_into(family, folder, 4, prompts) == examples
+    single = drawn_into(family, tmp_path / "one", 2)
     drawn = {example.caption: load_image(example.path).tobytes() for example in examples if example.path.name < "2"}
     assert drawn["a dog"] == load_image(single[0].path).tobytes()  # the first image, of the same prompt
     assert len(set(drawn.values())) == 2
@@ -230,7 +232,7 @@ def test_only_usable_class_images_count_and_bad_ones_are_named(family, tmp_path)
     (folder / "notes.md").write_text("no image")
     (folder / ".hidden.png").write_text("no image")
     (folder / "broken.png").write_bytes(b"")
-    examples = class_examples(family, prior_settings(tmp_path), said.append)
+    examples = drawn_into(family, folder, say=said.append)
     assert said == ["drawing 2 class images of 'a dog'", "skipped  broken.png: the file is empty"]
     assert len(examples) == 3
     assert [example.caption for example in examples if example.path.name == "0.png"] == ["my own dog"]

@@ -1,5 +1,7 @@
 """Compiled models with adapters: one graph wherever the base is one, attached before or after compilation."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
@@ -108,6 +110,30 @@ def test_a_model_that_is_compiled_already_takes_an_adapter_and_gives_it_back(com
         torch.testing.assert_close(unet(**inputs).sample, expected, rtol=1e-4, atol=1e-5)
         detach(unet)
         assert torch.equal(unet(**inputs).sample, before)
+
+
+def test_adapters_come_and_go_in_any_order_on_compiled_blocks():
+    plain, unet = tiny_unet(**ONE_TRANSFORMER), compiled_by_block(tiny_unet(**ONE_TRANSFORMER))
+    inputs = unet_input()
+
+    def change(action):
+        for model in (plain, unet):
+            action(model)
+        with torch.no_grad():
+            found, expected = unet(**inputs).sample, plain(**inputs).sample
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        return expected
+
+    def add(model, seed):
+        config = EffiLoRAConfig(alpha=8.0, target_modules=("ff.net.2",))
+        torch.manual_seed(seed)
+        attach(model, randomise(create_adapter(model, config), heads=0.4), f"adapter {seed}")
+
+    seen = [change(lambda model: None)]
+    seen += [change(lambda model, seed=seed: add(model, seed)) for seed in (1, 2)]
+    seen += [change(lambda model, seed=seed: detach(model, f"adapter {seed}")) for seed in (1, 2)]
+    assert all(not torch.allclose(one, other, rtol=1e-3) for one, other in itertools.pairwise(seen))
+    torch.testing.assert_close(seen[-1], seen[0])
 
 
 def test_a_pipeline_with_a_compiled_unet_loads_an_adapter(tmp_path):

@@ -11,7 +11,7 @@ from effilora_diffusion import EffiLoRAConfig, EffiLoRAError
 from effilora_diffusion.diffusion.adapters.processors import attach, create_adapter
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.models import IMAGE, family_class, make_family
-from effilora_diffusion.diffusion.sampling.generate import draw_for_run, draw_images
+from effilora_diffusion.diffusion.sampling.generate import Sampler, draw_images
 from effilora_diffusion.diffusion.training.dry_run import activation_bytes
 
 NOT_PREDICTED = ("lumina2", "qwen-image", "z-image", "cogview4")
@@ -58,9 +58,8 @@ def test_batched_prompts_give_the_same_images_as_single_ones(name):
 
 def test_a_run_samples_with_the_prompt_length_of_training():
     family = make_family(build("flux"), torch.device("cpu"), 16)
-    config = TrainingConfig(resolution=64, validation_inference_steps=2, max_sequence_length=16)
     assert family.encode_prompt("a cat")["encoder_hidden_states"].shape[0] == 16
-    drawn = draw_for_run(family, config, ["a cat"], [0])[0]
+    drawn = Sampler(family, 64, 2, max_sequence_length=16).draw(["a cat"], [0])[0]
     size = {"width": 64, "height": 64}
     same, default = (draw_images(family.pipe, ["a cat"], [0], 2, max_sequence_length=n, **size)[0] for n in (16, 32))
     assert np.array_equal(np.asarray(drawn), np.asarray(same))

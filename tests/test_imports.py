@@ -139,3 +139,16 @@ def test_the_core_runs_without_diffusers_and_transformers():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+def test_a_run_s_settings_stay_with_the_run():
+    """What reads images, encodes, draws and adapts takes what it needs, so that it also serves without a training run."""
+    knowing = {
+        module_of(path).removeprefix("effilora_diffusion.")
+        for path in FILES
+        if any(
+            name.endswith(".config.TrainingConfig") for name in imported(path, ast.walk(ast.parse(path.read_text())))
+        )
+    }
+    assert not {name for name in knowing if not name.startswith(("cli.", "studio.", "diffusion.training."))}
+    assert len({name for name in knowing if not name.startswith("studio.")}) <= 12

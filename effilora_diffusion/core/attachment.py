@@ -179,7 +179,7 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
         EffiLoRAError: the name is taken, the adapter is attached elsewhere, or its linears are not found in the model
             with the same widths. Nothing is changed in that case.
     """
-    compiled, model = model, unwrap(model)
+    model = unwrap(model)
     if name in adapters_of(model):
         raise EffiLoRAError(f"an adapter named {name!r} is already attached: detach it or give another name")
     if not name or "." in name:
@@ -196,7 +196,6 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
     host[name] = adapter
     host.handles[name] = _add_hooks(model, host, adapter)
     adapter.attached = True
-    _forget_compiled(compiled)
     return adapter
 
 
@@ -228,15 +227,9 @@ def _scope_of(model: nn.Module, host: AdapterHost, path: str) -> Scope:
     return found
 
 
-def _forget_compiled(model: nn.Module) -> None:
-    """Let compiled code be compiled again: Dynamo's guards do not see hooks that come or go after compilation."""
-    if unwrap(model) is not model or any(part._compiled_call_impl is not None for part in model.modules()):
-        torch.compiler.reset()
-
-
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter (or all) off ``model``; merged weights are restored first. Exact inverse of :func:`attach`."""
-    compiled, model = model, unwrap(model)
+    model = unwrap(model)
     attached = adapters_of(model)
     for key in list(attached) if name is None else [name]:
         adapter = named(model, key)
@@ -248,7 +241,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         del host[key]
     if attached and not adapters_of(model):
         _close(model)
-    _forget_compiled(compiled)
 
 
 def _close(model: nn.Module) -> None:

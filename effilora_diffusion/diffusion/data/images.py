@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,20 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 """The names that diffusers' ``--image_interpolation_mode`` knows, with Pillow's filter for each."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How every image of a run becomes a training square; see :func:`prepare_image`.
+
+    ``seed`` decides random crops and mirror images, drawn by position so that a resumed run repeats them.
+    """
+
+    resolution: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    seed: int = 0
 
 
 def prepare_image(

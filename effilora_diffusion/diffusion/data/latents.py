@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core.rng import draw_item, draw_normal, draw_uniform
-from ..config import TrainingConfig
 from ..models import IMAGE, Conditions, Family
-from .folder import Example, load_image, prepare_image
-from .images import crop_place
+from .folder import Example, load_image
+from .images import Preparation, crop_place, prepare_image
 
 CROP_PLACES = 4
 """Random crops come from this many places per image, so that their latents can be cached."""
@@ -28,8 +27,8 @@ class ExampleSource:
     is encoded once, and a cache can never meet another image's caption.
     """
 
-    def __init__(self, family: Family, examples: list[Example], config: TrainingConfig, purpose: str):
-        self.family, self.examples, self.config, self.purpose = family, examples, config, purpose
+    def __init__(self, family: Family, examples: list[Example], preparation: Preparation, purpose: str):
+        self.family, self.examples, self.preparation, self.purpose = family, examples, preparation, purpose
         self._moments: dict[tuple[str, int, bool], Tensor] = {}
         self._prompts: dict[str, Conditions] = {}
 
@@ -41,49 +40,43 @@ class ExampleSource:
         for caption in dict.fromkeys(example.caption for example in self.examples):
             self._prompts[caption] = self.family.encode_prompt(caption)
         for example in self.examples:
-            flips = (False, True) if everything and self.config.random_flip else (False,)
+            flips = (False, True) if everything and self.preparation.random_flip else (False,)
             for crop in range(self._crops(example) if everything else 1):
                 for flip in flips:
                     self._latents_of(example, crop, flip)
 
     def _crops(self, example: Example) -> int:
-        return 1 if self.config.center_crop or example.size[0] == example.size[1] else CROP_PLACES
+        return 1 if self.preparation.center_crop or example.size[0] == example.size[1] else CROP_PLACES
 
     def draw(self, position: int) -> Row:
         """The image at ``position`` of the shuffled epochs."""
-        seed = self.config.seed
+        seed = self.preparation.seed
         example = self.examples[draw_item(position, len(self.examples), seed, self.purpose)]
         place, mirror = draw_uniform(2, seed, f"{self.purpose} crop", position).tolist()
         crop = int(place * self._crops(example))
-        flip = self.config.random_flip and mirror < 0.5
+        flip = self.preparation.random_flip and mirror < 0.5
         mean, deviation = self._latents_of(example, crop, flip)
         noise = draw_normal(tuple(mean.shape), seed, f"{self.purpose} posterior", position)
         conditions = {**self._prompts[example.caption], IMAGE: self._image_condition(example, crop, flip)}
         return mean + deviation * noise, conditions, example.path.name
 
     def _crop_at(self, example: Example, crop: int) -> tuple[float, float]:
-        across, down = draw_uniform(2, self.config.seed, f"place {example.sha256}", crop).tolist()
+        across, down = draw_uniform(2, self.preparation.seed, f"place {example.sha256}", crop).tolist()
         return across, down
 
     def _image_condition(self, example: Example, crop: int, flip: bool) -> Tensor:
-        edge, (width, height) = self.config.resolution, example.size
-        place = None if self.config.center_crop else self._crop_at(example, crop)
+        edge, (width, height) = self.preparation.resolution, example.size
+        place = None if self.preparation.center_crop else self._crop_at(example, crop)
         _, _, left, top = crop_place(example.size, edge, place, flip)
         return torch.tensor([height, width, top, left, edge, edge], dtype=torch.float32)
 
     def _latents_of(self, example: Example, crop: int, flip: bool) -> Tensor:
         key = (example.sha256, crop, flip)
         if key not in self._moments:
-            config = self.config
-            image = prepare_image(
-                load_image(example.path),
-                config.resolution,
-                config.center_crop,
-                self._crop_at(example, crop),
-                flip,
-                config.image_interpolation_mode,
-            )
-            self._moments[key] = self.family.encode_image(image)
+            how, image = self.preparation, load_image(example.path)
+            place = self._crop_at(example, crop)
+            square = prepare_image(image, how.resolution, how.center_crop, place, flip, how.interpolation)
+            self._moments[key] = self.family.encode_image(square)
         return self._moments[key]
 
 

@@ -4,46 +4,53 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ...core.files import write_atomic
 from ...core.rng import counter_seed
-from ..config import TrainingConfig
-from ..models import Family
-from ..sampling.generate import draw_for_run
+from ..sampling.generate import Sampler
 from ..sampling.png import save_png
 from .folder import Example, is_unrelated, report_problems, scan_images
 
 
+@dataclass(frozen=True)
+class ClassFolder:
+    """A folder that is to hold at least ``count`` images of the class, drawn from ``prompts`` in turn where they are missing."""
+
+    path: Path
+    prompts: list[str]
+    count: int
+    seed: int
+
+
 def class_examples(
-    family: Family, config: TrainingConfig, say: Callable[[str], None], accelerator: Accelerator | None = None
+    wanted: ClassFolder, sampler: Sampler, say: Callable[[str], None], accelerator: Accelerator | None = None
 ) -> list[Example]:
-    """The class images in ``class_data_dir``, filled up to ``num_class_images`` with images of the class prompts.
+    """The class images in a folder, filled up to their number.
 
     Several processes share the drawing. Files are named ``<index>-<sha1>.png``; each has its own seed, so that an
     interrupted filling goes on where it was.
     With several prompts each image has its own beside it, in a ``.txt`` file; with one, that is every image's caption.
     """
-    assert config.class_data_dir
-    prompts = config.class_prompt
+    folder, prompts = wanted.path, wanted.prompts
     caption = prompts[0] if len(prompts) == 1 else None
-    folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     present = _usable(folder, caption)
     numbers = (path.name.split("-")[0] for path in folder.glob("*.png"))
     drawn = {int(number) for number in numbers if number.isdecimal()}
-    missing = [index for index in range(config.num_class_images + len(drawn)) if index not in drawn]
-    missing = missing[: max(0, config.num_class_images - len(present))]
+    missing = [index for index in range(wanted.count + len(drawn)) if index not in drawn]
+    missing = missing[: max(0, wanted.count - len(present))]
     if missing:
         what = repr(caption) if caption is not None else f"{len(prompts)} class prompts"
         say(f"drawing {len(missing)} class images of {what}")
         if accelerator is not None:
             accelerator.wait_for_everyone()  # all have looked into the folder before the first one writes
             missing = missing[accelerator.process_index :: accelerator.num_processes]
-        with family.sampling():
-            _draw(family, config, folder, missing)
+        with sampler.family.sampling():
+            _draw(wanted, sampler, missing)
         if accelerator is not None:
             accelerator.wait_for_everyone()
     examples, problems = scan_images(folder, caption)
@@ -53,13 +60,13 @@ def class_examples(
     return examples
 
 
-def _draw(family: Family, config: TrainingConfig, folder: Path, indices: list[int]) -> None:
+def _draw(wanted: ClassFolder, sampler: Sampler, indices: list[int]) -> None:
     """Draw the class images ``indices`` and write each at once, its caption before it if there are several."""
-    prompts = config.class_prompt
-    for start in range(0, len(indices), config.sample_batch_size):
-        chunk = indices[start : start + config.sample_batch_size]
-        seeds = [counter_seed(config.seed, "class picture", index) for index in chunk]
-        images = draw_for_run(family, config, [prompts[index % len(prompts)] for index in chunk], seeds)
+    folder, prompts = wanted.path, wanted.prompts
+    for start in range(0, len(indices), sampler.batch_size):
+        chunk = indices[start : start + sampler.batch_size]
+        seeds = [counter_seed(wanted.seed, "class picture", index) for index in chunk]
+        images = sampler.draw([prompts[index % len(prompts)] for index in chunk], seeds)
         for index, image in zip(chunk, images, strict=True):
             name = hashlib.sha1(image.tobytes()).hexdigest()
             if len(prompts) > 1:

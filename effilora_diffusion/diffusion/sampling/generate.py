@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..config import TrainingConfig
 from ..models import Family, family_class
 
 
@@ -47,16 +47,27 @@ def draw_images(
     return images
 
 
-def draw_for_run(family: Family, config: TrainingConfig, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-    """Images as a training run shows and keeps them, in its resolution; call it within ``family.sampling()``."""
-    return draw_images(
-        family.pipe,
-        prompts,
-        seeds,
-        config.validation_inference_steps,
-        config.validation_guidance_scale,
-        batch_size=config.sample_batch_size,
-        width=config.resolution,
-        height=config.resolution,
-        max_sequence_length=config.max_sequence_length,
-    )
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the images that a training run shows and keeps: the same size, steps and guidance every time."""
+
+    family: Family
+    resolution: int
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 4
+    max_sequence_length: int | None = None
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        """One image per (prompt, seed); call it within ``family.sampling()``."""
+        return draw_images(
+            self.family.pipe,
+            prompts,
+            seeds,
+            self.steps,
+            self.guidance_scale,
+            batch_size=self.batch_size,
+            width=self.resolution,
+            height=self.resolution,
+            max_sequence_length=self.max_sequence_length,
+        )

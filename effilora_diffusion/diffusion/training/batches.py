@@ -22,7 +22,7 @@ class BatchDrawer:
         prior: ExampleSource | None = None,
     ):
         self.family, self.objective, self.instance, self.prior = family, objective, instance, prior
-        self.seed = instance.config.seed
+        self.seed = instance.preparation.seed
 
     def draw(self, first: int, count: int) -> Batch:
         """The micro-batch of instance positions ``first`` to ``first + count``."""

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    DiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 
 from ...core import EffiLoRA, EffiLoRAError
 from ...core.fingerprint import base_fingerprint
 from ..adapters.processors import attach, create_adapter
 from ..config import TrainingConfig
 from ..data.folder import Example, report_problems, scan_images
+from ..data.images import Preparation
 from ..models import Family, make_family
 from ..models.pipelines import load_pipeline, quantization
+from ..sampling.generate import Sampler
 from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 
 
@@ -116,6 +116,18 @@ def make_objective(config: TrainingConfig, family: Family) -> Objective:
         config.logit_std,
         config.mode_scale,
     )
+
+
+def preparation(config: TrainingConfig) -> Preparation:
+    """How the run's images become training squares."""
+    c = config
+    return Preparation(c.resolution, c.center_crop, c.random_flip, c.image_interpolation_mode, c.seed)
+
+
+def sampler(config: TrainingConfig, family: Family) -> Sampler:
+    """What draws the run's class and validation images."""
+    steps, guidance = config.validation_inference_steps, config.validation_guidance_scale
+    return Sampler(family, config.resolution, steps, guidance, config.sample_batch_size, config.max_sequence_length)
 
 
 def place(model: torch.nn.Module, device: torch.device) -> None:

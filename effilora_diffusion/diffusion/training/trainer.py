@@ -22,10 +22,10 @@ from ..adapters.export import export
 from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
-from ..data.prior import class_examples
+from ..data.prior import ClassFolder, class_examples
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
-from .build import build, check_hardware, place
+from .build import build, check_hardware, place, preparation, sampler
 from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
 from .loop import Loop
@@ -82,7 +82,9 @@ class Trainer:
         self.batches = self._cache(prior)
         place(self.family.model, accelerator.device)
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if self.is_main else None)
-        self.validation = Validation(config, self.family, self.output)
+        prompts = config.validation_prompt or ([config.instance_prompt] if config.instance_prompt else [])
+        draw = sampler(config, self.family)
+        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.output)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
         self.optimizer = make_optimizer(config, self.adapter, factor)
@@ -111,17 +113,19 @@ class Trainer:
             tqdm.write(text)
 
     def _class_images(self) -> list[Example]:
-        if not self.config.with_prior_preservation:
+        c = self.config
+        if not c.with_prior_preservation:
             return []
         self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
-        examples = class_examples(self.family, self.config, self.say, self.accelerator)
+        folder = ClassFolder(Path(str(c.class_data_dir)), c.class_prompt, c.num_class_images, c.seed)
+        examples = class_examples(folder, sampler(c, self.family), self.say, self.accelerator)
         self.adapter.enabled = True
         return examples
 
     def _cache(self, prior: list[Example]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance = ExampleSource(self.family, self.parts.examples, self.config, "instance")
-        classes = ExampleSource(self.family, prior, self.config, "class") if prior else None
+        instance = ExampleSource(self.family, self.parts.examples, preparation(self.config), "instance")
+        classes = ExampleSource(self.family, prior, preparation(self.config), "class") if prior else None
         with self.family.encoders():
             for source in filter(None, (instance, classes)):
                 source.fill(everything=self.accelerator.device.type != "cpu")

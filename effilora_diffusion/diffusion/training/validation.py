@@ -8,33 +8,28 @@ from PIL import Image
 
 from ...core.rng import counter_seed
 from ...core.run_folder import COMPARISON_FILE, SAMPLES_FOLDER
-from ..config import TrainingConfig
 from ..data.folder import load_image
-from ..models import Family
-from ..sampling.generate import draw_for_run
+from ..sampling.generate import Sampler
 from ..sampling.grid import labelled_grid
 from ..sampling.png import save_png
 
 
 class Validation:
-    """Draws the validation prompts of ``config`` with the adapter as it stands, and keeps what it drew."""
+    """Draws ``count`` images of every prompt with the adapter as it stands, and keeps what it drew."""
 
-    def __init__(self, config: TrainingConfig, family: Family, output: Path):
-        self.config, self.family, self.output = config, family, output
-        self.prompts = config.validation_prompt or ([config.instance_prompt] if config.instance_prompt else [])
+    def __init__(self, prompts: list[str], count: int, seed: int, sampler: Sampler, output: Path):
+        self.prompts, self.count, self.seed, self.sampler, self.output = prompts, count, seed, sampler, output
         self.drawn: dict[int, list[list[Image.Image]]] = {}
 
     def draw(self, step: int) -> None:
         """Write ``samples/step-<step>.png``: a row per prompt, a column per seed; the same noise at every step."""
-        count = self.config.num_validation_images
+        count = self.count
         if not self.prompts or not count:
             return
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
-        seeds = [counter_seed(self.config.seed, "validation", column) % 2**32 for column in range(count)] * len(
-            self.prompts
-        )
-        with self.family.sampling():
-            images = draw_for_run(self.family, self.config, prompts, seeds)
+        columns = [counter_seed(self.seed, "validation", column) % 2**32 for column in range(count)]
+        with self.sampler.family.sampling():
+            images = self.sampler.draw(prompts, columns * len(self.prompts))
         rows = [images[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         self.drawn[step] = rows
         grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")
@@ -45,8 +40,7 @@ class Validation:
         if len(self.drawn) < 2:
             return None
         before, after = self.drawn[min(self.drawn)], self.drawn[max(self.drawn)]
-        count = self.config.num_validation_images
-        rows = [("your images", [load_image(path) for path in images[:count]])]
+        rows = [("your images", [load_image(path) for path in images[: self.count]])]
         for prompt, old, new in zip(self.prompts, before, after, strict=True):
             rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]
         path = self.output / COMPARISON_FILE

@@ -1,14 +1,14 @@
-"""``python -m effilora_diffusion.cli.settings_page > docs/settings.md``: the page of settings, made from the settings."""
+"""``python docs/settings_page.py > docs/settings.md``: the page of settings, made from the settings."""
 
 from __future__ import annotations
 
 from dataclasses import Field
 from typing import Any
 
-from ..core.options import default_of
-from ..diffusion.config import TrainingConfig
-from ..language.config import USUAL, kinds_of
-from .settings_parser import groups_of
+from effilora_diffusion.cli.settings_parser import groups_of
+from effilora_diffusion.core.options import default_of
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.language.config import USUAL, kinds_of
 
 HEAD = """# Settings
 
