@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -136,5 +135,5 @@ def test_the_installed_command_serves_the_web_ui(installed, trained):
             assert page.status == 200
             assert "EffiLoRA" in page.read().decode()
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.communicate(timeout=PATIENCE)
