@@ -52,7 +52,7 @@ def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_pa
     told = {"overwrite_output_dir": True, "save_strategy": "no", "reducer": "off", "max_steps": 3}
     assert main(words(place, output, **told)) == 0
     assert sorted(path.name for path in output.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "effilora.safetensors", "notes.txt",
+        ".run.json", "adapter_config.json", "adapter_model.safetensors", "effilora.safetensors", "notes.txt",
     ]  # fmt: skip
 
 
@@ -78,7 +78,10 @@ def test_a_run_without_a_result_is_no_success(place, tmp_path, capsys, change, w
 def test_a_folder_with_other_files_of_the_same_names_is_left_alone(place, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("mine")
     assert main(words(place, tmp_path)) == 2
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert (
+        "holds files that no run wrote and that this one would replace: adapter_config.json" in capsys.readouterr().err
+    )
+    assert main(words(place, tmp_path, overwrite_output_dir=True)) == 2
     assert (tmp_path / "adapter_config.json").read_text() == "mine"
 
 

@@ -36,6 +36,7 @@ COVERED = {
     "_num_timesteps",
     "_option_string_actions",
     "_orig_mod",
+    "_save_checkpoint",
     "__tensor_flatten__",
 }
 """The private names that the tests of this file look at."""
@@ -199,7 +200,8 @@ def test_tuner_layers_wrap_a_base_layer_and_list_their_adapters():
 
 
 def test_trainer_saves_and_loads_through_the_methods_that_are_overridden():
-    """language/trainer.py: ``LanguageTrainer`` replaces three private methods and the label smoother's call."""
+    """language/trainer.py: ``LanguageTrainer`` replaces four private methods and the label smoother's call."""
+    assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
     assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
     assert list(inspect.signature(Trainer._load_from_checkpoint).parameters)[:2] == ["self", "resume_from_checkpoint"]
     assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]

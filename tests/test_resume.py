@@ -216,14 +216,14 @@ def test_missing_checkpoint_is_an_error_and_no_fresh_start(short, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ("--rank=2", "adapter was"),
-        ("--heads=1", "adapter was"),
-        ("--lora_dropout=0.5", "adapter was"),
+        ("--rank=2", "rank was 4 and is 2"),
+        ("--heads=1", "heads was 3 and is 1"),
+        ("--lora_dropout=0.5", "dropout was 0.0 and is 0.5"),
         ("--learning_rate=0.1", "learning_rate was 0.0005 and is 0.1"),
         ("--seed=1", "seed was 0 and is 1"),
         ("--train_batch_size=2", "train_batch_size was 1 and is 2"),
-        ("--instance_prompt=a toy", "images was"),
-        ("--instance_data_dir={other}", "images was"),
+        ("--instance_prompt=a toy", "the caption of 0.png was 'a sks cat' and is 'a toy'"),
+        ("--instance_data_dir={other}", "the images are others (without 0.png, 1.png"),
         ("--lr_scheduler=cosine", "lr_scheduler was 'constant' and is 'cosine'"),
     ],
 )
@@ -246,7 +246,7 @@ def test_checkpoint_of_another_model_is_refused(short, tmp_path, capsys):
     shutil.copytree(short.output_dir, output)
     words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
     assert launch.main([*words, f"--pretrained_model_name_or_path={tmp_path / 'model'}"]) == 2
-    assert "base was" in capsys.readouterr().err
+    assert "the base model is another one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "scheduler"])
@@ -260,7 +260,9 @@ def test_checkpoint_of_a_model_with_another_part_is_refused(tiny_pipeline, short
     shutil.copytree(short.output_dir, output)
     words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
     assert launch.main([*words, f"--pretrained_model_name_or_path={tmp_path / 'model'}"]) == 2
-    assert ("objective was" if part == "scheduler" else "encoders was") in capsys.readouterr().err
+    assert (
+        "the scheduler is" if part == "scheduler" else "a text encoder or the autoencoder is"
+    ) in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint folders
@@ -346,7 +348,7 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EffiLoRAError, match=r"checkpoint-2 could not be written .*No space left"):
+    with pytest.raises(EffiLoRAError, match=r"/checkpoint-2 could not be written .*No space left"):
         save_checkpoint(tmp_path, adapter, optimizer, state(2), limit=1)
     monkeypatch.undo()
     assert files_in(tmp_path) == before

@@ -9,7 +9,7 @@ import yaml
 from effilora_diffusion.cli import settings_parser, train
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.core.options import hints_of
-from effilora_diffusion.diffusion.config import SCHEDULES, TrainingConfig
+from effilora_diffusion.diffusion.config import ONCE, SCHEDULES, TrainingConfig
 
 DIFFUSERS_DEFAULTS = {
     "rank": 4,
@@ -238,7 +238,9 @@ def test_resolved_settings_repeat_the_run_from_a_file(tmp_path):
     )
     (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == config
-    assert yaml.safe_load(config.to_yaml()).keys() == asdict(config).keys()
+    assert asdict(config).keys() - yaml.safe_load(config.to_yaml()).keys() == set(ONCE)
+    once = replace(config, overwrite_output_dir=True, resume_from_checkpoint="latest", dry_run=True)
+    assert once.to_yaml() == config.to_yaml()  # repeating a run never replaces it
 
 
 def test_example_is_used_only_if_neither_model_nor_images_are_named(tmp_path):

@@ -22,6 +22,7 @@ from effilora_diffusion.diffusion.training.trainer import Trainer
 
 CHECKPOINT = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"}
 RESULT = {
+    ".run.json",
     "README.md",
     "before_after.png",
     "config.yaml",
@@ -216,7 +217,7 @@ def test_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_as_it_was(tiny_pi
         run.run()
     assert checkpoint_names(run.output) == ["checkpoint-1", "checkpoint-2"]
     assert all(fault_of(folder) is None for folder in checkpoints(run.output))
-    assert names(run.output) & RESULT == {"config.yaml", "metrics.jsonl", "samples/step-000000.png"}
+    assert names(run.output) & RESULT == {".run.json", "config.yaml", "metrics.jsonl", "samples/step-000000.png"}
     assert [line["step"] for line in metrics(run.output)] == [1, 2]
 
 
@@ -258,6 +259,10 @@ def test_earlier_run_is_replaced_only_if_asked_and_then_only_its_own_files(tiny_
     assert launch.main(wrong) == 2  # a mistake must not cost the earlier run
     assert files_in(output) == before
 
+    assert launch.main([*words, "--overwrite_output_dir", "--seed=1"]) == 2
+    assert "no run wrote and that this one would replace: checkpoint-99" in capsys.readouterr().err
+    assert files_in(output) == before
+    (output / "checkpoint-99").rmdir()
     assert launch.main([*words, "--overwrite_output_dir", "--seed=1", "--max_train_steps=1"]) == 0
     after = files_in(output)
     assert checkpoint_names(output) == ["checkpoint-1"]
@@ -310,8 +315,7 @@ def test_second_signal_ends_the_run_at_once(tiny_pipeline, subject, tmp_path, mo
         return take(self, step)
 
     monkeypatch.setattr(Loop, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        launch.main(arguments(settings(tiny_pipeline, subject, tmp_path / "out")))
+    assert launch.main(arguments(settings(tiny_pipeline, subject, tmp_path / "out"))) == 130
     assert checkpoint_names(tmp_path / "out") == []
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from .adapter import EffiLoRA, a_widths
 from .config import FORMAT_VERSION, EffiLoRAConfig
 from .errors import EffiLoRAError
 from .sites import Site
+from .writing import write_atomic
 
 ADAPTER_FILE = "effilora.safetensors"
 """File name in a run's folder."""
@@ -72,22 +71,6 @@ def header_sha256(header: dict[str, Any]) -> str:
     """Return the SHA-256 of a header without its own ``header_sha256``."""
     rest = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def write_atomic(path: Path, write: Any) -> None:
-    """Call ``write(temporary path)`` and rename the result to ``path``, so that no partial file is ever visible."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:

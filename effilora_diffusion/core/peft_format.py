@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .convert import PlainLoRA, is_exact
-from .files import AdapterFile, write_atomic
+from .files import AdapterFile
 from .sites import base_layer, is_transposed
+from .writing import write_atomic, write_text
 
 
 def origin(content: AdapterFile, error: float) -> dict[str, str]:
@@ -41,7 +42,7 @@ def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile
         **extra,
     }
     text = json.dumps(config, indent=2)
-    write_atomic(output / "adapter_config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(output / "adapter_config.json", text)
     tensors = {}
     for path, pair in factors.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = pair.down

@@ -16,6 +16,7 @@ from typing import Any
 
 from .adapter import EffiLoRA
 from .errors import EffiLoRAError
+from .writing import append_line
 
 _SCORE_LIMIT = 8.0  # sigmoid(8) = 0.9997: beyond that a block would practically never be sampled again
 
@@ -167,5 +168,4 @@ class Reducer:
 
     def _write(self, event: dict[str, Any]) -> None:
         if self.log is not None:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+            append_line(self.log, json.dumps(event))

@@ -5,6 +5,7 @@ Names, meanings and defaults are those of diffusers' ``train_dreambooth_lora.py`
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,18 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
 """Forms the frozen base can be loaded in, by the library that does it."""
+
+ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+"""What is meant for one start of a run, and is no part of it."""
+
+PATHS = (
+    "pretrained_model_name_or_path",
+    "instance_data_dir",
+    "class_data_dir",
+    "output_dir",
+    "resume_from_checkpoint",
+)
+"""Settings that may name a file or folder, ``~`` included."""
 
 MODEL = "Model"
 DATA = "Images and prompts"
@@ -156,7 +169,9 @@ class TrainingConfig(AdapterOptions):
     output_dir: str = option(
         "lora-dreambooth-model", "folder for everything the run writes", OUTPUT, usual=True, form=False
     )
-    overwrite_output_dir: bool = option(False, "delete an earlier run found in output_dir", OUTPUT, form=False)
+    overwrite_output_dir: bool = option(
+        False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False
+    )
     dry_run: bool = option(False, "only load, check and print the report; write and train nothing", OUTPUT, form=False)
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints", OUTPUT, bounds=COUNT)
     checkpoints_total_limit: int | None = option(None, "number of newest checkpoints to keep", OUTPUT, bounds=COUNT)
@@ -189,10 +204,16 @@ class TrainingConfig(AdapterOptions):
     def check(self) -> None:
         """Raise :class:`EffiLoRAError` for values that can't work; one sentence each."""
         check_options(self)
+        for name in PATHS:
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise EffiLoRAError(f"--{name} is empty: name it, or leave the setting out")
+            setattr(self, name, value and os.path.expanduser(value))
         if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
             raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")
         self.adapter_config()
 
     def to_yaml(self) -> str:
-        """The settings as a config file that repeats the run."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        """The settings as a config file that repeats the run: from its beginning, and without replacing it."""
+        kept = {name: value for name, value in asdict(self).items() if name not in ONCE}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -104,7 +104,10 @@ class LanguageTrainingArguments(TrainingArguments):
     output_dir: str = field(
         default="effilora-language-model", metadata={"help": "folder for everything the run writes"}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete an earlier run found in output_dir"})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "replace an earlier run found in output_dir, once this one has saved its adapter"},
+    )
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate; small models take more"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "our batches have no columns to remove"})
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from ..core import (
     load_adapter_file,
     save_adapter_file,
 )
-from ..core.files import ADAPTER_FILE, LANGUAGE, write_atomic
+from ..core.files import ADAPTER_FILE, LANGUAGE
 from ..core.fingerprint import base_fingerprint, same_base
 from ..core.run_folder import REDUCER_FILE, Layout, RunFolder, trim_log
 from ..core.sites import is_transposed
+from ..core.writing import write_text, writing
 from .config import (
     DataOptions,
     ImageDataOptions,
@@ -69,9 +71,8 @@ def fault_of(folder: Path) -> str | None:
 
 
 LANGUAGE_RUN = Layout(
-    marks=(ADAPTER_FILE, "adapter_config.json", "adapter_model.safetensors", REDUCER_FILE),
-    files=(),
-    folders=(),
+    marks=(ADAPTER_FILE, REDUCER_FILE),
+    names=("adapter_config.json", "adapter_model.safetensors"),
     finished=lambda folder: (folder / STATE_FILE).is_file(),
     fault=fault_of,
 )
@@ -114,6 +115,8 @@ class LanguageTrainer(Trainer):
     """A ``Trainer`` whose checkpoints hold the adapter and the Reducer instead of the whole model."""
 
     label_smoother: Any
+    own: Callable[[str], Path] | None = None
+    """Records a name in the run's folder as the run's."""
 
     def __init__(self, adapter: EffiLoRA, reducer: Reducer, metadata: dict[str, Any], **options: Any):
         model = options["model"]
@@ -138,6 +141,13 @@ class LanguageTrainer(Trainer):
         _check_finite(self.adapter, f" by step {self.state.global_step}")
         super().log({**logs, "active_layers": len(self.reducer.active)}, *args, **kwargs)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        if self.own is not None and self.args.should_save:
+            self.own(name)
+        with writing(Path(str(self.args.output_dir)) / name):
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -146,7 +156,7 @@ class LanguageTrainer(Trainer):
             folder / ADAPTER_FILE, AdapterFile(self.adapter, {**self.metadata, "steps": self.state.global_step})
         )
         text = json.dumps(self.reducer.state_dict())
-        write_atomic(folder / REDUCER_STATE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / REDUCER_STATE, text)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -210,6 +220,9 @@ def _train(
     _check_schedule(trainer, checkpoint)
     if args.process_index == 0:
         folder.open(checkpoint)
+        trainer.own = folder.own
+        if adapter.config.reducer.mode != "off":
+            folder.own(REDUCER_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     figures: dict[str, Any] = {
         "loss": trainer.state.log_history[-1].get("train_loss"),
@@ -217,7 +230,8 @@ def _train(
     }
     _check_learned(adapter)
     if args.process_index == 0:
-        figures["export_error"] = _write(folder.path, trainer, datasets)
+        figures["export_error"] = _write(folder, trainer, datasets)
+        folder.finish()
     if datasets.validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
     if datasets.num_truncated():
@@ -307,16 +321,19 @@ def _check_learned(adapter: EffiLoRA) -> None:
         raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
 
 
-def _write(output: Path, trainer: LanguageTrainer, datasets: Datasets) -> float:
+def _write(folder: RunFolder, trainer: LanguageTrainer, datasets: Datasets) -> float:
     """Calibrate on training examples, write the native file and the PEFT folder; returns the plain form's relative error."""
     model: Any = trainer.model
     model.eval()
     facts = {**trainer.metadata, "steps": trainer.state.global_step}
-    save_adapter_file(output / ADAPTER_FILE, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
+    path = folder.own(ADAPTER_FILE)
+    save_adapter_file(path, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
     calibration, error = calibrate(model, trainer.adapter, lambda: _drive(model, datasets))
     content = AdapterFile(trainer.adapter, {**facts, "export_error": error}, calibration)
-    content.sha256 = save_adapter_file(output / ADAPTER_FILE, content)
-    write_peft_folder(output, content)
+    content.sha256 = save_adapter_file(path, content)
+    for name in LANGUAGE_RUN.names:
+        folder.own(name)
+    write_peft_folder(folder.path, content)
     return error
 
 

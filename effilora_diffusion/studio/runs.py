@@ -22,9 +22,10 @@ import yaml
 
 from .. import EffiLoRAError
 from ..core import load_adapter_file
-from ..core.files import ADAPTER_FILE, write_atomic
+from ..core.files import ADAPTER_FILE
 from ..core.inspection import ReducerHistory, logged_blocks, reducer_history
 from ..core.run_folder import CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER, RunFolder, checkpoints
+from ..core.writing import write_text, writing
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.checkpoints import IMAGE_RUN
 
@@ -97,7 +98,7 @@ class Run:
         TrainingConfig(**settings)  # mistakes are raised here, not in the process
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / EXIT_FILE).unlink(missing_ok=True)
-        (self.folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+        write_text(self.folder / SETTINGS_FILE, yaml.safe_dump(settings, allow_unicode=True))
         words = [
             sys.executable,
             "-m",
@@ -106,12 +107,12 @@ class Run:
             "--config",
             str(self.folder / SETTINGS_FILE),
         ]
-        with (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
+        with writing(self.folder / LOG_FILE), (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
             process = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )  # fmt: skip
         text = json.dumps({"pid": process.pid, "born": _born(process.pid)})
-        write_atomic(self.folder / STATE_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(self.folder / STATE_FILE, text)
 
     def resume(self) -> None:
         """Start again from the newest checkpoint."""
@@ -281,7 +282,7 @@ def dry_run(settings: dict[str, Any], folder: Path) -> str:
     settings = {**settings, "output_dir": str(folder / "output"), "dry_run": True}
     TrainingConfig(**settings)
     file = folder / SETTINGS_FILE
-    file.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    write_text(file, yaml.safe_dump(settings, allow_unicode=True))
     words = [sys.executable, "-m", "effilora_diffusion.train", "--config", str(file)]
     try:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ...core.files import write_atomic
 from ...core.rng import counter_seed
+from ...core.writing import write_text
 from ..sampling.generate import Sampler
 from ..sampling.png import save_png
 from .folder import Example, is_unrelated, report_problems, scan_images
@@ -75,7 +75,7 @@ def _draw(wanted: ClassFolder, sampler: Sampler, indices: list[int]) -> None:
 
 
 def _write_caption(path: Path, caption: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(caption, encoding="utf-8"))
+    write_text(path, caption)
 
 
 def _usable(folder: Path, caption: str | None) -> list[Example]:

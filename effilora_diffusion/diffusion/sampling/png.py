@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ...core import EffiLoRAError
-from ...core.files import write_atomic
+from ...core.writing import write_atomic
 
 
 def save_png(image: Image.Image, path: Path, parameters: dict[str, Any] | None = None) -> None:
@@ -18,10 +18,7 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any] | None =
     info = PngInfo()
     if parameters is not None:
         info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    try:
-        write_atomic(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
-    except OSError as error:
-        raise EffiLoRAError(f"{path} could not be written: {error}") from error
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

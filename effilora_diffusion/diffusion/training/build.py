@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from ...core import EffiLoRA, EffiLoRAError
 from ...core.fingerprint import base_fingerprint
+from ...core.run_folder import EARLIER_FOLDER, SAMPLES_FOLDER
 from ..adapters.processors import attach, create_adapter
 from ..config import TrainingConfig
 from ..data.folder import Example, report_problems, scan_images
@@ -84,6 +85,30 @@ def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[
         )
     if device.type == "cpu" and config.mixed_precision == "bf16":
         say("note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster")
+
+
+def check_folders(config: TrainingConfig) -> None:
+    """Raise :class:`EffiLoRAError` for folders that would be mixed: a run must not learn from what it writes."""
+    output = Path(config.output_dir).resolve()
+    folders = {"instance_data_dir": config.instance_data_dir}
+    if config.with_prior_preservation:
+        folders["class_data_dir"] = config.class_data_dir
+    found = {name: Path(folder).resolve() for name, folder in folders.items() if folder}
+    for name, folder in found.items():
+        if folder == output or folder in output.parents:
+            raise EffiLoRAError(f"--output_dir {config.output_dir} is in --{name}: give a folder outside of it")
+        if output in folder.parents and _is_written(folder.relative_to(output).parts[0]):
+            raise EffiLoRAError(f"--{name} {folder} is where the run writes: give a folder outside of --output_dir")
+    if len(found) == 2 and _overlap(*found.values()):
+        raise EffiLoRAError("--class_data_dir and --instance_data_dir must be two folders, neither in the other")
+
+
+def _is_written(name: str) -> bool:
+    return name in (SAMPLES_FOLDER, EARLIER_FOLDER) or name.startswith("checkpoint-")
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
 
 
 def check_resolution(resolution: int, family: Family) -> None:

@@ -26,15 +26,22 @@ from ...core.run_folder import (
     LORA_FILE,
     METRICS_FILE,
     REDUCER_FILE,
-    SAMPLE_FILE,
     SAMPLES_FOLDER,
     Layout,
     checkpoints,
     step_of,
 )
+from ...core.writing import TEMPORARY, sync, sync_folder, writing
 from ..config import TrainingConfig
 from ..data.folder import Example
 from .build import RunParts
+
+OF_THE_MODEL = {
+    "base": "the base model",
+    "encoders": "a text encoder or the autoencoder",
+    "objective": "the scheduler",
+}
+"""Entries of a fingerprint whose values are hashes, in words."""
 
 MANIFEST = "manifest.json"
 CONTENT = (CHECKPOINT_ADAPTER, "optimizer.safetensors", "state.json")
@@ -69,46 +76,45 @@ def _optimizer_tensors(adapter: EffiLoRA, optimizer: torch.optim.Optimizer) -> d
     return tensors
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows can't open folders; its file system journals the renaming itself
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save_checkpoint(
     output: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, state: TrainingState, limit: int | None = None
 ) -> Path:
-    """Write ``output/checkpoint-<step>`` so that it appears whole or not at all; then drop the oldest over ``limit``."""
+    """Write ``output/checkpoint-<step>`` so that it appears whole or not at all; then drop the oldest over ``limit``.
+
+    Raises:
+        WriteError: the file system refused; earlier checkpoints are intact.
+    """
     folder = output / f"checkpoint-{state.step}"
-    aside = output / f".checkpoint-{state.step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        save_adapter_file(aside / CHECKPOINT_ADAPTER, AdapterFile(adapter))
-        save_file(_optimizer_tensors(adapter, optimizer), aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
-        files = {name: _sha256(aside / name) for name in CONTENT}
-        (aside / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
-        for path in aside.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
-        _sync_folder(output)
-    except OSError as error:
+    aside, old = (output / f".{folder.name}{suffix}" for suffix in (TEMPORARY[2:], ".old"))
+    with writing(folder):
         shutil.rmtree(aside, ignore_errors=True)
-        raise EffiLoRAError(f"checkpoint {folder} could not be written ({error}): earlier ones are intact") from error
-    if limit is not None:
-        # Later ones stem from a run that was resumed before them: counting those would drop the one just written.
-        reached = [path for path in checkpoints(output) if step_of(path) <= state.step]
-        for old in reached[:-limit]:
-            shutil.rmtree(old)
+        aside.mkdir(parents=True)
+        try:
+            _write_content(aside, adapter, optimizer, state)
+            if folder.exists():  # of an earlier resumption; a process that is killed here leaves one of the two
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(folder, old)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        sync_folder(output)
+        shutil.rmtree(old, ignore_errors=True)
+        if limit is not None:
+            # Later ones stem from a run that was resumed before them: counting those would drop the one just written.
+            reached = [path for path in checkpoints(output) if step_of(path) <= state.step]
+            for path in reached[:-limit]:
+                shutil.rmtree(path)
     return folder
+
+
+def _write_content(folder: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    save_adapter_file(folder / CHECKPOINT_ADAPTER, AdapterFile(adapter))
+    save_file(_optimizer_tensors(adapter, optimizer), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
+    files = {name: _sha256(folder / name) for name in CONTENT}
+    (folder / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -125,8 +131,7 @@ def fault_of(folder: Path) -> str | None:
 
 IMAGE_RUN = Layout(
     marks=(ADAPTER_FILE, METRICS_FILE),
-    files=(LORA_FILE, REDUCER_FILE, CONFIG_FILE, CARD_FILE, COMPARISON_FILE, SAMPLE_FILE),
-    folders=(SAMPLES_FOLDER,),
+    names=(LORA_FILE, REDUCER_FILE, CONFIG_FILE, CARD_FILE, COMPARISON_FILE, f"{SAMPLES_FOLDER}/step-*.png"),
     finished=lambda folder: fault_of(folder) is None,
     fault=fault_of,
 )
@@ -134,8 +139,37 @@ IMAGE_RUN = Layout(
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = [key for key in dict.fromkeys([*saved, *now]) if saved.get(key) != now.get(key)]
-    return [f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"[:200] for key in keys]
+    """What makes two fingerprints differ, in words: every changed file and setting by name."""
+    found = []
+    for key in dict.fromkeys([*saved, *now]):
+        old, new = saved.get(key), now.get(key)
+        if key in ("images", "class images"):
+            found += _changed_files(key, old or [], new or [])
+        elif old != new and isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new)
+        elif old != new and key in OF_THE_MODEL:
+            found.append(f"{OF_THE_MODEL[key]} is another one")
+        elif old != new:
+            found.append(f"{key} was {old!r} and is {new!r}"[:200])
+    return found
+
+
+def _changed_files(kind: str, old: list[Any], new: list[Any]) -> list[str]:
+    """How two lists of ``[content hash, caption, file name]`` differ; version 0.1.0 stored no names."""
+    if [entry[:2] for entry in old] == [entry[:2] for entry in new]:
+        return []
+    before, after = ({entry[0]: entry for entry in entries} for entries in (old, new))
+    gone = [_name(entry) for sha, entry in before.items() if sha not in after]
+    added = [_name(entry) for sha, entry in after.items() if sha not in before]
+    words = [f"{word} {', '.join(names[:5])}" for word, names in (("without", gone), ("with", added)) if names]
+    for sha, entry in after.items():
+        if sha in before and before[sha][1] != entry[1]:
+            words.append(f"the caption of {_name(entry)} was {before[sha][1]!r} and is {entry[1]!r}"[:200])
+    return [f"the {kind} are others ({'; '.join(words[:5]) or 'another order or number'})"]
+
+
+def _name(entry: list[str]) -> str:
+    return entry[2] if len(entry) > 2 else f"a file of hash {entry[0][:8]}"
 
 
 def load_checkpoint(
@@ -146,7 +180,10 @@ def load_checkpoint(
     earlier = {_RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
     different = _differences(earlier, json.loads(json.dumps(fingerprint)))
     if different:
-        raise EffiLoRAError(f"{folder} belongs to another run: {'; '.join(different)}")
+        raise EffiLoRAError(
+            f"{folder} belongs to another run: {'; '.join(different)}. Continue with what it was trained with, or start anew "
+            "in another --output_dir"
+        )
     saved = load_adapter_file(folder / CHECKPOINT_ADAPTER).adapter
     with torch.no_grad():
         for target, source in zip(adapter.parameters(), saved.parameters(), strict=True):
@@ -167,6 +204,10 @@ def _fixed() -> list[str]:
     return [name for name in names if name not in ADAPTER_SETTINGS]
 
 
+def _identity(example: Example) -> list[str]:
+    return [example.sha256[:16], example.caption, example.path.name]
+
+
 def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     config, family = parts.config, parts.family
@@ -177,8 +218,8 @@ def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[s
     found["objective"] = parts.objective.name
     found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
     found["processes"] = processes
-    found["images"] = [[example.sha256[:16], example.caption] for example in parts.examples]
-    found["class images"] = [[example.sha256[:16], example.caption] for example in prior]
+    found["images"] = [_identity(example) for example in parts.examples]
+    found["class images"] = [_identity(example) for example in prior]
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
         found["max_train_steps"] = parts.steps  # the schedule depends on it; a constant rate may be trained longer
     return found

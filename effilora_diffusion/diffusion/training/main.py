@@ -6,17 +6,20 @@ import sys
 from pathlib import Path
 
 from ..config import TrainingConfig
-from .trainer import Interrupted, Trainer, report_only
+from .signals import Interrupted, StopSignals
+from .trainer import Trainer, report_only
 
 
 def run(config: TrainingConfig) -> int:
     """Train, or with ``dry_run`` only report; returns the exit code: 0, or 130 or 143 if a signal stopped the run."""
-    if config.dry_run:
-        report_only(config)
-        return 0
-    trainer = Trainer(config)
+    signals = StopSignals()
     try:
-        summary = trainer.run()
+        with signals.installed():
+            if config.dry_run:
+                report_only(config)
+                return 0
+            trainer = Trainer(config, signals=signals)
+            summary = trainer.run()
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.code

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.convert import describe_export_error
-from ...core.files import write_atomic
 from ...core.run_folder import CARD_FILE, COMPARISON_FILE
+from ...core.writing import write_text
 from ..config import TrainingConfig
 from ..models.pipelines import EMBEDDED_BASE
 
@@ -85,7 +85,7 @@ load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline 
 
 `pytorch_lora_weights.safetensors` is the same as plain LoRA{_elsewhere(summary)}; it reproduces the adapter {gap}.
 """
-    write_atomic(output / CARD_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(output / CARD_FILE, text)
 
 
 def _elsewhere(summary: Summary) -> str:

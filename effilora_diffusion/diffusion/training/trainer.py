@@ -1,12 +1,11 @@
-"""The training loop: DreamBooth with an EffiLoRA adapter, exact to resume, honest about what happened."""
+"""The training run: DreamBooth with an EffiLoRA adapter, exact to resume, honest about what happened."""
 
 from __future__ import annotations
 
 import json
-import signal
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,20 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
+from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
 from ...core.rng import counter_seed
-from ...core.run_folder import CONFIG_FILE, LORA_FILE, METRICS_FILE, REDUCER_FILE, RunFolder, trim_log
+from ...core.run_folder import (
+    CARD_FILE,
+    COMPARISON_FILE,
+    CONFIG_FILE,
+    LORA_FILE,
+    METRICS_FILE,
+    REDUCER_FILE,
+    RunFolder,
+    trim_log,
+)
+from ...core.writing import append_line, write_text
 from ..adapters.export import export
 from ..config import TrainingConfig
 from ..data.folder import Example
@@ -25,24 +35,17 @@ from ..data.latents import ExampleSource
 from ..data.prior import ClassFolder, class_examples
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
-from .build import build, check_hardware, place, preparation, sampler
+from .build import build, check_folders, check_hardware, place, preparation, sampler
 from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
 from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
 from .optim import learning_rates, make_optimizer, use_all_cores
+from .signals import Interrupted, StopSignals
 from .validation import Validation
 
 CALIBRATION_BATCHES = 8
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its checkpoint is written. ``code`` is the exit code."""
-
-    def __init__(self, code: int, folder: Path):
-        super().__init__(f"stopped by signal {code - 128}; continue with --resume_from_checkpoint latest ({folder})")
-        self.code = code
 
 
 class Trainer:
@@ -51,14 +54,18 @@ class Trainer:
     The output folder is claimed from construction to the end of :meth:`run`.
     """
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator | None = None):
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator | None = None, signals: StopSignals | None = None
+    ):
         self.config = config
         self.accelerator = accelerator or Accelerator()
         self.output = Path(config.output_dir)
         self.folder = RunFolder(self.output, IMAGE_RUN)
-        self.stop_code, self.step, self.seconds = 0, 0, 0.0
+        self.signals = signals or StopSignals(self.say)
+        self.step, self.seconds = 0, 0.0
         use_all_cores(self.accelerator)
         check_hardware(config, self.accelerator.device, self.say)
+        check_folders(config)
         self.checkpoint = find_checkpoint(config)
         if self.is_main:
             self.folder.claim(config.overwrite_output_dir, self.checkpoint)
@@ -81,10 +88,11 @@ class Trainer:
         prior = self._class_images()
         self.batches = self._cache(prior)
         place(self.family.model, accelerator.device)
-        self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if self.is_main else None)
+        logged = self.is_main and config.reducer != "off"
+        self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if logged else None)
         prompts = config.validation_prompt or ([config.instance_prompt] if config.instance_prompt else [])
         draw = sampler(config, self.family)
-        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.output)
+        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
         self.optimizer = make_optimizer(config, self.adapter, factor)
@@ -140,20 +148,23 @@ class Trainer:
             began, before = time.time(), self.seconds
             self.adapter.train()
             with (
-                self._signals(),
+                self.signals.installed(),
+                self.signals.after_step(),
                 tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.is_main) as bar,
             ):
 
                 def after_step(done: int, figures: dict[str, float]) -> None:
                     self.step, self.seconds = done, before + time.time() - began
                     self._record(figures, bar)
-                    if self.stop_code:
-                        raise Interrupted(self.stop_code, self._checkpoint())
+                    if self.signals.code:
+                        how = f"; continue with --resume_from_checkpoint latest ({self._checkpoint()})"
+                        raise Interrupted(self.signals.code, how)
                     if self.step % self.config.checkpointing_steps == 0 and self.step < self.steps:
                         self._checkpoint()
                     self._validate()
 
                 self.loop.run(self.step, self.steps, after_step)
+            self.signals.how = " while the result was written: --resume_from_checkpoint latest completes it"
             return self._finish()
         finally:
             self.folder.release()
@@ -166,8 +177,7 @@ class Trainer:
         if state.scaler:
             self.loop.scaler.load_state_dict(state.scaler)
         self.say(f"resumed from {checkpoint} at step {self.step}")
-        unfinished = self.step == self.steps and not (self.output / ADAPTER_FILE).exists()  # stopped while finishing
-        if self.step >= self.steps and not unfinished:
+        if self.step > self.steps or (self.step == self.steps and self.folder.finished):
             raise EffiLoRAError(
                 f"the checkpoint is at step {self.step}, max_train_steps is {self.steps}: nothing to do"
             )
@@ -176,10 +186,10 @@ class Trainer:
         """Begin to write: settings, logs without the steps that are done again, images of the base before training."""
         if self.is_main:
             self.folder.open(self.checkpoint)
-            try:
-                (self.output / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
-            except OSError as error:
-                raise EffiLoRAError(f"--output_dir {self.output} can't be written: {error}") from error
+            write_text(self.folder.own(CONFIG_FILE), self.config.to_yaml())
+            self.folder.own(METRICS_FILE)
+            if self.reducer.log is not None:
+                self.folder.own(REDUCER_FILE)
             trim_log(self.output / METRICS_FILE, self.step + 1)
             trim_log(self.output / REDUCER_FILE, self.step)
             self.adapter.enabled = False  # a resumed run shows the base before training, too
@@ -222,8 +232,7 @@ class Trainer:
             return
         active, layers = len(self.reducer.active), len(self.reducer.blocks)
         line = {"step": self.step, **metrics, "active_layers": active}
-        with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.output / METRICS_FILE, json.dumps(line))
         bar.update()
         heads = self.adapter.config.heads
         bar.set_postfix_str(
@@ -236,6 +245,7 @@ class Trainer:
         )
         folder = self.output / f"checkpoint-{self.step}"
         if self.is_main:
+            self.folder.own(folder.name)
             folder = save_checkpoint(
                 self.output, self.adapter, self.optimizer, state, self.config.checkpoints_total_limit
             )
@@ -252,23 +262,6 @@ class Trainer:
             self.validation.draw(self.step)
             self.adapter.train()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run after its step, with a checkpoint; the second one at once."""
-
-        def handle(number: int, frame: Any) -> None:
-            if self.stop_code:
-                raise KeyboardInterrupt
-            self.stop_code = 128 + number
-            self.say("stopping after this step; the checkpoint follows")
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in previous.items():
-                signal.signal(number, old)
-
     def _finish(self) -> Summary:
         """Write the output folder; refuses to call a run that changed nothing a success."""
         self.adapter.eval()
@@ -283,13 +276,26 @@ class Trainer:
         if self.is_main:
             calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
             content = AdapterFile(self.adapter, self._metadata(summary), calibration)
-            content.sha256 = save_adapter_file(self.output / ADAPTER_FILE, content)
-            export(content, self.output / LORA_FILE, "diffusers")
-            self.validation.draw(self.steps)
-            self.validation.before_after([example.path for example in self.parts.examples])
-            write_report(self.output, summary)
+            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content)
+            self.folder.forget_earlier()
+            export(content, self.folder.own(LORA_FILE), "diffusers")
+            self._show("the last images", lambda: self.validation.draw(self.steps))
+            images = [example.path for example in self.parts.examples]
+            self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
+            self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
+            self.folder.finish()
         self.accelerator.wait_for_everyone()
         return summary
+
+    def _show(self, what: str, write: Callable[[], object]) -> None:
+        """Write what shows the result: whatever goes wrong here, the adapter is saved, and the run is a success."""
+        try:
+            write()
+        except Exception as error:
+            if os.environ.get(DEBUG) == "1":
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.say(f"note: the adapter is saved, but {what} could not be written: {reason}")
 
     def _metadata(self, summary: Summary) -> dict[str, Any]:
         """What the native file says about its origin."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -15,10 +16,13 @@ from ..sampling.png import save_png
 
 
 class Validation:
-    """Draws ``count`` images of every prompt with the adapter as it stands, and keeps what it drew."""
+    """Draws ``count`` images of every prompt with the adapter as it stands, and keeps what it drew.
 
-    def __init__(self, prompts: list[str], count: int, seed: int, sampler: Sampler, output: Path):
-        self.prompts, self.count, self.seed, self.sampler, self.output = prompts, count, seed, sampler, output
+    ``own`` turns a name in the run's folder into the path to write.
+    """
+
+    def __init__(self, prompts: list[str], count: int, seed: int, sampler: Sampler, own: Callable[[str], Path]):
+        self.prompts, self.count, self.seed, self.sampler, self.own = prompts, count, seed, sampler, own
         self.drawn: dict[int, list[list[Image.Image]]] = {}
 
     def draw(self, step: int) -> None:
@@ -33,7 +37,7 @@ class Validation:
         rows = [images[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         self.drawn[step] = rows
         grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")
-        save_png(grid, self.output / SAMPLES_FOLDER / f"step-{step:06d}.png")
+        save_png(grid, self.own(f"{SAMPLES_FOLDER}/step-{step:06d}.png"))
 
     def before_after(self, images: list[Path]) -> Path | None:
         """Write ``before_after.png``: the subject's images, then each prompt before and after, on the same seeds."""
@@ -43,6 +47,6 @@ class Validation:
         rows = [("your images", [load_image(path) for path in images[: self.count]])]
         for prompt, old, new in zip(self.prompts, before, after, strict=True):
             rows += [(f"before: {prompt}", old), (f"after: {prompt}", new)]
-        path = self.output / COMPARISON_FILE
+        path = self.own(COMPARISON_FILE)
         save_png(labelled_grid(rows), path)
         return path

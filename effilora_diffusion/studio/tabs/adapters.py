@@ -14,11 +14,12 @@ from ... import EffiLoRAError, export_lora
 from ...core import is_native, load_adapter_file
 from ...core.attachment import check_sites
 from ...core.convert import describe_export_error
-from ...core.files import ADAPTER_FILE, write_atomic
+from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
 from ...core.load import host_model
 from ...core.run_folder import COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
+from ...core.writing import write_atomic
 from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
 from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
