@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 
 from .. import __version__
+from .environment import prepare
 
 COMMANDS = {
     "train": "train an adapter on images",
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(words[:1]).command
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
+    prepare()
     module = import_module(f".{command.replace('-', '_')}", __name__)
     prog = f"effilora {command}"
     if command.startswith("train"):

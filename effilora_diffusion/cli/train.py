@@ -11,6 +11,7 @@ from ..core.errors import EffiLoRAError, exit_code
 from ..diffusion.config import PRECISIONS, TrainingConfig
 from ..diffusion.training.diffusers_flags import FLAGS, translate_diffusers_flags
 from ..diffusion.training.example import example_settings
+from .environment import prepare
 from .settings_parser import make_parser, parse
 
 DESCRIPTION = "Train an EffiLoRA adapter on images of a subject. With neither model nor images: the embedded example."
@@ -54,7 +55,7 @@ def _launched_precision() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Run the training command; returns the exit code: 0 done, 2 a mistake to mend, 130 or 143 stopped by a signal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of torchvision, which nothing here needs
+    prepare()
 
     def run() -> int:
         config = parse_arguments(arguments, prog=prog)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from ..core.errors import exit_code
+from .environment import prepare
 
 if TYPE_CHECKING:
     from ..language.config import Settings
@@ -29,7 +29,7 @@ def parse_arguments(arguments: list[str] | None = None, images: bool = False, pr
 
 def main(arguments: list[str] | None = None, prog: str | None = None, images: bool = False) -> int:
     """Run the training command; returns the exit code: 0, or 2 for a mistake to mend."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    prepare()
 
     def run() -> int:
         settings = parse_arguments(arguments, images, prog)

@@ -17,6 +17,10 @@ TEMPORARY = ".*.effilora-tmp"
 """Names of files and folders that are being written; one that is found later was left by a killed process."""
 
 
+_OF_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "Parent directory")
+"""What the messages of ``torch.save`` contain where the system has refused to write."""
+
+
 class WriteError(EffiLoRAError):
     """The system refused to write ``path``: no space, no permission, a limit on file sizes, a folder that is gone."""
 
@@ -40,7 +44,7 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(path, error.reason) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
-        if isinstance(error, RuntimeError) and "inline_container" not in said and "PytorchStreamWriter" not in said:
+        if isinstance(error, RuntimeError) and not any(mark in said for mark in _OF_TORCH_SAVE):
             raise
         raise WriteError(path, getattr(error, "strerror", None) or said) from error
 
