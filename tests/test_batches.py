@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import files_in, make_subject, sharp_pipeline, trainer
 from PIL import Image
 
+from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.core.image_io import load_image
+from effilora_diffusion.core.run_folder import LOCK_FILE
 from effilora_diffusion.diffusion.data.folder import scan_images
 from effilora_diffusion.diffusion.data.images import Preparation
 from effilora_diffusion.diffusion.data.latents import ExampleSource
@@ -188,9 +191,9 @@ def test_everything_is_encoded_at_once_for_a_gpu(family, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- class images
 
 
-def drawn_into(family, folder, count=3, prompts=("a dog",), say=print):
+def drawn_into(family, folder, count=3, prompts=("a dog",), say=print, model="m", size=32):
     """The class images of a folder, the missing ones drawn in batches of two."""
-    return class_examples(ClassFolder(folder, list(prompts), count, seed=0), Sampler(family, 32, 1, 1.0, 2), say)
+    return class_examples(ClassFolder(folder, list(prompts), count, 0, model), Sampler(family, size, 1, 1.0, 2), say)
 
 
 def test_class_images_are_drawn_to_the_exact_number_and_only_missing_ones(family, tmp_path):
@@ -224,6 +227,68 @@ def test_several_class_prompts_share_the_images_and_each_keeps_its_own(family, t
     drawn = {example.caption: load_image(example.path).tobytes() for example in examples if example.path.name < "2"}
     assert drawn["a dog"] == load_image(single[0].path).tobytes()  # the first image, of the same prompt
     assert len(set(drawn.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"prompts": ("a cat",)}, "prompt 'a dog' instead of 'a cat'"),
+        ({"prompts": ("a dog", "a cat")}, "prompt 'a dog' instead of 'a cat'"),
+        ({"model": "another"}, "model 'm' instead of 'another'"),
+        ({"size": 64}, "size 32 instead of 64"),
+    ],
+    ids=str,
+)
+def test_images_of_another_class_model_or_size_are_refused(family, tmp_path, other, told):
+    folder = tmp_path / "class"
+    drawn_into(family, folder)
+    before = files_in(folder)
+    with pytest.raises(EffiLoRAError, match="were drawn for something else") as caught:
+        drawn_into(family, folder, **other)
+    assert told in str(caught.value)
+    assert files_in(folder) == before
+
+
+def test_the_number_of_class_images_is_the_number_used_and_another_run_s_growth_changes_nothing(family, tmp_path):
+    folder = tmp_path / "class"
+    make_subject(folder, 1)
+    first = drawn_into(family, folder, 3)
+    assert len(first) == 3
+    drawn_into(family, folder, 6)
+    assert len(files_in(folder)) == 6
+    assert drawn_into(family, folder, 3) == first
+    assert [example.path.name for example in drawn_into(family, folder, 1)] == ["0.png"]  # the user's own come first
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_an_interrupted_filling_goes_on_to_the_same_images(family, tmp_path, kept):
+    whole = pixels_of(drawn_into(family, tmp_path / "whole", 4))
+    folder = tmp_path / "part"
+    drawn_into(family, folder, 4)
+    for path in sorted(folder.iterdir())[kept:]:
+        path.unlink()
+    assert pixels_of(drawn_into(family, folder, 4)) == whole
+
+
+def pixels_of(examples):
+    return {example.path.name: load_image(example.path).tobytes() for example in examples}
+
+
+def test_a_run_waits_for_another_one_that_fills_the_folder(family, tmp_path):
+    folder, said = tmp_path / "class", []
+    folder.mkdir()
+    lock = FileLock(folder / LOCK_FILE)
+    lock.acquire()
+
+    def say(text):
+        said.append(text)
+        if text.startswith("waiting"):
+            make_subject(folder, 2)  # the other one goes on meanwhile
+            lock.release()
+
+    assert len(drawn_into(family, folder, 3, say=say)) == 3
+    assert said == [f"waiting for another run that fills {folder}", "drawing 1 class images of 'a dog'"]
+    assert not (folder / LOCK_FILE).exists()
 
 
 def test_only_usable_class_images_count_and_bad_ones_are_named(family, tmp_path):

@@ -1,5 +1,6 @@
 """What the command needs before it does anything: its help comes without the libraries of models."""
 
+import os
 import subprocess
 import sys
 
@@ -53,3 +54,21 @@ def test_an_unknown_command_is_code_two():
     done = subprocess.run([sys.executable, "-m", "effilora_diffusion", "paint"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "invalid choice: 'paint'" in done.stderr
+
+
+WAITING = """
+import os, sys
+from effilora_diffusion.cli import train
+assert "torch" not in sys.modules
+train.main(["--nothing"])
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_the_user_chose_otherwise(chosen):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    words = [sys.executable, "-c", WAITING]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"{chosen or 'PASSIVE'}\n"

@@ -99,7 +99,7 @@ class TrainingConfig(AdapterOptions):
         False, "also train on images of the class, so that it is not forgotten", PRIOR, usual=True
     )
     prior_loss_weight: float = option(1.0, "weight of the prior preservation loss", PRIOR, bounds=NATURAL, fixed=True)
-    num_class_images: int = option(100, "least number of class images", PRIOR, bounds=COUNT)
+    num_class_images: int = option(100, "number of class images used; missing ones are drawn", PRIOR, bounds=COUNT)
     train_batch_size: int = option(
         4, "images per micro-batch and process", LENGTH, bounds=COUNT, usual=True, fixed=True
     )

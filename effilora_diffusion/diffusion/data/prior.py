@@ -3,82 +3,152 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
+from ...core.errors import EffiLoRAError
 from ...core.rng import counter_seed
-from ...core.writing import write_text
+from ...core.run_folder import LOCK_FILE
+from ...core.writing import write_text, writing
 from ..sampling.generate import Sampler
-from ..sampling.png import save_png
-from .folder import Example, is_unrelated, report_problems, scan_images
+from ..sampling.png import read_parameters, save_png
+from .folder import Example, Problem, is_unrelated, report_problems, scan_images
+
+_DRAWN = re.compile(r"(\d+)-[0-9a-f]{40}\.png")
 
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """A folder that is to hold at least ``count`` images of the class, drawn from ``prompts`` in turn where they are missing."""
+    """A folder that is to give ``count`` images of the class, drawn from ``prompts`` in turn where they are missing.
+
+    Every drawn image carries its prompt, the ``model`` (name or hash) and its ``size`` in pixels in the file, so that images of
+    another class, model or size are told from these.
+    """
 
     path: Path
     prompts: list[str]
     count: int
     seed: int
+    model: str = ""
+
+    def facts(self, index: int, size: int) -> dict[str, Any]:
+        """What the drawn image ``index`` carries."""
+        return {"prompt": self.prompts[index % len(self.prompts)], "model": self.model, "size": size}
+
+    @property
+    def caption(self) -> str | None:
+        """The caption of images without one of their own."""
+        return self.prompts[0] if len(self.prompts) == 1 else None
 
 
 def class_examples(
     wanted: ClassFolder, sampler: Sampler, say: Callable[[str], None], accelerator: Accelerator | None = None
 ) -> list[Example]:
-    """The class images in a folder, filled up to their number.
+    """As many class images as wanted: the user's own by name, then drawn ones by number, the missing ones drawn now.
 
-    Several processes share the drawing. Files are named ``<index>-<sha1>.png``; each has its own seed, so that an
-    interrupted filling goes on where it was.
-    With several prompts each image has its own beside it, in a ``.txt`` file; with one, that is every image's caption.
+    Several processes share the drawing; another run that fills the folder is waited for. Files are named
+    ``<index>-<sha1>.png``; each has its own seed and is drawn in the same batch whichever are missing, so that an interrupted
+    filling goes on where it was, to the bit. With several prompts each image has its own beside it, in a ``.txt`` file.
+
+    Raises:
+        EffiLoRAError: the folder holds images that were drawn for another prompt, by another model or in another size.
     """
-    folder, prompts = wanted.path, wanted.prompts
-    caption = prompts[0] if len(prompts) == 1 else None
-    folder.mkdir(parents=True, exist_ok=True)
-    present = _usable(folder, caption)
-    numbers = (path.name.split("-")[0] for path in folder.glob("*.png"))
-    drawn = {int(number) for number in numbers if number.isdecimal()}
-    missing = [index for index in range(wanted.count + len(drawn)) if index not in drawn]
-    missing = missing[: max(0, wanted.count - len(present))]
-    if missing:
-        what = repr(caption) if caption is not None else f"{len(prompts)} class prompts"
-        say(f"drawing {len(missing)} class images of {what}")
-        if accelerator is not None:
+    alone = accelerator is None or accelerator.num_processes == 1
+    main = accelerator is None or accelerator.is_main_process
+    with writing(wanted.path):
+        wanted.path.mkdir(parents=True, exist_ok=True)
+    with _claimed(wanted.path, say) if main else nullcontext():
+        _check_drawn(wanted, sampler.resolution)
+        present = _scan(wanted)[0]
+        drawn = {int(match[1]) for path in wanted.path.iterdir() if (match := _DRAWN.fullmatch(path.name))}
+        missing = [index for index in range(wanted.count + len(drawn)) if index not in drawn]
+        missing = missing[: max(0, wanted.count - len(present))]
+        if missing:
+            what = repr(wanted.caption) if wanted.caption is not None else f"{len(wanted.prompts)} class prompts"
+            say(f"drawing {len(missing)} class images of {what}")
+        batches = sorted({index // sampler.batch_size for index in missing})
+        if accelerator is not None and not alone:
             accelerator.wait_for_everyone()  # all have looked into the folder before the first one writes
-            missing = missing[accelerator.process_index :: accelerator.num_processes]
-        with sampler.family.sampling():
-            _draw(wanted, sampler, missing)
-        if accelerator is not None:
+            batches = batches[accelerator.process_index :: accelerator.num_processes]
+        if batches:
+            with sampler.family.sampling():
+                _draw(wanted, sampler, batches, missing)
+        if accelerator is not None and not alone:
             accelerator.wait_for_everyone()
-    examples, problems = scan_images(folder, caption)
+    examples, problems = _scan(wanted)
     bad = [problem for problem in problems if problem.fatal]
     if bad:
         say(report_problems(bad))
-    return examples
+    chosen = sorted(examples, key=_order)[: wanted.count]
+    return [example for example in examples if example in chosen]
 
 
-def _draw(wanted: ClassFolder, sampler: Sampler, indices: list[int]) -> None:
-    """Draw the class images ``indices`` and write each at once, its caption before it if there are several."""
-    folder, prompts = wanted.path, wanted.prompts
-    for start in range(0, len(indices), sampler.batch_size):
-        chunk = indices[start : start + sampler.batch_size]
-        seeds = [counter_seed(wanted.seed, "class picture", index) for index in chunk]
-        images = sampler.draw([prompts[index % len(prompts)] for index in chunk], seeds)
-        for index, image in zip(chunk, images, strict=True):
-            name = hashlib.sha1(image.tobytes()).hexdigest()
-            if len(prompts) > 1:
-                _write_caption(folder / f"{index}-{name}.txt", prompts[index % len(prompts)])
-            save_png(image, folder / f"{index}-{name}.png")
+def _order(example: Example) -> tuple[int, str]:
+    """The user's own images by name, then drawn ones by number: images that another run adds come last, and are not used."""
+    match = _DRAWN.fullmatch(example.path.name)
+    return (int(match[1]) if match else -1, example.path.name)
 
 
-def _write_caption(path: Path, caption: str) -> None:
-    write_text(path, caption)
+@contextmanager
+def _claimed(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one run at a time fill the folder."""
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another run that fills {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
 
 
-def _usable(folder: Path, caption: str | None) -> list[Example]:
-    """The images that are there already; captions and other unrelated files don't count."""
-    files = [path for path in folder.iterdir() if not path.name.startswith(".") and not is_unrelated(path)]
-    return scan_images(folder, caption)[0] if files else []
+def _check_drawn(wanted: ClassFolder, size: int) -> None:
+    """Raise :class:`EffiLoRAError` for drawn images that are not what this run would draw under their numbers."""
+    for path in sorted(wanted.path.iterdir()):
+        match = _DRAWN.fullmatch(path.name)
+        try:
+            found = read_parameters(path) if match else None
+        except EffiLoRAError:  # drawn by version 0.1.0, which told nothing
+            continue
+        if match is None or found is None:
+            continue
+        facts = wanted.facts(int(match[1]), size)
+        pairs = [(key, found.get(key, value), value) for key, value in facts.items()]
+        different = [f"{key} {old!r} instead of {new!r}" for key, old, new in pairs if old != new]
+        if different:
+            raise EffiLoRAError(
+                f"--class_data_dir {wanted.path} holds images that were drawn for something else ({path.name}: "
+                f"{', '.join(different)}): give another folder, or delete them"
+            )
+
+
+def _draw(wanted: ClassFolder, sampler: Sampler, batches: list[int], missing: list[int]) -> None:
+    """Draw whole batches and write the missing images of each at once, its caption before an image if there are several."""
+    for batch in batches:
+        start = batch * sampler.batch_size
+        indices = range(start, min(start + sampler.batch_size, max(missing) + 1))
+        facts = [wanted.facts(index, sampler.resolution) for index in indices]
+        seeds = [counter_seed(wanted.seed, "class picture", index) for index in indices]
+        images = sampler.draw([fact["prompt"] for fact in facts], seeds)
+        for index, fact, image in zip(indices, facts, images, strict=True):
+            if index in missing:
+                name = f"{index}-{hashlib.sha1(image.tobytes()).hexdigest()}"
+                if len(wanted.prompts) > 1:
+                    write_text(wanted.path / f"{name}.txt", fact["prompt"])
+                save_png(image, wanted.path / f"{name}.png", fact)
+
+
+def _scan(wanted: ClassFolder) -> tuple[list[Example], list[Problem]]:
+    """The images that are there; captions and other unrelated files don't count."""
+    files = [path for path in wanted.path.iterdir() if not path.name.startswith(".") and not is_unrelated(path)]
+    return scan_images(wanted.path, wanted.caption) if files else ([], [])

@@ -125,7 +125,8 @@ class Trainer:
         if not c.with_prior_preservation:
             return []
         self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
-        folder = ClassFolder(Path(str(c.class_data_dir)), c.class_prompt, c.num_class_images, c.seed)
+        model = self.parts.base["base_hash"] or str(c.pretrained_model_name_or_path)  # a quantised model has no hash
+        folder = ClassFolder(Path(str(c.class_data_dir)), c.class_prompt, c.num_class_images, c.seed, model)
         examples = class_examples(folder, sampler(c, self.family), self.say, self.accelerator)
         self.adapter.enabled = True
         return examples
