@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from helpers import files_in, make_subject, sharp_pipeline, trainer
 from PIL import Image
 
@@ -191,6 +191,11 @@ def test_everything_is_encoded_at_once_for_a_gpu(family, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- class images
 
 
+def images_in(folder):
+    """What lies in the folder besides its lock."""
+    return {name: content for name, content in files_in(folder).items() if name != LOCK_FILE}
+
+
 def drawn_into(family, folder, count=3, prompts=("a dog",), say=print, model="m", size=32):
     """The class images of a folder, the missing ones drawn in batches of two."""
     return class_examples(ClassFolder(folder, list(prompts), count, 0, model), Sampler(family, size, 1, 1.0, 2), say)
@@ -199,7 +204,7 @@ def drawn_into(family, folder, count=3, prompts=("a dog",), say=print, model="m"
 def test_class_images_are_drawn_to_the_exact_number_and_only_missing_ones(family, tmp_path):
     folder, said = tmp_path / "class", []
     examples = drawn_into(family, folder, say=said.append)
-    first = files_in(folder)
+    first = images_in(folder)
     assert said == ["drawing 3 class images of 'a dog'"]
     assert len(examples) == len(first) == len(set(first.values())) == 3
     assert {example.caption for example in examples} == {"a dog"}
@@ -209,13 +214,13 @@ def test_class_images_are_drawn_to_the_exact_number_and_only_missing_ones(family
     more = drawn_into(family, folder, 5, say=said.append)
     assert said[1:] == ["drawing 2 class images of 'a dog'"]
     assert len(more) == 5
-    assert files_in(folder).items() >= first.items()
+    assert images_in(folder).items() >= first.items()
 
     lost = next(path for path in folder.iterdir() if path.name.startswith("1-"))
     lost.unlink()
     drawn_into(family, folder, 5, say=said.append)
     assert said[2:] == ["drawing 1 class images of 'a dog'"]
-    assert files_in(folder)[lost.name] == first[lost.name]
+    assert images_in(folder)[lost.name] == first[lost.name]
 
 
 def test_several_class_prompts_share_the_images_and_each_keeps_its_own(family, tmp_path):
@@ -255,7 +260,7 @@ def test_the_number_of_class_images_is_the_number_used_and_another_run_s_growth_
     first = drawn_into(family, folder, 3)
     assert len(first) == 3
     drawn_into(family, folder, 6)
-    assert len(files_in(folder)) == 6
+    assert len(images_in(folder)) == 6
     assert drawn_into(family, folder, 3) == first
     assert [example.path.name for example in drawn_into(family, folder, 1)] == ["0.png"]  # the user's own come first
 
@@ -265,7 +270,7 @@ def test_an_interrupted_filling_goes_on_to_the_same_images(family, tmp_path, kep
     whole = pixels_of(drawn_into(family, tmp_path / "whole", 4))
     folder = tmp_path / "part"
     drawn_into(family, folder, 4)
-    for path in sorted(folder.iterdir())[kept:]:
+    for path in sorted(folder.glob("*.png"))[kept:]:
         path.unlink()
     assert pixels_of(drawn_into(family, folder, 4)) == whole
 
@@ -285,10 +290,12 @@ def test_a_run_waits_for_another_one_that_fills_the_folder(family, tmp_path):
         if text.startswith("waiting"):
             make_subject(folder, 2)  # the other one goes on meanwhile
             lock.release()
+        else:
+            with pytest.raises(Timeout):  # a third one waits now
+                FileLock(folder / LOCK_FILE, timeout=0).acquire()
 
     assert len(drawn_into(family, folder, 3, say=say)) == 3
     assert said == [f"waiting for another run that fills {folder}", "drawing 1 class images of 'a dog'"]
-    assert not (folder / LOCK_FILE).exists()
 
 
 def test_only_usable_class_images_count_and_bad_ones_are_named(family, tmp_path):

@@ -33,6 +33,11 @@ def test_the_debug_variable_shows_the_traceback_of_a_mistake(capsys, monkeypatch
     assert said.endswith("error: a mistake\n")
 
 
+def test_ctrl_c_while_a_command_loads_is_no_traceback(capsys):
+    assert exit_code(fail_with(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 @pytest.mark.parametrize(
     "error", [TypeError("a bug"), KeyError("x"), RuntimeError("shapes"), ValueError("no"), OSError("x")]
 )

@@ -223,7 +223,7 @@ def test_missing_checkpoint_is_an_error_and_no_fresh_start(short, tmp_path, caps
         ("--seed=1", "seed was 0 and is 1"),
         ("--train_batch_size=2", "train_batch_size was 1 and is 2"),
         ("--instance_prompt=a toy", "the caption of 0.png was 'a sks cat' and is 'a toy'"),
-        ("--instance_data_dir={other}", "the images are others (without 0.png, 1.png"),
+        ("--instance_data_dir={other}", "the images have changed (removed: 0.png, 1.png"),
         ("--lr_scheduler=cosine", "lr_scheduler was 'constant' and is 'cosine'"),
     ],
 )
@@ -246,7 +246,7 @@ def test_checkpoint_of_another_model_is_refused(short, tmp_path, capsys):
     shutil.copytree(short.output_dir, output)
     words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
     assert launch.main([*words, f"--pretrained_model_name_or_path={tmp_path / 'model'}"]) == 2
-    assert "the base model is another one" in capsys.readouterr().err
+    assert "the base model is a different one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "scheduler"])

@@ -9,15 +9,8 @@ import pytest
 from helpers import files_in, make_subject, settings, trainer
 
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.core.run_folder import (
-    LOCK_FILE,
-    OWNER_FILE,
-    RECORD_FILE,
-    Reference,
-    RunFolder,
-    adapter_file,
-    parse_reference,
-)
+from effilora_diffusion.core.reference import Reference, adapter_file, parse_reference
+from effilora_diffusion.core.run_folder import LOCK_FILE, OWNER_FILE, RECORD_FILE, RunFolder
 from effilora_diffusion.diffusion.training.checkpoints import IMAGE_RUN
 from effilora_diffusion.language.trainer import LANGUAGE_RUN
 
@@ -215,6 +208,22 @@ def test_advice_names_only_what_can_be_done(tmp_path):
         claimed(tmp_path)
     assert "resume" not in str(caught.value)
     assert "--overwrite_output_dir" in str(caught.value)
+
+
+def test_what_is_left_of_a_finished_run_is_not_swept_by_the_next(tmp_path):
+    """A language run whose adapter was moved away: its PEFT files are a result too."""
+    folder = claimed(tmp_path, LANGUAGE_RUN)
+    folder.open(None)
+    for name in ("effilora.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+        folder.own(name).write_text("result")
+    folder.finish()
+    folder.release()
+    (tmp_path / "effilora.safetensors").unlink()
+    before = files_in(tmp_path)
+    with pytest.raises(EffiLoRAError, match="holds an earlier run"):
+        claimed(tmp_path, LANGUAGE_RUN)
+    claimed(tmp_path, LANGUAGE_RUN, overwrite=True).release()  # its run fails before it writes
+    assert files_in(tmp_path) == before
 
 
 def test_a_run_of_version_0_1_0_is_known_by_its_files(tmp_path):

@@ -9,7 +9,7 @@ import yaml
 from effilora_diffusion.cli import settings_parser, train
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.core.options import hints_of
-from effilora_diffusion.diffusion.config import ONCE, SCHEDULES, TrainingConfig
+from effilora_diffusion.diffusion.config import ONCE, PATHS, SCHEDULES, TrainingConfig
 
 DIFFUSERS_DEFAULTS = {
     "rank": 4,
@@ -241,6 +241,15 @@ def test_resolved_settings_repeat_the_run_from_a_file(tmp_path):
     assert asdict(config).keys() - yaml.safe_load(config.to_yaml()).keys() == set(ONCE)
     once = replace(config, overwrite_output_dir=True, resume_from_checkpoint="latest", dry_run=True)
     assert once.to_yaml() == config.to_yaml()  # repeating a run never replaces it
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_names_of_files_and_folders_are_not_empty_and_may_begin_at_home(monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert getattr(parse_arguments([f"--{name}=~/a"]), name) == "/home/me/a"
+    for empty in ("", "  "):
+        with pytest.raises(EffiLoRAError, match=f"--{name} is empty: name it, or leave the setting out"):
+            parse_arguments([f"--{name}={empty}"])
 
 
 def test_example_is_used_only_if_neither_model_nor_images_are_named(tmp_path):

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from ..api import default_format, export_lora
     from ..core.convert import describe_export_error
     from ..core.files import load_adapter_file
-    from ..core.run_folder import adapter_file
+    from ..core.reference import adapter_file
 
     content = load_adapter_file(adapter_file(args.adapter))
     format = args.format or default_format(content)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..core import EffiLoRAError
-from ..core.run_folder import adapter_file
+from ..core.reference import adapter_file
 from ..diffusion.config import PRECISIONS
 from .arguments import parse_adapter
 

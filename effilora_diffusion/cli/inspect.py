@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what the adapter is."""
     from ..core.inspection import describe, inspect_adapter
-    from ..core.run_folder import adapter_file
+    from ..core.reference import adapter_file
 
     facts = inspect_adapter(adapter_file(args.adapter))
     print(json.dumps(facts, indent=2) if args.json else describe(facts))

@@ -32,11 +32,15 @@ def exit_code(command: Callable[[], int | None], when_out_of_memory: str = "smal
         when_out_of_memory: which settings help then, as ``--train_batch_size 1, ...``.
 
     Returns:
-        The command's code, or 2 after one line on standard error for an :class:`EffiLoRAError` and for out of memory.
+        The command's code, or 2 after one line on standard error for an :class:`EffiLoRAError` and for out of memory, or 130
+        after Ctrl-C.
         With ``EFFILORA_DEBUG=1`` their tracebacks are shown before.
     """
     try:
         return command() or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (EffiLoRAError, MemoryError, RuntimeError) as error:
         if isinstance(error, EffiLoRAError):
             # one that a data loader's process raised comes with that process's traceback in front

@@ -1,4 +1,4 @@
-"""The folder of one training run: what a run writes there, who may write, its checkpoints, and names like ``RUN@STEP``."""
+"""The folder of one training run: what a run writes there, who may write, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import EffiLoRAError
-from .files import ADAPTER_FILE, adapter_path
+from .files import ADAPTER_FILE
 from .writing import TEMPORARY, write_text, writing
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -47,54 +47,6 @@ _LEFT_BEHIND = (TEMPORARY, f"{SAMPLES_FOLDER}/{TEMPORARY}", ".checkpoint-*.tmp")
 """What killed processes were writing; the last are those of version 0.1.0."""
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-_REFERENCE = re.compile(r"(?P<name>.+?)(?: ?@ ?(?P<step>\d{1,9}))?(?: # (?P<head>\d{1,4}))?")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An adapter by name: maybe the checkpoint of ``step`` of its run, maybe the single ``head`` (counted from 1)."""
-
-    name: str
-    step: int | None = None
-    head: int | None = None
-
-    def __str__(self) -> str:
-        step = "" if self.step is None else f" @ {self.step}"
-        return f"{self.name}{step}" + ("" if self.head is None else f" # {self.head}")
-
-
-def parse_reference(text: str) -> Reference:
-    """The parts of ``RUN``, ``RUN@STEP``, ``RUN @ STEP`` and ``RUN # HEAD``."""
-    match = _REFERENCE.fullmatch(text)
-    if match is None:
-        return Reference(text)
-    step, head = match["step"], match["head"]
-    return Reference(match["name"], None if step is None else int(step), None if head is None else int(head))
-
-
-def adapter_file(text: str) -> Path:
-    """The adapter's file that a command's argument means: a file, a run's folder, or ``RUN@STEP`` for its checkpoint.
-
-    Raises :class:`EffiLoRAError` if there is none.
-    """
-    path, reference = adapter_path(text), parse_reference(text)
-    if path.is_file():
-        return path
-    if reference.step is None or not Path(reference.name).is_dir():
-        raise EffiLoRAError(f"{text}: no such file")
-    found = checkpoint_adapters(Path(reference.name))
-    if reference.step not in found:
-        raise EffiLoRAError(
-            f"{text}: {reference.name} has no checkpoint of step {reference.step}; there are {sorted(found)}"
-        )
-    return found[reference.step]
-
-
-def checkpoint_adapters(folder: Path) -> dict[int, Path]:
-    """The adapters in the checkpoints of the run in ``folder``, by step."""
-    names = (CHECKPOINT_ADAPTER, ADAPTER_FILE)
-    pairs = ((step_of(path), path / name) for path in checkpoints(folder) for name in names)
-    return {step: file for step, file in pairs if file.is_file()}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -144,6 +96,7 @@ class RunFolder:
     def __init__(self, path: Path, layout: Layout):
         self.path, self.layout = path, layout
         self._lock: FileLock | None = None
+        self._opened = False
 
     def own(self, name: str) -> Path:
         """The path of a file or folder that the run is about to write, which is recorded as its own.
@@ -187,8 +140,9 @@ class RunFolder:
 
     @property
     def used(self) -> bool:
-        """Whether a run has begun to train here."""
-        return any((self.path / name).exists() for name in self.layout.marks) or self._has_checkpoint()
+        """Whether a run has begun to train here, or has ended."""
+        marked = any((self.path / name).exists() for name in self.layout.marks) or self._has_checkpoint()
+        return marked or bool(self.record().get("finished"))
 
     def _has_checkpoint(self) -> bool:
         return any(_holds_adapter(path) for path in checkpoints(self.path))
@@ -284,7 +238,7 @@ class RunFolder:
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 self._restore()
-                if not self.used:  # what has been written is of no use without a single step
+                if self._opened and not self.used:  # what it has written is of no use without a single step
                     self.remove()
                 (self.path / OWNER_FILE).unlink(missing_ok=True)
                 (self.path / LOCK_FILE).unlink(missing_ok=True)  # while it is held, so that nobody else holds it
@@ -293,6 +247,7 @@ class RunFolder:
 
     def open(self, checkpoint: Path | None) -> None:
         """Begin to write: an earlier run that is not continued is moved aside, its own files only."""
+        self._opened = True
         with writing(self.path):
             if self.continues(checkpoint):
                 self._record({"written": self.written(), "finished": False})
@@ -321,9 +276,8 @@ class RunFolder:
         aside = self.path / EARLIER_FOLDER
         if not aside.is_dir():
             return
-        whole = (
-            aside / RECORD_FILE
-        ).exists()  # it goes last and returns first: without it, a killed process was moving
+        # The record goes last and returns first: a folder without it was left by a process killed while it moved files.
+        whole = (aside / RECORD_FILE).exists()
         if whole and self._has_result():
             return
         if whole:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import EffiLoRAError, attach, load_adapter_file
 from ..core.load import load, unique_name
-from ..core.run_folder import adapter_file
+from ..core.reference import adapter_file
 from .encoding import Encoder
 from .export import is_language
 from .images import ImageEncoder

@@ -41,6 +41,9 @@ PATIENCE = 1800
 REPORT_LABELS = ("model", "images", "adapter", "steps", "memory")
 REPORT_LINE = re.compile(rf"(?:{'|'.join(REPORT_LABELS)}) {{2,}}\S")
 EXIT_FILE = "exit_code"
+STOPPED = (129, 130, 143, -1, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a trainer that a signal has stopped: its own, and the system's before it handles signals."""
+
 LOG_FILE = "training.log"
 SETTINGS_FILE = "settings.yaml"
 
@@ -179,9 +182,9 @@ class Run:
             code = None
         if code is None:
             return "failed", f"The training process was killed. {self._way_on()}"
-        if code in (130, 143):
+        if code in STOPPED and checkpoints(self.folder):
             return "stopped", "Stopped; its checkpoint is written. Resume goes on there."
-        if code in (-signal.SIGINT, -signal.SIGTERM):
+        if code in STOPPED:
             return "stopped", "Stopped before its first step: start it again under another name."
         if code == -signal.SIGKILL:
             return "failed", f"The system killed the training, mostly for lack of memory. {self._way_on()}"

@@ -19,7 +19,7 @@ from ..core import is_native, load_adapter_file
 from ..core.files import ADAPTER_FILE
 from ..core.fingerprint import base_fingerprint
 from ..core.load import host_model
-from ..core.run_folder import Reference, checkpoint_adapters, parse_reference
+from ..core.reference import Reference, checkpoint_adapters, parse_reference
 from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
 from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.models.pipelines import load_pipeline

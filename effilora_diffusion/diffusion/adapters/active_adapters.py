@@ -10,7 +10,8 @@ from ...core import AdapterFile, EffiLoRA, EffiLoRAError, is_native, load_adapte
 from ...core.files import ADAPTER_FILE
 from ...core.inspection import single_head
 from ...core.load import host_model, load, remove, unique_name
-from ...core.run_folder import CHECKPOINT_ADAPTER, Reference, step_of
+from ...core.reference import Reference
+from ...core.run_folder import CHECKPOINT_ADAPTER, step_of
 from .lora_files import is_plain_lora, load_plain_lora, plain_layers, remove_plain_loras, set_plain_strengths
 from .processors import attach
 

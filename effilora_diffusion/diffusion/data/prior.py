@@ -98,7 +98,7 @@ def _order(example: Example) -> tuple[int, str]:
 
 @contextmanager
 def _claimed(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Let one run at a time fill the folder."""
+    """Let one run at a time fill the folder; the lock file stays, since another run may be waiting for it."""
     lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
@@ -108,7 +108,6 @@ def _claimed(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
 
 

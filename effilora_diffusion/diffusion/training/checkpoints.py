@@ -148,7 +148,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif old != new and isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new)
         elif old != new and key in OF_THE_MODEL:
-            found.append(f"{OF_THE_MODEL[key]} is another one")
+            found.append(f"{OF_THE_MODEL[key]} is a different one")
         elif old != new:
             found.append(f"{key} was {old!r} and is {new!r}"[:200])
     return found
@@ -161,11 +161,11 @@ def _changed_files(kind: str, old: list[Any], new: list[Any]) -> list[str]:
     before, after = ({entry[0]: entry for entry in entries} for entries in (old, new))
     gone = [_name(entry) for sha, entry in before.items() if sha not in after]
     added = [_name(entry) for sha, entry in after.items() if sha not in before]
-    words = [f"{word} {', '.join(names[:5])}" for word, names in (("without", gone), ("with", added)) if names]
+    words = [f"{word} {', '.join(names[:5])}" for word, names in (("removed:", gone), ("added:", added)) if names]
     for sha, entry in after.items():
         if sha in before and before[sha][1] != entry[1]:
             words.append(f"the caption of {_name(entry)} was {before[sha][1]!r} and is {entry[1]!r}"[:200])
-    return [f"the {kind} are others ({'; '.join(words[:5]) or 'another order or number'})"]
+    return [f"the {kind} have changed ({'; '.join(words[:5]) or 'their order or number'})"]
 
 
 def _name(entry: list[str]) -> str:

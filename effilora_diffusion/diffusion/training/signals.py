@@ -29,10 +29,10 @@ class StopSignals:
     first one only sets ``code``, for the loop to end after its step with a checkpoint, and the second one raises.
     """
 
-    def __init__(self, say: Callable[[str], None] = print):
-        self.say = say
+    def __init__(self) -> None:
+        self.say: Callable[[str], None] = print
         self.code = 0
-        self.how = " before the first step: nothing was trained"
+        self.how = " before its first step"
         self._waits = False
 
     def _handle(self, number: int, frame: Any) -> None:

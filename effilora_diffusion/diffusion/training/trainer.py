@@ -61,7 +61,8 @@ class Trainer:
         self.accelerator = accelerator or Accelerator()
         self.output = Path(config.output_dir)
         self.folder = RunFolder(self.output, IMAGE_RUN)
-        self.signals = signals or StopSignals(self.say)
+        self.signals = signals or StopSignals()
+        self.signals.say = self.say
         self.step, self.seconds = 0, 0.0
         use_all_cores(self.accelerator)
         check_hardware(config, self.accelerator.device, self.say)
@@ -334,5 +335,6 @@ def report_only(config: TrainingConfig) -> None:
             print(text)
 
     check_hardware(config, accelerator.device, say)
+    check_folders(config)
     RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
     say("\n".join(dry_run_report(build(config, accelerator, say), accelerator.num_processes).lines()))

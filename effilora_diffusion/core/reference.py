@@ -1,0 +1,60 @@
+"""Names of adapters: a file, a run, ``RUN@STEP`` for one of its checkpoints, ``RUN # HEAD`` for one of its heads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import EffiLoRAError
+from .files import ADAPTER_FILE, adapter_path
+from .run_folder import CHECKPOINT_ADAPTER, checkpoints, step_of
+
+_REFERENCE = re.compile(r"(?P<name>.+?)(?: ?@ ?(?P<step>\d{1,9}))?(?: # (?P<head>\d{1,4}))?")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An adapter by name: maybe the checkpoint of ``step`` of its run, maybe the single ``head`` (counted from 1)."""
+
+    name: str
+    step: int | None = None
+    head: int | None = None
+
+    def __str__(self) -> str:
+        step = "" if self.step is None else f" @ {self.step}"
+        return f"{self.name}{step}" + ("" if self.head is None else f" # {self.head}")
+
+
+def parse_reference(text: str) -> Reference:
+    """The parts of ``RUN``, ``RUN@STEP``, ``RUN @ STEP`` and ``RUN # HEAD``."""
+    match = _REFERENCE.fullmatch(text)
+    if match is None:
+        return Reference(text)
+    step, head = match["step"], match["head"]
+    return Reference(match["name"], None if step is None else int(step), None if head is None else int(head))
+
+
+def adapter_file(text: str) -> Path:
+    """The adapter's file that a command's argument means: a file, a run's folder, or ``RUN@STEP`` for its checkpoint.
+
+    Raises :class:`EffiLoRAError` if there is none.
+    """
+    path, reference = adapter_path(text), parse_reference(text)
+    if path.is_file():
+        return path
+    if reference.step is None or not Path(reference.name).is_dir():
+        raise EffiLoRAError(f"{text}: no such file")
+    found = checkpoint_adapters(Path(reference.name))
+    if reference.step not in found:
+        raise EffiLoRAError(
+            f"{text}: {reference.name} has no checkpoint of step {reference.step}; there are {sorted(found)}"
+        )
+    return found[reference.step]
+
+
+def checkpoint_adapters(folder: Path) -> dict[int, Path]:
+    """The adapters in the checkpoints of the run in ``folder``, by step."""
+    names = (CHECKPOINT_ADAPTER, ADAPTER_FILE)
+    pairs = ((step_of(path), path / name) for path in checkpoints(folder) for name in names)
+    return {step: file for step, file in pairs if file.is_file()}
