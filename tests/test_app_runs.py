@@ -1,6 +1,7 @@
 """Training runs of the web UI: processes that end well, badly, by a stop or by a kill, and are told apart."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -106,6 +107,18 @@ def test_a_run_stopped_at_once_leaves_no_trainer_behind(settings, tmp_path):
     assert status.state == "stopped"
     assert "before its first step" in status.message
     assert not Path(f"/proc/{trainer}").exists()
+
+
+@pytest.mark.parametrize("code", [129, 130, 143, -signal.SIGTERM])
+def test_a_checkpoint_is_promised_only_where_there_is_one(settings, tmp_path, code):
+    run = Run(tmp_path / "outputs", "cat")
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps({"pid": os.getpid(), "born": 0}))
+    (run.folder / "exit_code").write_text(str(code))
+    assert "before its first step" in run.status().message
+    (run.folder / "checkpoint-3").mkdir()
+    assert "its checkpoint is written" in run.status().message
+    assert run.status().state == "stopped"
 
 
 def test_names_are_free_only_where_nothing_was_trained(settings, tmp_path):

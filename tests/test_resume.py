@@ -337,3 +337,27 @@ def test_loading_restores_weights_and_moments_exactly(tmp_path):
             assert torch.equal(value, other.state[found][key])
     with pytest.raises(EffiLoRAError, match="seed was 0 and is 1"):
         load_checkpoint(folder, fresh, other, {"seed": 1})
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_a_kill_while_the_only_checkpoint_is_written_again_leaves_a_whole_one(tmp_path, monkeypatch, moment):
+    adapter, optimizer = trained()
+    save_checkpoint(tmp_path, adapter, optimizer, state(1), limit=1)
+    replace, seen = os.replace, []
+
+    def killed(source, target):
+        seen.append(target)
+        if len(seen) == moment + 1:  # the first is the adapter's file in the folder that is being written
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    if moment == 3:
+        save_checkpoint(tmp_path, adapter, optimizer, state(1), limit=1)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, adapter, optimizer, state(1), limit=1)
+    monkeypatch.undo()
+    assert len(seen) == 3 if moment == 3 else moment + 1
+    assert fault_of(find_checkpoint(tmp_path, "latest")) is None
+    assert names(tmp_path) == ["checkpoint-1"]
