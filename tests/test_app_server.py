@@ -33,7 +33,7 @@ def server(place, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("served") / "outputs"
     shutil.copytree(place / "outputs", outputs)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False
+        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False, allowed_host=[]
     )
     page = serve(args, block=False)
     yield page, outputs
@@ -264,7 +264,12 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
     assert page.share_url is None
     monkeypatch.delenv("EFFILORA_AUTH", raising=False)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=place / "outputs", port=None, listen=True
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=place / "outputs",
+        port=None,
+        listen=True,
+        allowed_host=[],
     )
     with pytest.raises(EffiLoRAError, match="--listen needs credentials"):
         serve(args, block=False)
@@ -273,7 +278,12 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
 def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILORA_AUTH", "ann:correct horse")
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None, listen=False
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=tmp_path / "outputs",
+        port=None,
+        listen=False,
+        allowed_host=[],
     )
     page = serve(args, block=False)
     try:

@@ -67,7 +67,10 @@ def served(tmp_path_factory):
              "validation_inference_steps": 4, "output_dir": str(outputs / "cat")}  # fmt: skip
     Trainer(TrainingConfig(**{**example_settings(), **short})).run()
     page = serve(
-        argparse.Namespace(mixed_precision="no", model=None, outputs=outputs, port=None, listen=False), block=False
+        argparse.Namespace(
+            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[]
+        ),
+        block=False,
     )
     yield page.local_url, outputs
     page.close()
