@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ...diffusion.data.folder import scan_images
 from ...diffusion.training.example import example_settings
 from .. import figures
 from ..queue import plain_words, refusal, shown_file
-from ..runs import Run, Status, dry_run, list_runs
+from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
 from ..session import Session
 from ..train_form import PRESETS, build_advanced, run_settings
 
@@ -27,8 +26,6 @@ CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
 """Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
 
 MAX_IMAGES = 200
-_STARTING = threading.Lock()
-"""Two visitors that start at once do so one after the other."""
 
 
 class TrainTab:
@@ -117,8 +114,9 @@ class TrainTab:
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
         try:
-            with _STARTING:
+            with starting(self.session.outputs):
                 run = self._free_run(name)
+                check_idle(self.session.outputs)
                 prompt = self._checked(files, prompt, preset)
                 folder = self.session.outputs / "datasets" / run.name
                 settings = run_settings(self.session, prompt, preset, folder, list(advanced))
