@@ -114,10 +114,11 @@ class TrainTab:
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
         try:
+            self._free_run(name)
+            prompt = self._checked(files, prompt, preset)
             with starting(self.session.outputs):
-                run = self._free_run(name)
+                run = self._free_run(name)  # once more: another visitor may have come first
                 check_idle(self.session.outputs)
-                prompt = self._checked(files, prompt, preset)
                 folder = self.session.outputs / "datasets" / run.name
                 settings = run_settings(self.session, prompt, preset, folder, list(advanced))
                 TrainingConfig(**settings)  # before the images are touched
