@@ -68,7 +68,7 @@ def _number(value: Any) -> float:
     """Convert a metadata value to a number; 0 if it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 

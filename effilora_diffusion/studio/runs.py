@@ -40,6 +40,7 @@ from ..core.writing import write_text, writing
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.checkpoints import IMAGE_RUN
 from . import processes
+from .words import clean, is_text, without_folders
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
 RESERVED = ("history", "adapters", "datasets", "exports", "class images")
@@ -208,7 +209,8 @@ class Run:
             steps = 0
         samples = sorted((self.folder / SAMPLES_FOLDER).glob("step-*.png"))
         step = int(metrics[-1]["step"]) if metrics else 0
-        return Status(state, message, step, steps, metrics, samples[-1] if samples else None)
+        said = clean(without_folders(message), 600)
+        return Status(state, said, step, steps, metrics, samples[-1] if samples else None)
 
     def _verdict(self) -> tuple[str, str]:
         if self.running:
@@ -323,7 +325,7 @@ def check_idle(outputs: Path) -> None:
 
 def _folders_with(outputs: Path, *names: str) -> set[Path]:
     folders = {file.parent for name in names for file in outputs.glob(f"*/{name}")}
-    return {folder for folder in folders if folder.name not in RESERVED and not folder.name.startswith(".")}
+    return {found for found in folders if found.name not in RESERVED and found.name[0] != "." and is_text(found.name)}
 
 
 def list_runs(outputs: Path) -> list[str]:

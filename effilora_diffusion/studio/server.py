@@ -24,6 +24,7 @@ from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
 from .tabs.train import TrainTab
+from .words import Markdown
 
 LOOPBACK = "127.0.0.1"
 
@@ -88,7 +89,7 @@ def theme() -> gr.Theme:
 def make_page(session: Session) -> gr.Blocks:
     """The whole page, not yet served."""
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# EffiLoRA", elem_id="title")
+        Markdown("# EffiLoRA", elem_id="title")
         generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
         adapters, inspect = AdaptersTab(session), InspectTab(session)
         tabs: dict[str, Any] = {
