@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
+from effilora_diffusion.studio.guards import FREE_ATTEMPTS
 from effilora_diffusion.studio.server import credentials, serve
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
@@ -292,6 +293,10 @@ def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
         assert caught.value.code == 401
         client = Client(page.local_url, auth=("ann", "correct horse"), verbose=False)
         assert client.predict(api_name="/list_adapters") == []
+        wrong = {"username": "ann", "password": "wrong password"}
+        codes = [httpx.post(f"{page.local_url}login", data=wrong).status_code for _ in range(FREE_ATTEMPTS + 1)]
+        assert codes == [*[400] * FREE_ATTEMPTS, 429]
+        assert client.predict(api_name="/list_adapters") == []  # whoever is in stays in
     finally:
         page.close()
 

@@ -64,7 +64,10 @@ class GenerateTab(DrawingTab):
                     self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
                     self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
                 if self.session.model is None:
-                    gr.Examples([[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples")
+                    gr.Examples(
+                        [[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples",
+                        api_visibility="private",
+                    )  # fmt: skip
             with gr.Column(scale=6, min_width=320):
                 self.status = Markdown("Ready.", elem_id="status")
                 self.gallery = gr.Gallery(
