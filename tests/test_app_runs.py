@@ -235,7 +235,15 @@ def test_names_are_free_only_where_nothing_was_trained(settings, tmp_path):
         Run(outputs, "by hand").start(settings)
 
 
-def test_a_lock_that_nobody_holds_means_nothing(settings, tmp_path):
+@pytest.fixture
+def sent(monkeypatch):
+    """The signals that would have been sent, by process."""
+    found = []
+    monkeypatch.setattr(psutil.Process, "send_signal", lambda process, number: found.append((process.pid, number)))
+    return found
+
+
+def test_a_lock_that_nobody_holds_means_nothing(tmp_path, sent):
     outputs = tmp_path / "outputs"
     (outputs / "cat").mkdir(parents=True)
     (outputs / "cat" / ".lock").touch()
@@ -243,10 +251,11 @@ def test_a_lock_that_nobody_holds_means_nothing(settings, tmp_path):
     (outputs / "cat" / "run.json").write_text(json.dumps({"pid": os.getpid(), "born": 0}))
     assert not Run(outputs, "cat").running
     Run(outputs, "cat").check_free()
-    Run(outputs, "cat").stop()  # whose number the owner's file names is not asked to stop
+    Run(outputs, "cat").stop()
+    assert sent == []  # whose number the owner's file names is not asked to stop
 
 
-def test_a_trainer_elsewhere_or_of_another_number_is_not_stopped(settings, tmp_path):
+def test_a_trainer_elsewhere_or_of_another_number_is_not_stopped(tmp_path, sent):
     folder = RunFolder(tmp_path / "cat", IMAGE_RUN)
     folder.claim(overwrite=True, checkpoint=None)
     owner = json.loads((folder.path / ".owner.json").read_text())
@@ -258,6 +267,10 @@ def test_a_trainer_elsewhere_or_of_another_number_is_not_stopped(settings, tmp_p
     os.utime(folder.path / ".owner.json", (0, 0))  # older than the process that has the number now
     run.stop()
     assert run.running
+    assert sent == []
+    os.utime(folder.path / ".owner.json")
+    run.stop()
+    assert sent == [(os.getpid(), processes.STOP)]
     folder.release()
     assert not run.running
 
