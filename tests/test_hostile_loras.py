@@ -163,6 +163,13 @@ RAW = {
 }
 
 
+ONLY_THE_MODEL_KNOWS = {
+    "one layer of another width", "one layer of another height", "a bias of another width", "a magnitude of another width",
+    "another component", "cubes", "LoKr", "half of LoKr",
+}  # fmt: skip
+"""Tensors that could be a LoRA's; all others are refused before the model sees them."""
+
+
 def check_unchanged(stack, good, expected):
     """The model is what it was, bit for bit, and good adapters of both kinds act."""
     stack.use([])
@@ -215,8 +222,20 @@ def test_tensors_that_are_no_lora_of_this_model_are_refused(good, stack, tmp_pat
             said = str(caught.value)
             assert said.startswith(file.name), name
             assert "\n" not in said, name
+            assert ("another base" in said) == (name in ONLY_THE_MODEL_KNOWS), (name, said)
             assert 30 < len(said) < 400, name
             assert state_of(stack.pipe) == expected, name
+    check_unchanged(stack, good, expected)
+
+
+@pytest.mark.parametrize("value", [1e30, 4001.0, 0.0, -4.0, float("inf"), float("nan"), 10**18])
+def test_alphas_that_are_tensors_are_checked_too(value, good, stack, tmp_path):
+    expected = state_of(stack.pipe)
+    tensors = load_file(good / "kohya.safetensors")
+    first = next(name for name in tensors if name.endswith(".alpha"))
+    save_file({**tensors, first: torch.tensor(value)}, tmp_path / "x.safetensors")
+    with pytest.raises(EffiLoRAError, match=r"x.safetensors (states an alpha|holds NaN or infinite)"):
+        stack.use([AdapterRef(tmp_path / "x.safetensors")])
     check_unchanged(stack, good, expected)
 
 
