@@ -117,6 +117,8 @@ def check_options(settings: Any) -> None:
         value, metadata = getattr(settings, entry.name), entry.metadata
         if value is None and entry.default is None:
             continue
+        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+            raise EffiLoRAError(f"--{entry.name} is empty: name it, or leave the setting out")
         choices, bounds = metadata["choices"], metadata["bounds"]
         if choices and value not in (*choices, entry.default):
             raise EffiLoRAError(f"--{entry.name} must be one of {', '.join(choices)}, not {value!r}")
@@ -133,7 +135,10 @@ def from_text(name: str, hint: Any, value: Any) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
     if get_origin(hint) is list:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
+        items = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
+            raise EffiLoRAError(f"the setting {name} must be a list of text, not {value!r:.200}")
+        return [str(item) for item in items]
     if not isinstance(value, bool) or kind is bool:
         if kind is float and isinstance(value, str | int | float):
             try:
