@@ -167,6 +167,13 @@ def hints_of(kinds: Iterable[type]) -> dict[str, Any]:
 class AdapterOptions:
     """What an adapter is and how its Reducer works, by the names that every training command has."""
 
+    init_from: str | None = option(
+        None,
+        "start from an existing adapter: a file, a run's folder or RUN@STEP (default: a fresh one)",
+        ADAPTER,
+        usual=True,
+        form=False,
+    )
     rank: int = option(4, "rank of the shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True)
     lora_alpha: float | None = option(
         None, "the update is scaled by lora_alpha / rank (default: rank)", ADAPTER, bounds=POSITIVE, fixed=True

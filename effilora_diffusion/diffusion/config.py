@@ -38,6 +38,7 @@ PATHS = (
     "class_data_dir",
     "output_dir",
     "resume_from_checkpoint",
+    "init_from",
 )
 """Settings that may name a file or folder, ``~`` included."""
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
+from ...core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
 from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import model_hash
 from ...core.options import ADAPTER_SETTINGS, settings_of
@@ -212,7 +212,8 @@ def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[s
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     config, family = parts.config, parts.family
     found: dict[str, Any] = {name: getattr(config, name) for name in _fixed()}
-    found["adapter"] = config.adapter_config().to_dict()
+    # the denoiser's timestep range follows from the base, and was never part of it
+    found["adapter"] = replace(parts.adapter.config, timestep_range=EffiLoRAConfig.timestep_range).to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]
     found["base"] = parts.base["base_hash"] or named  # a quantised model has no hash
     found["objective"] = parts.objective.name

@@ -53,14 +53,15 @@ class DryRunReport:
         activations = "not predicted for this model" if self.activations is None else _size(self.activations)
         known = self.weights + adapter + (self.activations or 0)
         total = f"about {_size(known)}" if self.activations is not None else f"more than {_size(known)}"
+        start = f"; starts from {c.init_from}" if c.init_from else ""
         if c.gradient_checkpointing:
             activations += " kept, one block more at a time"
         return [
             f"model       {self.name}: {self.family} ({self.model}), {self.objective}, {self.placed}",
             f"images      {len(self.sizes)}, {captions}, at {c.resolution} px{enlarged}",
             *([f"class       {self.classes}"] if self.classes else []),
-            f"adapter     rank {c.rank}, {c.heads} heads, {c.routing} routing on {self.linears} linears in "
-            f"{self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk",
+            f"adapter     rank {c.rank}, {c.heads} head{'s' if c.heads > 1 else ''}, {c.routing} routing on {self.linears} "
+            f"linears in {self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk{start}",
             f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
             f"memory      {total} while training: weights {_size(self.weights)}, adapter {_size(adapter)}, "
             f"activations {activations}; encoders before that {_size(self.encoders)}",

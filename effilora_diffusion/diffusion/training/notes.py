@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ...core.fingerprint import same_base
 from ...core.image_io import printable
 from ..data.folder import Example
 from ..models import Family
@@ -18,7 +19,17 @@ NAMED = 5
 
 def notes(parts: RunParts) -> list[str]:
     """One sentence each, for settings and captions of a run that is about to start."""
-    return [*_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
+    return [*_start(parts), *_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
+
+
+def _start(parts: RunParts) -> list[str]:
+    initial = parts.initial
+    if initial is None or same_base(parts.base, initial.metadata) is not False:
+        return []
+    trained_on = initial.metadata.get("base_model", "another model")
+    return [
+        f"--init_from {parts.config.init_from} was trained on {trained_on}, this is another model of the same shape"
+    ]
 
 
 def _schedule(parts: RunParts) -> list[str]:

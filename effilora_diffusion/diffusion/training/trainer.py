@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
 from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
+from ...core.initial import has_learned
 from ...core.rng import counter_seed
 from ...core.run_folder import (
     CARD_FILE,
@@ -84,6 +85,7 @@ class Trainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.parts = parts = build(config, accelerator, self.say)
+        self.config = config = parts.config
         self.family, self.objective, self.adapter = parts.family, parts.objective, parts.adapter
         self.steps = parts.steps
         self.say("\n".join(report_lines(parts, accelerator.num_processes)))
@@ -266,7 +268,7 @@ class Trainer:
     def _finish(self) -> Summary:
         """Write the output folder; refuses to call a run that changed nothing a success."""
         self.adapter.eval()
-        if not any(heads.detach().any() for heads in self.adapter.B):
+        if not has_learned(self.adapter, self.parts.initial):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
         self._checkpoint()
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
