@@ -184,9 +184,7 @@ class AdapterOptions:
     heads: int = option(
         3, "B heads per adapted linear; 1 is plain LoRA with a shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True
     )
-    routing: str = option(
-        "token", "what the gates of the heads depend on", ADAPTER, choices=ROUTINGS, usual=True, fixed=True
-    )
+    routing: str = option("token", "what the gates of the heads depend on", ADAPTER, choices=ROUTINGS, fixed=True)
     a_sharing: str = option(
         "width",
         "one A per input width, one sliced A, or one per linear (HydraLoRA)",
