@@ -8,7 +8,9 @@ from typing import Any
 
 from .errors import EffiLoRAError
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""A model's id on the hub: its owner and its name."""
+
 TIMEOUT = 10.0
 """Seconds to wait for the hub's answer."""
 
@@ -25,7 +27,7 @@ def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
     """
     if Path(name).exists():
         return {}
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise EffiLoRAError(f"the model {name!r} can't be loaded: there is no such folder or file")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (

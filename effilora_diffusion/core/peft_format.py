@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .convert import PlainLoRA, is_exact
+from .errors import EffiLoRAError
 from .files import AdapterFile
 from .sites import base_layer, is_transposed
 from .writing import write_atomic, write_text
@@ -23,8 +24,16 @@ def origin(content: AdapterFile, error: float) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    """Write a safetensors file atomically, the same bytes for the same content; raises :class:`EffiLoRAError` for NaN."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise EffiLoRAError(f"{name} has NaN or infinite values: {path} was not written")
+    content = save(tensors, metadata=metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])  # the library writes the metadata in any order
+    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    write_atomic(path, lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:]))
 
 
 def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, error: float, **extra: Any) -> None:

@@ -22,6 +22,7 @@ from .files import ADAPTER_FILE
 from .writing import TEMPORARY, write_text, writing
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 METRICS_FILE = "metrics.jsonl"
 REDUCER_FILE = "reducer.jsonl"
 CONFIG_FILE = "config.yaml"

@@ -69,6 +69,11 @@ class Family(ABC):
         for part in self.parts():
             part.requires_grad_(False).eval()
 
+    @property
+    def architecture(self) -> str | None:
+        """Return modelspec's name of the architecture, for families that other programs tell apart by it."""
+        return None
+
     def parts(self) -> list[nn.Module]:
         """Return all modules of the pipeline."""
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]

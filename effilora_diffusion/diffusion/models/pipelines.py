@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ...core import EffiLoRAError
 from ...core.assets import asset
 from ...core.errors import is_out_of_memory
-from ...core.hub import loading_options, not_cached
+from ...core.hub import HUB_ID, loading_options, not_cached
 from . import trainable
 
 EMBEDDED_BASE = "the embedded base"
@@ -32,6 +33,12 @@ UNUSED_PARTS = ("safety_checker", "pe", "pe_tokenizer")
 
 DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """One of the hub's models from which diffusers takes the configuration of a single file."""
+
+
+def public_name(model: str | None) -> str:
+    """A model's name for files that are passed on: of a folder or file on this machine only the last part."""
+    name = str(model or EMBEDDED_BASE)
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if not HUB_ID.fullmatch(name) or Path(name).exists() else name
 
 
 @contextlib.contextmanager

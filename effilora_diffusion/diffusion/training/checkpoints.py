@@ -23,6 +23,7 @@ from ...core.run_folder import (
     CHECKPOINT_ADAPTER,
     COMPARISON_FILE,
     CONFIG_FILE,
+    KOHYA_FILE,
     LORA_FILE,
     METRICS_FILE,
     REDUCER_FILE,
@@ -131,7 +132,15 @@ def fault_of(folder: Path) -> str | None:
 
 IMAGE_RUN = Layout(
     marks=(ADAPTER_FILE, METRICS_FILE),
-    names=(LORA_FILE, REDUCER_FILE, CONFIG_FILE, CARD_FILE, COMPARISON_FILE, f"{SAMPLES_FOLDER}/step-*.png"),
+    names=(
+        LORA_FILE,
+        KOHYA_FILE,
+        REDUCER_FILE,
+        CONFIG_FILE,
+        CARD_FILE,
+        COMPARISON_FILE,
+        f"{SAMPLES_FOLDER}/step-*.png",
+    ),
     finished=lambda folder: fault_of(folder) is None,
     fault=fault_of,
 )

@@ -22,6 +22,7 @@ from ...core.run_folder import (
     CARD_FILE,
     COMPARISON_FILE,
     CONFIG_FILE,
+    KOHYA_FILE,
     LORA_FILE,
     METRICS_FILE,
     REDUCER_FILE,
@@ -29,7 +30,7 @@ from ...core.run_folder import (
     trim_log,
 )
 from ...core.writing import append_line, write_text
-from ..adapters.export import export
+from ..adapters.export import export, has_kohya_form
 from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
@@ -283,6 +284,8 @@ class Trainer:
             content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content)
             self.folder.forget_earlier()
             export(content, self.folder.own(LORA_FILE), "diffusers")
+            if has_kohya_form(content):
+                self._show(KOHYA_FILE, lambda: export(content, self.folder.own(KOHYA_FILE), "kohya"))
             self._show("the last images", lambda: self.validation.draw(self.steps))
             images = [example.path for example in self.parts.examples]
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
@@ -309,6 +312,9 @@ class Trainer:
             **self.parts.base,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
+            "architecture": self.family.architecture,
+            "prediction_type": self.family.pipe.scheduler.config.get("prediction_type"),
+            "resolution": self.config.resolution,
             "trigger_prompt": summary.prompt,
             "steps": self.steps,
             "images": len(self.parts.examples),
