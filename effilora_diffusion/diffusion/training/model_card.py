@@ -47,7 +47,7 @@ class Summary:
             f"plain LoRA  {_described(output / LORA_FILE)}, {exact}",
             *(
                 [f"  as kohya  {_described(output / KOHYA_FILE)}, for ComfyUI, A1111 and sd-scripts"]
-                if self.kohya
+                if (output / KOHYA_FILE).exists()
                 else []
             ),
             f"model card  {output / 'README.md'}",
