@@ -14,7 +14,7 @@ from .convert import PlainLoRA, is_exact
 from .errors import EffiLoRAError
 from .files import AdapterFile
 from .sites import base_layer, is_transposed
-from .writing import write_atomic, write_text
+from .writing import write_atomic, write_text, writing
 
 
 def origin(content: AdapterFile, error: float) -> dict[str, str]:
@@ -38,7 +38,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, error: float, **extra: Any) -> None:
     """Write the folder that ``PeftModel.from_pretrained`` loads; ``extra`` goes into ``adapter_config.json``."""
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": content.metadata.get("base_model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,10 +72,18 @@ def fault_of(folder: Path) -> str | None:
     return f"{folder} has no {missing}, so the run can't go on as it was" if missing else None
 
 
+def _is_finished(folder: Path) -> bool:
+    """Whether a checkpoint is whole: transformers writes the file of its state last."""
+    try:
+        return isinstance(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
 LANGUAGE_RUN = Layout(
     marks=(ADAPTER_FILE, REDUCER_FILE),
     names=("adapter_config.json", "adapter_model.safetensors"),
-    finished=lambda folder: (folder / STATE_FILE).is_file(),
+    finished=_is_finished,
     fault=fault_of,
 )
 """What a language run writes into its folder."""
@@ -146,8 +155,13 @@ class LanguageTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         if self.own is not None and self.args.should_save:
             self.own(name)
-        with writing(Path(str(self.args.output_dir)) / name):
-            super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / name
+        with writing(folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                if self.args.should_save and not _is_finished(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:

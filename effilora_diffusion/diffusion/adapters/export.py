@@ -14,6 +14,7 @@ from ...core.attachment import check_sites
 from ...core.convert import PlainLoRA
 from ...core.load import host_model
 from ...core.peft_format import add_to_weights, origin, write_peft, write_tensors
+from ...core.writing import check_new, write_folder
 from ..models.architectures import LUMINA, SD1, SD2, SD2_V, SDXL
 from ..models.pipelines import EMBEDDED_BASE, load_pipeline, public_name
 from .original_names import original_factors
@@ -33,18 +34,15 @@ def export(
         )
     factors = to_lora(content.adapter, content.calibration)
     error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
-    try:
-        if format == "diffusers":
-            file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
-            write_tensors(file, diffusers_tensors(factors, content), _diffusers_metadata(factors, content, error))
-        elif format == "kohya":
-            write_tensors(output, kohya_tensors(factors, content), _kohya_metadata(content, error))
-        elif format == "peft":
-            write_peft(output, factors, content, error)
-        else:
-            _write_merged(output, factors, content, model, single_file_config)
-    except OSError as problem:
-        raise EffiLoRAError(f"{output} could not be written: {problem}") from problem
+    if format == "diffusers":
+        file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
+        write_tensors(file, diffusers_tensors(factors, content), _diffusers_metadata(factors, content, error))
+    elif format == "kohya":
+        write_tensors(output, kohya_tensors(factors, content), _kohya_metadata(content, error))
+    elif format == "peft":
+        write_peft(output, factors, content, error)
+    else:
+        _write_merged(output, factors, content, model, single_file_config)
     return error
 
 
@@ -131,8 +129,7 @@ def _kohya_metadata(content: AdapterFile, error: float) -> dict[str, str]:
 def _write_merged(
     output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, model: str | None, config: str | None
 ) -> None:
-    if output.exists() and any(output.iterdir()):
-        raise EffiLoRAError(f"{output} is not empty: give a new folder for the merged model")
+    check_new(output)
     named = content.metadata.get("base_model")
     config = config or content.metadata.get("single_file_config")
     base = model or (None if named in (None, EMBEDDED_BASE) else str(named))
@@ -140,4 +137,4 @@ def _write_merged(
     part = host_model(pipe)
     check_sites(part, content.adapter.sites)
     add_to_weights(part, factors)
-    pipe.save_pretrained(output)
+    write_folder(output, pipe.save_pretrained)
