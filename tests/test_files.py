@@ -20,7 +20,8 @@ from effilora_diffusion.core import (
     load_adapter_file,
     save_adapter_file,
 )
-from effilora_diffusion.core.files import MAX_BYTES, header_sha256, is_native, tensors_sha256
+from effilora_diffusion.core.files import header_sha256, is_native, tensors_sha256
+from effilora_diffusion.core.tensor_io import MAX_BYTES
 
 METADATA = {"base_model": "some/model", "trigger_prompt": "ein Bild von sks Kätzchen \N{CAT FACE}", "steps": 12}
 
