@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from .errors import EffiLoRAError
+from .text_io import printable
 
 MAX_PIXELS = 50_000_000
 """The largest image that is decoded, in pixels; as RGB it takes 150 MB."""
@@ -44,14 +45,6 @@ class ImageError(EffiLoRAError):
 
 class _UnusableError(EffiLoRAError):
     """An image is of no use; the text is the reason, without the file's name."""
-
-
-def printable(name: object) -> str:
-    """Return a file name or message as one line that any terminal can print.
-
-    Control characters and bytes that are not UTF-8 come back as backslash escapes.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
 
 
 def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import EffiLoRAError
 
@@ -31,18 +31,18 @@ def printable(name: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a file for reading bytes; a pipe or device, which could block or never end, is refused.
 
     Raises:
         OSError: the system refused, or it is no regular file.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # opening a pipe would wait
-    file = io.open(os.open(path, flags), "rb")  # noqa: SIM115, UP020 (returned open)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise OSError(None, "it is not a regular file")
-    return file
+    return os.fdopen(handle, "rb")
 
 
 def read_user_text(path: Path, limit: int = SETTINGS_LIMIT, what: str | None = None) -> str:
