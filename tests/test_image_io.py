@@ -8,8 +8,8 @@ import torch
 from image_zoo import BAD_FILES, encoded, float_tiff, image, noise, note, png, png_chunk
 from PIL import Image, ImageFile
 
-from effilora_diffusion.core import image_io as images
 from effilora_diffusion.core.errors import EffiLoRAError
+from effilora_diffusion.diffusion.data import images as squares
 from effilora_diffusion.diffusion.data.folder import ImageError, load_image, prepare_image, scan_images
 
 
@@ -42,7 +42,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own limit may be switched off by another library
     for name in ("megapixels.png", "justabove.png", "bomb.png"):
         (tmp_path / name).write_bytes(BAD_FILES[name][0])
-        with pytest.raises(ImageError, match="more than the allowed 50 megapixels"):
+        with pytest.raises(ImageError, match="more than the allowed 120 megapixels"):
             load_image(tmp_path / name)
     with pytest.raises(ImageError, match="decoded"):  # the patch does bite on an image of allowed size
         load_image(image(tmp_path / "small.png"))
@@ -314,7 +314,7 @@ def test_default_interpolation_is_lanczos():
 def test_very_long_image_costs_no_more_than_its_square(monkeypatch):
     image = Image.fromarray(noise(4, 1024))
     expected = levels(prepare_image(image, 64, center_crop=False, crop=(0.3, 0.0)))
-    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)  # the full 16384x64 resize is now too large
+    monkeypatch.setattr(squares, "LARGE_PIXELS", 100_000)  # the full 16384x64 resize is now too large
     result = levels(prepare_image(image, 64, center_crop=False, crop=(0.3, 0.0)))
     assert (result - expected).abs().max() <= 2
     monkeypatch.undo()
