@@ -39,7 +39,7 @@ TARGET_GROUPS: dict[str, tuple[str, ...]] = {
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
-        raise EffiLoRAError(message)
+        raise EffiLoRAError(message[:300])  # it may quote what a file says
 
 
 def _is_int(value: Any) -> bool:
