@@ -279,7 +279,9 @@ def trained(steps=1):
 
 
 def state(step):
-    return TrainingState(step, {"seed": 0}, Reducer(make_adapter()).state_dict(), {})
+    reducer = Reducer(make_adapter())
+    reducer.begin_step(0)
+    return TrainingState(step, {"seed": 0}, reducer.state_dict(), {})
 
 
 def names(output):

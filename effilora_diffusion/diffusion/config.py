@@ -38,6 +38,7 @@ PATHS = (
     "class_data_dir",
     "output_dir",
     "resume_from_checkpoint",
+    "init_from",
 )
 """Settings that may name a file or folder, ``~`` included."""
 
@@ -206,8 +207,6 @@ class TrainingConfig(AdapterOptions):
         check_options(self)
         for name in PATHS:
             value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise EffiLoRAError(f"--{name} is empty: name it, or leave the setting out")
             setattr(self, name, value and os.path.expanduser(value))
         if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
             raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")

@@ -26,6 +26,7 @@ from ..core import (
 )
 from ..core.files import ADAPTER_FILE, LANGUAGE
 from ..core.fingerprint import base_fingerprint, same_base
+from ..core.initial import has_learned, initial_file, start_from
 from ..core.run_folder import REDUCER_FILE, Layout, RunFolder, trim_log
 from ..core.sites import is_transposed
 from ..core.writing import write_text, writing
@@ -215,7 +216,8 @@ def _train(
     model, reader = _load(model_options, images)
     datasets = build_datasets(data, records, held, model, reader)
     metadata = _metadata(model_options, data, datasets, model)
-    adapter = attach(model, create_adapter(model, settings.adapter.adapter_config(), args.seed))
+    adapter, initial = _adapter(settings, model)
+    attach(model, adapter)
     trainer = make_trainer(datasets, model, adapter, args, metadata)
     _check_schedule(trainer, checkpoint)
     if args.process_index == 0:
@@ -228,7 +230,7 @@ def _train(
         "loss": trainer.state.log_history[-1].get("train_loss"),
         "steps": trainer.state.global_step,
     }
-    _check_learned(adapter)
+    _check_learned(adapter, initial)
     if args.process_index == 0:
         figures["export_error"] = _write(folder, trainer, datasets)
         folder.finish()
@@ -238,6 +240,17 @@ def _train(
         figures["cut_examples"] = datasets.num_truncated()
     counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
     return {**figures, **counts} if args.process_index == 0 else {}
+
+
+def _adapter(settings: Settings, model: nn.Module) -> tuple[EffiLoRA, AdapterFile | None]:
+    """The adapter to be trained, and the one that it starts from."""
+    options = settings.adapter
+    if options.init_from is None:
+        return create_adapter(model, options.adapter_config(), settings.training.seed), None
+    source = initial_file(options.init_from)
+    initial = load_adapter_file(source)
+    settings.adapter, adapter = start_from(initial.adapter, options, source)
+    return adapter, initial
 
 
 def make_trainer(
@@ -314,11 +327,11 @@ def _check_finite(adapter: EffiLoRA, when: str = "") -> None:
         )
 
 
-def _check_learned(adapter: EffiLoRA) -> None:
+def _check_learned(adapter: EffiLoRA, initial: AdapterFile | None) -> None:
     """Raise :class:`EffiLoRAError` if the run has learned nothing, or broken its weights: that is no success."""
     _check_finite(adapter)
-    if not any(bool(heads.any()) for heads in adapter.B):
-        raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
+    if not has_learned(adapter, initial):
+        raise EffiLoRAError("the run has learned nothing, no head has changed: raise --learning_rate or --max_steps")
 
 
 def _write(folder: RunFolder, trainer: LanguageTrainer, datasets: Datasets) -> float:

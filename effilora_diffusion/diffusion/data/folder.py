@@ -48,13 +48,15 @@ class Problem:
 class Example:
     """One image to train on, with its caption.
 
-    ``sha256`` is the hex digest of the file's bytes and ``size`` the width and height in pixels after EXIF rotation.
+    ``sha256`` is the hex digest of the file's bytes, ``size`` the width and height in pixels after EXIF rotation, and ``source``
+    where the caption stands, "" for the default one.
     """
 
     path: Path
     caption: str
     sha256: str
     size: tuple[int, int]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,15 @@ def scan_images(folder: Path, default_caption: str | None) -> tuple[list[Example
         except ImageError as error:
             problems.append(Problem(path, error.reason, fatal=True))
             continue
-        caption, remark = _caption(path, sidecars.get(_key(path.stem)), listed.get(_key(path.name)), default_caption)
+        caption, source, remark = _caption(
+            path, sidecars.get(_key(path.stem)), listed.get(_key(path.name)), default_caption
+        )
         first = first_with.setdefault(digest, path)
         if first is not path:
             remarks.append(f"the same file as '{printable(first.name)}', so it counts twice")
         remarks += [remark] if remark else []
         problems += [Problem(path, reason, fatal=False) for reason in remarks]
-        examples.append(Example(path, caption, digest, size))
+        examples.append(Example(path, caption, digest, size, source))
     problems.sort(key=lambda problem: problem.path.name)
     if not examples:
         raise EffiLoRAError(_nothing_left(folder, problems))
@@ -151,20 +155,22 @@ def _inspect(path: Path) -> tuple[tuple[int, int], list[str], str]:
     return size, remarks, digest.hexdigest()
 
 
-def _caption(image: Path, sidecar: Path | None, entry: _Listed | None, default: str | None) -> tuple[str, str | None]:
-    """Return an image's caption, and a remark where the default stands in for an empty one."""
-    source = None
+def _caption(
+    image: Path, sidecar: Path | None, entry: _Listed | None, default: str | None
+) -> tuple[str, str, str | None]:
+    """Return an image's caption, where it stands, and a remark where the default stands in for an empty one."""
+    source = ""
     if sidecar is not None:
         source, caption = f"'{printable(sidecar.name)}'", _read_text(sidecar, CAPTION_LIMIT).strip()
     elif entry is not None:
         source, caption = f"line {entry.line} of {METADATA_NAME}", entry.caption
-    if source is not None and caption:
-        return caption, None
+    if source and caption:
+        return caption, source, None
     if default is None:
         gap = f"{source} is empty" if source else f"there is no '{printable(image.stem)}.txt' beside it"
         where = printable(image)
         raise EffiLoRAError(f"the image '{where}' has no caption: {gap}; write one there or give a default prompt")
-    return default, f"the caption in {source} is empty, so the default is used" if source else None
+    return default, "", f"the caption in {source} is empty, so the default is used" if source else None
 
 
 def _read_text(path: Path, limit: int) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
+from ...core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
+from ...core.adapter import a_key
 from ...core.config import is_number
 from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import model_hash
@@ -232,6 +233,8 @@ def read_state(folder: Path, adapter: EffiLoRA) -> TrainingState:
             raise EffiLoRAError(f"its seconds are {state.seconds!r}")
         _check_fingerprint(state.fingerprint)
         check_state(state.reducer, adapter.blocks)
+        if state.step and not state.reducer["ever_active"]:
+            raise EffiLoRAError("no block was ever trained")
         if state.scaler and not _is_scaler(state.scaler):
             raise EffiLoRAError("its loss scaling is out of range")
     except EffiLoRAError as error:
@@ -269,27 +272,32 @@ def _is_scaler(found: Any) -> bool:
     return whole and all(is_number(found[name], *limits) for name, limits in bounds.items())
 
 
+def _blocks(adapter: EffiLoRA) -> dict[str, str]:
+    """The blocks of the parameters that belong to one."""
+    found = {}
+    for index, site in enumerate(adapter.sites):
+        found |= {f"B.{index}": site.block, f"G.{index}": site.block}
+        if adapter.config.a_sharing == "none":
+            found[f"A.{a_key(adapter.config, site)}"] = site.block
+    return found
+
+
 def _read_moments(
     folder: Path, adapter: EffiLoRA, saved: EffiLoRA, state: TrainingState
 ) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by parameter: of every parameter that was trained, and of heads only if their block was."""
-    path, trained = folder / "optimizer.safetensors", set()
+    """AdamW's state by parameter: it must be there for what was trained, and for heads only if their block was."""
+    path, blocks, ever = folder / "optimizer.safetensors", _blocks(adapter), {*state.reducer["ever_active"]}
     shapes: dict[str, tuple[int, ...]] = {}
-    blocks = {f"B.{index}": site.block for index, site in enumerate(adapter.sites)}
-    touched = {*state.reducer["active"], *state.reducer["ever_active"]}
+    trained = set()
     for (name, fresh), old in zip(adapter.named_parameters(), saved.parameters(), strict=True):
-        if name not in blocks or blocks[name] in touched:
+        block = blocks.get(name)
+        if not name.startswith("B.") or block in ever:
             shapes |= {f"{name}:step": (), f"{name}:exp_avg": (*fresh.shape,), f"{name}:exp_avg_sq": (*fresh.shape,)}
-        if not torch.equal(fresh.detach().cpu(), old.detach()):
-            trained.add(name)
+            if (block is None or block in ever) and not torch.equal(fresh.detach().cpu(), old.detach()):
+                trained.add(name)
     with open_tensors(path) as file:
         owners = {name.rpartition(":")[0] for name in file.keys()} | trained  # noqa: SIM118 (not a dict)
         required = {name: shape for name, shape in shapes.items() if name.rpartition(":")[0] in owners}
-        missing = trained - {name.rpartition(":")[0] for name in required}
-        if missing:
-            raise EffiLoRAError(
-                f"{folder}: {min(missing)} was trained, but its block never was: take another checkpoint"
-            )
         tensors = read_tensors(path, file, required, types=("F32",))
     moments: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -315,7 +323,8 @@ def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[s
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     config, family = parts.config, parts.family
     found: dict[str, Any] = {name: getattr(config, name) for name in _fixed()}
-    found["adapter"] = config.adapter_config().to_dict()
+    # the denoiser's timestep range follows from the base, and was never part of it
+    found["adapter"] = replace(parts.adapter.config, timestep_range=EffiLoRAConfig.timestep_range).to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]
     found["base"] = parts.base["base_hash"] or named  # a quantised model has no hash
     found["objective"] = parts.objective.name

@@ -17,12 +17,14 @@ from ..models.pipelines import EMBEDDED_BASE
 class Summary:
     """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
 
-    ``component`` is the trained part; ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
+    ``prompt`` is the one that the adapter was trained with, ``component`` the trained part;
+    ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
     """
 
     config: TrainingConfig
     steps: int
     seconds: float
+    prompt: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
     export_error: float = 0.0
     component: str = "unet"
@@ -60,10 +62,10 @@ def write_report(output: Path, summary: Summary) -> None:
     images = "![before and after](before_after.png)\n" if (output / COMPARISON_FILE).exists() else ""
     front = [f"base_model: {c.pretrained_model_name_or_path}"] if c.pretrained_model_name_or_path else []
     head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
-                      f"instance_prompt: {json.dumps(c.instance_prompt, ensure_ascii=False)}", "---"])  # fmt: skip
+                      f"instance_prompt: {json.dumps(summary.prompt, ensure_ascii=False)}", "---"])  # fmt: skip
     text = f"""{head}
 
-# {c.instance_prompt or output.name}
+# {summary.prompt if summary.prompt == c.instance_prompt else output.name}
 
 An EffiLoRA adapter for {base}.
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
 from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
+from ...core.initial import has_learned
 from ...core.rng import counter_seed
 from ...core.run_folder import (
     CARD_FILE,
@@ -32,15 +33,16 @@ from ..adapters.export import export
 from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
-from ..data.prior import ClassFolder, class_examples
+from ..data.prior import class_examples
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
-from .build import build, check_folders, check_hardware, place, preparation, sampler
+from .build import RunParts, build, check_folders, check_hardware, place, preparation, sampler
 from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
 from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
+from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, make_optimizer, use_all_cores
 from .signals import Interrupted, StopSignals
 from .validation import Validation
@@ -83,9 +85,10 @@ class Trainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.parts = parts = build(config, accelerator, self.say)
+        self.config = config = parts.config
         self.family, self.objective, self.adapter = parts.family, parts.objective, parts.adapter
         self.steps = parts.steps
-        self.say("\n".join(dry_run_report(parts, accelerator.num_processes).lines()))
+        self.say("\n".join(report_lines(parts, accelerator.num_processes)))
         prior = self._class_images()
         self.batches = self._cache(prior)
         place(self.family.model, accelerator.device)
@@ -122,13 +125,11 @@ class Trainer:
             tqdm.write(text)
 
     def _class_images(self) -> list[Example]:
-        c = self.config
-        if not c.with_prior_preservation:
+        if self.parts.classes is None:
             return []
         self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
-        model = self.parts.base["base_hash"] or str(c.pretrained_model_name_or_path)  # a quantised model has no hash
-        folder = ClassFolder(Path(str(c.class_data_dir)), c.class_prompt, c.num_class_images, c.seed, model)
-        examples = class_examples(folder, sampler(c, self.family), self.say, self.accelerator)
+        draw = sampler(self.config, self.family)
+        examples = class_examples(self.parts.classes, draw, self.say, self.accelerator)
         self.adapter.enabled = True
         return examples
 
@@ -267,10 +268,11 @@ class Trainer:
     def _finish(self) -> Summary:
         """Write the output folder; refuses to call a run that changed nothing a success."""
         self.adapter.eval()
-        if not any(heads.detach().any() for heads in self.adapter.B):
+        if not has_learned(self.adapter, self.parts.initial):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
         self._checkpoint()
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
+        summary.prompt = trigger_prompt(self.parts)
         summary.loader = hasattr(self.family.pipe, "load_lora_weights")
         summary.comfyui = self.family.comfyui
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
@@ -307,7 +309,7 @@ class Trainer:
             **self.parts.base,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
-            "trigger_prompt": self.config.instance_prompt or self.parts.examples[0].caption,
+            "trigger_prompt": summary.prompt,
             "steps": self.steps,
             "images": len(self.parts.examples),
             "export_error": summary.export_error,
@@ -337,4 +339,10 @@ def report_only(config: TrainingConfig) -> None:
     check_hardware(config, accelerator.device, say)
     check_folders(config)
     RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
-    say("\n".join(dry_run_report(build(config, accelerator, say), accelerator.num_processes).lines()))
+    parts = build(config, accelerator, say)
+    say("\n".join([*caption_table(parts.examples), *report_lines(parts, accelerator.num_processes)]))
+
+
+def report_lines(parts: RunParts, processes: int) -> list[str]:
+    """What will be trained, and what is worth knowing about it."""
+    return [*dry_run_report(parts, processes).lines(), *(f"note: {note}" for note in notes(parts))]
