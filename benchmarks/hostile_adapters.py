@@ -191,11 +191,11 @@ def _change(header: dict[str, Any], rng: random.Random) -> None:
         if way < 0.1:
             del holder[key]
         elif way < 0.2 and isinstance(holder, dict):
-            holder[str(rng.choice(VALUES))] = rng.choice(VALUES)
+            holder[str(rng.choice(VALUES))] = copy.deepcopy(rng.choice(VALUES))
         elif way < 0.25 and isinstance(holder, list):
             holder.append(copy.deepcopy(rng.choice(holder)))
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         return
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -18,10 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -109,7 +109,7 @@ def in_a_process(name: str, work: Callable[[], Outcomes]) -> Outcomes:
     if child == 0:
         os.close(reader)
         code = 1
-        with contextlib.suppress(BaseException):
+        try:
             start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             resource.setrlimit(resource.RLIMIT_AS, (_size() + MEMORY,) * 2)
             found = work()
@@ -117,7 +117,10 @@ def in_a_process(name: str, work: Callable[[], Outcomes]) -> Outcomes:
             with os.fdopen(writer, "w") as pipe:
                 json.dump(vars(found), pipe)
             code = 0
-        os._exit(code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
@@ -159,12 +162,20 @@ def mutations(base: Base, folder: Path, numbers: range, seed: int) -> Outcomes:
     return total
 
 
-def by_hand(cases: dict[str, Any], run: Callable[[str, Path], object]) -> Outcomes:
-    """Run every one of ``cases`` in a process and a folder of its own."""
-    total = Outcomes()
-    for name in cases:
-        with scratch() as folder:
-            total.add(in_a_process(name, lambda name=name, folder=folder: judged(name, lambda: run(name, folder))))
+def by_hand(cases: Iterable[str], run: Callable[[str, Path], object], at_once: int = 1) -> Outcomes:
+    """Run every one of ``cases`` in a folder of its own, ``at_once`` of them in one process."""
+    total, names = Outcomes(), list(cases)
+
+    def work(part: list[str]) -> Outcomes:
+        found = Outcomes()
+        for name in part:
+            with scratch() as folder:
+                found.add(judged(name, functools.partial(run, name, folder)))
+        return found
+
+    for first in range(0, len(names), at_once):
+        part = names[first : first + at_once]
+        total.add(in_a_process(", ".join(part), functools.partial(work, part)))
     return total
 
 
@@ -194,7 +205,7 @@ def table(base: Base, count: int, seed: int) -> dict[str, Outcomes]:
         for first in range(0, count, BATCH):
             numbers = range(first, min(first + BATCH, count))
             name = f"mutations {numbers.start} to {numbers.stop - 1}"
-            work = lambda numbers=numbers: mutations(base, folder, numbers, seed)  # noqa: E731
+            work = functools.partial(mutations, base, folder, numbers, seed)
             rows["native files, mutated"].add(in_a_process(name, work))
     return rows
 

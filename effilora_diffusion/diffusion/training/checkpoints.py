@@ -274,7 +274,7 @@ def _is_scaler(found: Any) -> bool:
 
 def _blocks(adapter: EffiLoRA) -> dict[str, str]:
     """The blocks of the parameters that belong to one."""
-    found = {}
+    found: dict[str, str] = {}
     for index, site in enumerate(adapter.sites):
         found |= {f"B.{index}": site.block, f"G.{index}": site.block}
         if adapter.config.a_sharing == "none":
