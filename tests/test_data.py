@@ -279,6 +279,18 @@ def test_caption_that_is_a_folder_is_an_error_naming_it(tmp_path):
         scan_images(tmp_path, "a toy")
 
 
+def test_an_empty_text_does_not_hide_a_filled_caption(tmp_path):
+    for seed, name in enumerate("abc"):
+        image(tmp_path / f"{name}.png", seed=seed)
+    write_metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": " ", "caption": "by caption"},
+        {"file_name": "b.png", "text": None, "caption": "", "prompt": "by prompt"},
+        {"file_name": "c.png", "text": "by text", "caption": "loses"},
+    )
+    assert captions(tmp_path, None)[0] == {"a.png": "by caption", "b.png": "by prompt", "c.png": "by text"}
+
+
 @pytest.mark.parametrize(
     ("line", "phrase"),
     [

@@ -86,9 +86,9 @@ def parse_json(text: str, depth: int | None = None) -> Any:
         raise EffiLoRAError("it is nested too deeply") from error
     except ValueError as error:
         raise EffiLoRAError(printable(error)[:200]) from error
-    level = [found]
+    level = _parts([found])
     while depth is not None and level:
-        if depth < 0:
+        if depth == 0:
             raise EffiLoRAError("it is nested too deeply")
         level = [inner for value in level for inner in _parts(value)]
         depth -= 1
