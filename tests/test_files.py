@@ -297,8 +297,6 @@ FORGERIES = {
     "a width is true": set_in("sites", 0, "maps", 0, 1, value=True),
     "a path has a line break": set_in("sites", 0, "name", value="a\nb"),
     "a path is no text": set_in("sites", 0, "layer", value=5),
-    "a site twice": lambda header: header["sites"][1].update(name=header["sites"][0]["name"]),
-    "a linear twice": lambda header: header["sites"][1].update(maps=header["sites"][0]["maps"]),
     "a site named as a weight can't be": lambda header: (
         header["config"].update(a_sharing="none"),
         header["sites"][0].update(name="training"),
@@ -401,6 +399,16 @@ def test_of_unknown_facts_a_hundred_are_kept(saved):
     found = load_adapter_file(saved).metadata
     assert len(found) == 101
     assert found["steps"] == 1
+
+
+@pytest.mark.parametrize("part", ["name", "maps"])
+def test_a_site_or_linear_that_is_named_twice_is_refused(saved, part):
+    header, tensors = read_raw(saved)
+    first, second = header["sites"][0], header["sites"][2]
+    gone = f"{second['name']}.router" if part == "name" else [f"{path}.stacked_B" for path, _ in second["maps"]]
+    second[part] = first[part]
+    forge(saved, header, {name: value for name, value in tensors.items() if name not in gone})
+    assert_refused(saved, "names a site or a linear twice")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, "{}"])
