@@ -169,9 +169,8 @@ def _bytes(data: bytearray, rng: random.Random) -> bytes:
         elif way == 4:
             data[place:place] = data[:length]
         else:
-            data[:8] = rng.choice((head + 1, head - 1, 0, len(data), 100 << 20, 1 << 62, 2**64 - 1)).to_bytes(
-                8, "little"
-            )
+            claim = rng.choice((head + 1, head - 1, 0, len(data), 100 << 20, 1 << 62, 2**64 - 1))
+            data[:8] = (claim % 2**64).to_bytes(8, "little")
         data = data or bytearray(b"\0")
     return bytes(data)
 
