@@ -295,12 +295,9 @@ FORGERIES = {
     "metadata is a number": set_in("metadata", value=5),
     "a width is a fraction": set_in("sites", 0, "in_features", value=8.0),
     "a width is true": set_in("sites", 0, "maps", 0, 1, value=True),
-    "a path has a line break": set_in("sites", 0, "name", value="a\nb"),
+    "a path has a line break": set_in("sites", 0, "layer", value="a\nb"),
+    "a path has an escape sequence": set_in("sites", 0, "layer", value="a\x1b[2J"),
     "a path is no text": set_in("sites", 0, "layer", value=5),
-    "a site named as a weight can't be": lambda header: (
-        header["config"].update(a_sharing="none"),
-        header["sites"][0].update(name="training"),
-    ),
     "alpha beyond use": set_in("config", "alpha", value=1e300),
     "version is true": set_in("format_version", value=True),
     "deep metadata": set_in("metadata", "a", value=json.loads("[" * 20 + "]" * 20)),
@@ -409,6 +406,23 @@ def test_a_site_or_linear_that_is_named_twice_is_refused(saved, part):
     second[part] = first[part]
     forge(saved, header, {name: value for name, value in tensors.items() if name not in gone})
     assert_refused(saved, "names a site or a linear twice")
+
+
+@pytest.mark.parametrize("name", ["training", "keys", "_parameters"])
+def test_a_site_whose_own_a_torch_could_not_hold_is_refused(tmp_path, name):
+    path = tmp_path / "a.safetensors"
+    save_adapter_file(path, AdapterFile(make_adapter(a_sharing="none")))
+    header, tensors = read_raw(path)
+    old = header["sites"][0]["name"]
+    header["sites"][0]["name"] = name
+    renamed = {
+        key.replace(f"shared_A.{old.replace('.', '/')}", f"shared_A.{name}").replace(
+            f"{old}.router", f"{name}.router"
+        ): value
+        for key, value in tensors.items()
+    }
+    forge(path, header, renamed)
+    assert_refused(path, "names a site as no module can be named")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, "{}"])
