@@ -1,13 +1,13 @@
 """Turn a folder of images into a checked list of training examples before the first step."""
 
 import hashlib
-import json
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import EffiLoRAError
-from ...core.image_io import ImageError, inspect_image, load_image, printable
+from ...core.image_io import ImageError, inspect_image, load_image
+from ...core.text_io import parse_json, printable, read_user_text
 from .images import prepare_image
 
 __all__ = [
@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 METADATA_NAME = "metadata.jsonl"
+CAPTION_LIMIT = 1 << 20
+METADATA_LIMIT = 64 << 20
+"""Bytes: a caption of a megabyte is no caption, and 64 of them are the captions of a hundred thousand images."""
 _CAPTION_KEYS = ("text", "caption", "prompt")
 _UNRELATED_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 _UNRELATED_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".py", ".log", ".safetensors"}
@@ -158,7 +161,7 @@ def _caption(
     """Return an image's caption, where it stands, and a remark where the default stands in for an empty one."""
     source = ""
     if sidecar is not None:
-        source, caption = f"'{printable(sidecar.name)}'", _read_text(sidecar).strip()
+        source, caption = f"'{printable(sidecar.name)}'", _read_text(sidecar, CAPTION_LIMIT).strip()
     elif entry is not None:
         source, caption = f"line {entry.line} of {METADATA_NAME}", entry.caption
     if source and caption:
@@ -170,15 +173,8 @@ def _caption(
     return default, "", f"the caption in {source} is empty, so the default is used" if source else None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EffiLoRAError(
-            f"the captions in '{printable(path)}' are not UTF-8 text; save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise EffiLoRAError(f"cannot read the captions in '{printable(path)}': {error.strerror}") from error
+def _read_text(path: Path, limit: int) -> str:
+    return read_user_text(path, limit, f"the caption file '{path}'")
 
 
 def _read_metadata(path: Path) -> dict[str, _Listed]:
@@ -187,7 +183,7 @@ def _read_metadata(path: Path) -> dict[str, _Listed]:
     if not path.is_symlink() and not path.exists():
         return found
     # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+    for line, text in enumerate(_read_text(path, METADATA_LIMIT).split("\n"), start=1):
         if not text.strip():
             continue
         entry = _parse_entry(text, line, f"line {line} of '{printable(path)}'")
@@ -202,19 +198,23 @@ def _read_metadata(path: Path) -> dict[str, _Listed]:
 
 def _parse_entry(text: str, line: int, where: str) -> _Listed:
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(text)
+    except EffiLoRAError as error:
         raise EffiLoRAError(f"{where} is not valid JSON ({error}); write one JSON object a line") from error
     if not isinstance(entry, dict):
         raise EffiLoRAError(f'{where} is not a JSON object; write one like {{"file_name": ..., "text": ...}}.')
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         raise EffiLoRAError(f'{where} has no "file_name"; name the image there.')
-    caption = next((entry[key] for key in _CAPTION_KEYS if entry.get(key) is not None), "")
+    caption = next((entry[key] for key in _CAPTION_KEYS if not _is_blank(entry.get(key))), "")
     # A lone surrogate such as "\ud800" is valid JSON, but no tokenizer can encode it.
     if not isinstance(caption, str) or any("\ud800" <= character <= "\udfff" for character in caption):
         raise EffiLoRAError(f"{where} has a caption that is not text; put it in double quotes")
     return _Listed(name.removeprefix("./"), caption.strip(), line)
+
+
+def _is_blank(caption: object) -> bool:
+    return caption is None or (isinstance(caption, str) and not caption.strip())
 
 
 def _unmatched(
