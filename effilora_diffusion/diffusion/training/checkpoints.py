@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, fields, replace
@@ -48,6 +49,9 @@ OF_THE_MODEL = {
     "objective": "the scheduler",
 }
 """Entries of a fingerprint whose values are hashes, in words."""
+
+SPLIT = ("train_batch_size", "gradient_accumulation_steps", "processes")
+"""Entries of a fingerprint whose product is the number of images per step: which images those are depends on nothing else."""
 
 MANIFEST = "manifest.json"
 CONTENT = (CHECKPOINT_ADAPTER, "optimizer.safetensors", "state.json")
@@ -173,6 +177,34 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
+def _images_per_step(fingerprint: dict[str, Any]) -> int | None:
+    parts = [fingerprint.get(name) for name in SPLIT]
+    return math.prod(parts) if all(isinstance(part, int) for part in parts) else None  # type: ignore[arg-type]
+
+
+def _comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two fingerprints without what divides the same images differently, which changes sums in their last bits only.
+
+    Dropout is drawn per micro-batch, and quantised layers scale by what is in it: then its size must stay.
+    """
+    if _images_per_step(saved) is None or _images_per_step(saved) != _images_per_step(now):
+        return saved, now
+    whole = now.get("quantization") is not None or bool(now.get("adapter", {}).get("dropout"))
+    free = SPLIT[1:] if whole else SPLIT
+    return tuple({name: value for name, value in one.items() if name not in free} for one in (saved, now))  # type: ignore[return-value]
+
+
+def split_note(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What to tell of a run that goes on with its steps divided differently among micro-batches and processes."""
+    changed = [f"{name} {saved.get(name)} to {now[name]}" for name in SPLIT if saved.get(name) != now[name]]
+    if not changed:
+        return None
+    return (
+        f"note: the steps are divided differently ({', '.join(changed)}): they see the same images, but sums are rounded "
+        "differently, so that the result is not the same to the last bit"
+    )
+
+
 def _changed_files(kind: str, old: list[Any], new: list[Any]) -> list[str]:
     """How two lists of ``[content hash, caption, file name]`` differ; version 0.1.0 stored no names."""
     if [entry[:2] for entry in old] == [entry[:2] for entry in new]:
@@ -202,7 +234,7 @@ def load_checkpoint(
     """
     state = read_state(folder, adapter)
     earlier = {_RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
-    different = _differences(earlier, json.loads(json.dumps(fingerprint)))
+    different = _differences(*_comparable(earlier, json.loads(json.dumps(fingerprint))))
     if different:
         raise EffiLoRAError(
             f"{folder} belongs to another run: {printable('; '.join(different))[:2000]}. Continue with what it was trained with, "

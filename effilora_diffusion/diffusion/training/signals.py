@@ -1,14 +1,21 @@
-"""Ctrl-C, SIGTERM and a closed terminal: a run ends cleanly whenever they come."""
+"""Ctrl-C, SIGTERM, a closed terminal and a launcher that is gone: a run ends cleanly whenever they come."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 """Those that exist: Windows has no SIGHUP."""
+
+ACCELERATE_LAUNCH = "ACCELERATE_DYNAMO_BACKEND"
+"""An environment variable that every process of ``accelerate launch`` has."""
+
+REPEATING = ("TORCHELASTIC_RUN_ID", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Environment variables of launchers (torchrun and MPI) that pass on signals which their processes may have had themselves."""
 
 
 class Interrupted(BaseException):
@@ -26,7 +33,8 @@ class StopSignals:
     """What the signals do to a run.
 
     While it loads, draws class images and finishes, the first one raises :class:`Interrupted` where it stands. In the loop the
-    first one only sets ``code``, for the loop to end after its step with a checkpoint, and the second one raises.
+    first one only sets ``code``, for the loop to end after its step with a checkpoint, and the second one raises. Under a
+    launcher that repeats signals (Ctrl-C reaches its processes, and then it tells them) only the first one counts.
     """
 
     def __init__(self) -> None:
@@ -34,12 +42,33 @@ class StopSignals:
         self.code = 0
         self.how = " before its first step"
         self._waits = False
+        self._repeated = any(name in os.environ for name in REPEATING)
+        launched = self._repeated or ACCELERATE_LAUNCH in os.environ
+        self._launcher = os.getppid() if launched else None
 
     def _handle(self, number: int, frame: Any) -> None:
-        first, self.code = not self.code, 128 + number
+        first = not self.code
+        if self._repeated and not first:
+            return
+        self.code = 128 + number
         if not (self._waits and first):
             raise Interrupted(self.code, self.how)
-        self.say("stopping after this step; the checkpoint follows")
+        self._tell("stopping after this step; the checkpoint follows")
+
+    def _tell(self, text: str) -> None:
+        with suppress(OSError):  # the terminal may be gone, and this must not cost the checkpoint
+            self.say(text)
+
+    def asked(self) -> int:
+        """The exit code with which the run is to stop after this step; 0: it goes on.
+
+        ``accelerate launch`` does not pass SIGTERM on, it just ends: so a run whose launcher is gone stops as if it had got the
+        signal. (On Windows a process is not told, and goes on.)
+        """
+        if not self.code and self._launcher is not None and os.getppid() != self._launcher:
+            self.code = 128 + signal.SIGTERM
+            self._tell("the launcher has ended: stopping after this step; the checkpoint follows")
+        return self.code
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -50,8 +79,9 @@ class StopSignals:
         try:
             yield
         finally:
-            for number, old in previous.items():
-                signal.signal(number, old)
+            if not (self._repeated and self.code):  # else the launcher's repetition would kill what is about to end
+                for number, old in previous.items():
+                    signal.signal(number, old)
 
     @contextmanager
     def after_step(self) -> Iterator[None]:

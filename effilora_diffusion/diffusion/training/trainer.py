@@ -38,13 +38,14 @@ from ..data.prior import class_examples
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
 from .build import RunParts, build, check_folders, check_hardware, place, preparation, sampler
-from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
+from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint, split_note
 from .dry_run import dry_run_report
 from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
 from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, make_optimizer, use_all_cores
+from .processes import Processes, launch_note, start
 from .signals import Interrupted, StopSignals
 from .validation import Validation
 
@@ -61,20 +62,23 @@ class Trainer:
         self, config: TrainingConfig, accelerator: Accelerator | None = None, signals: StopSignals | None = None
     ):
         self.config = config
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or start()
+        self.processes = Processes(self.accelerator)
         self.output = Path(config.output_dir)
         self.folder = RunFolder(self.output, IMAGE_RUN)
         self.signals = signals or StopSignals()
         self.signals.say = self.say
         self.step, self.seconds = 0, 0.0
         use_all_cores(self.accelerator)
+        if (told := launch_note(self.accelerator)) is not None:
+            self.say(told)
         check_hardware(config, self.accelerator.device, self.say)
         check_folders(config)
         self.checkpoint = find_checkpoint(config)
         if self.is_main:
             self.folder.claim(config.overwrite_output_dir, self.checkpoint)
         try:
-            self.accelerator.wait_for_everyone()
+            self.processes.wait_for_everyone()
             self._prepare()
         except BaseException:
             self.folder.release()
@@ -110,7 +114,7 @@ class Trainer:
             config.gradient_accumulation_steps,
             config.max_grad_norm,
             self._choose_blocks,
-            self._average if accelerator.num_processes > 1 else None,
+            self.processes.average if accelerator.num_processes > 1 else None,
             torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
             lambda batch: f"images {', '.join(batch.names[:4])}",
         )
@@ -130,7 +134,7 @@ class Trainer:
             return []
         self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
         draw = sampler(self.config, self.family)
-        examples = class_examples(self.parts.classes, draw, self.say, self.accelerator)
+        examples = class_examples(self.parts.classes, draw, self.say, self.processes)
         self.adapter.enabled = True
         return examples
 
@@ -159,10 +163,12 @@ class Trainer:
 
                 def after_step(done: int, figures: dict[str, float]) -> None:
                     self.step, self.seconds = done, before + time.time() - began
+                    figures["loss"], stop = self.processes.share(figures["loss"], self.signals.asked())
                     self._record(figures, bar)
-                    if self.signals.code:
+                    if stop:
+                        self.signals.code = stop  # another process may have got the signal
                         how = f"; continue with --resume_from_checkpoint latest ({self._checkpoint()})"
-                        raise Interrupted(self.signals.code, how)
+                        raise Interrupted(stop, how)
                     if self.step % self.config.checkpointing_steps == 0 and self.step < self.steps:
                         self._checkpoint()
                     self._validate()
@@ -181,6 +187,8 @@ class Trainer:
         if state.scaler:
             self.loop.scaler.load_state_dict(state.scaler)
         self.say(f"resumed from {checkpoint} at step {self.step}")
+        if (told := split_note(state.fingerprint, self.fingerprint)) is not None:
+            self.say(told)
         if self.step > self.steps or (self.step == self.steps and self.folder.finished):
             raise EffiLoRAError(
                 f"the checkpoint is at step {self.step}, max_train_steps is {self.steps}: nothing to do"
@@ -199,7 +207,7 @@ class Trainer:
             self.adapter.enabled = False  # a resumed run shows the base before training, too
             self.validation.draw(0)
             self.adapter.enabled = True
-        self.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
 
     def _choose_blocks(self, step: int) -> None:
         """Let the Reducer measure importance when it is due, and freeze the blocks that ``step`` does not train."""
@@ -216,10 +224,6 @@ class Trainer:
             torch.manual_seed(counter_seed(c.seed, "dropout", index))
         return batch
 
-    def _average(self, gradient: torch.Tensor) -> torch.Tensor:
-        averaged: Any = self.accelerator.reduce(gradient, "mean")
-        return averaged
-
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self.accelerator.device
         return batch_loss(self.family, self.objective, batch, device, self.config.prior_loss_weight)
@@ -229,7 +233,7 @@ class Trainer:
         self.adapter.eval()
         loss = float(self._loss(self.batches.validation(step)))
         self.adapter.train()
-        return loss
+        return self.processes.of_main(loss)  # rounding may differ between machines, the chosen blocks must not
 
     def _record(self, metrics: dict[str, float], bar: Any) -> None:
         if not self.is_main:
@@ -253,7 +257,7 @@ class Trainer:
             folder = save_checkpoint(
                 self.output, self.adapter, self.optimizer, state, self.config.checkpoints_total_limit
             )
-        self.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
         return folder
 
     def _validate(self) -> None:
@@ -261,10 +265,12 @@ class Trainer:
         every = c.validation_steps
         if every is None and c.validation_epochs is not None:
             every = c.validation_epochs * self.parts.steps_per_epoch
-        if self.is_main and self.step < self.steps and every and self.step % every == 0:
-            self.adapter.eval()
-            self.validation.draw(self.step)
-            self.adapter.train()
+        if self.step < self.steps and every and self.step % every == 0:
+            if self.is_main:
+                self.adapter.eval()
+                self.validation.draw(self.step)
+                self.adapter.train()
+            self.processes.wait_for_everyone()
 
     def _finish(self) -> Summary:
         """Write the output folder; refuses to call a run that changed nothing a success."""
@@ -291,7 +297,7 @@ class Trainer:
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
             self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
             self.folder.finish()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
         return summary
 
     def _show(self, what: str, write: Callable[[], object]) -> None:
@@ -336,7 +342,7 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
 
 def report_only(config: TrainingConfig) -> None:
     """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
-    accelerator = Accelerator()
+    accelerator = start()
 
     def say(text: str) -> None:
         if accelerator.is_main_process:
