@@ -11,4 +11,7 @@ from effilora_diffusion.cli import main
 
 if __name__ == "__main__":
     hosted = ["--listen"] if "SPACE_ID" in os.environ else []
+    name = os.environ.get("SPACE_HOST")
+    if hosted and name:
+        hosted += ["--allowed_host", name]
     sys.exit(main(["app", *hosted, *sys.argv[1:]]))

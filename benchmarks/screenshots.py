@@ -101,7 +101,9 @@ def main() -> None:
         for name in RUNS:
             shutil.copytree(outputs / name, Path(folder) / name)
         served = serve(
-            argparse.Namespace(mixed_precision="no", model=None, outputs=Path(folder), port=None, listen=False),
+            argparse.Namespace(
+                mixed_precision="no", model=None, outputs=Path(folder), port=None, listen=False, allowed_host=[]
+            ),
             block=False,
         )
         chromium = next(

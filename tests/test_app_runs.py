@@ -5,16 +5,23 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import build_tiny_pipeline
 from helpers import QUICK, make_subject
 
 from effilora_diffusion import EffiLoRAError
-from effilora_diffusion.studio.runs import Run
+from effilora_diffusion.core.run_folder import RunFolder
+from effilora_diffusion.diffusion.training.checkpoints import IMAGE_RUN
+from effilora_diffusion.studio import processes
+from effilora_diffusion.studio.runs import Run, dry_run
 
 PATIENCE = 600
 
@@ -49,6 +56,9 @@ def test_a_run_is_done_when_its_adapter_loads(settings, tmp_path):
         run.start(settings)
     (run.folder / "effilora.safetensors").write_bytes(b"damaged")
     assert run.status().state == "failed"
+    (run.folder / "effilora.safetensors").unlink()
+    assert run.status().state == "deleted"
+    run.check_free()  # there is nothing to resume, and its name can be used again
 
 
 def test_a_stopped_run_is_resumed_by_another_server_to_its_end(settings, tmp_path):
@@ -77,13 +87,96 @@ def test_a_killed_run_is_told_from_a_finished_one(settings, tmp_path):
 
 def trainer_of(run):
     """The trainer's process, the only child of the one that waits for it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return next((child.pid for child in psutil.Process(run._state()["pid"]).children()), None)
+
+
+def trainers_in(folder):
+    """Processes that train into a folder."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == run._state()["pid"]:
-                found.append(int(stat.parent.name))
-    return found[0] if found else None
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "effilora_diffusion.train" in words and str(folder / "settings.yaml") in words:
+                found.append(process)
+    return found
+
+
+def test_one_trainer_at_a_time_is_known_by_its_lock_and_stopped_without_its_keeper(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFILORA_AUTH", "ann:correct horse")
+    monkeypatch.setenv("EFFILORA_AUTH_FILE", str(tmp_path))
+    run, other = Run(tmp_path / "outputs", "cat"), Run(tmp_path / "outputs", "dog")
+    run.start({**settings, "max_train_steps": 4000, "checkpointing_steps": 2})
+    with pytest.raises(EffiLoRAError, match="cat is being trained already: stop it"):
+        other.start(settings)
+    assert not other.folder.exists()
+    wait(run, lambda status: status.step >= 3 or status.state != "running")
+    (trainer,) = trainers_in(run.folder)
+    for process in (trainer, trainer.parent()):
+        assert not {"EFFILORA_AUTH", "EFFILORA_AUTH_FILE"} & set(process.environ())
+        assert process.environ()["PATH"] == os.environ["PATH"]
+
+    keeper = trainer.parent()
+    keeper.kill()
+    psutil.wait_procs([keeper], PATIENCE)
+    assert run.status().state == "running"
+    with pytest.raises(EffiLoRAError, match="being trained already"):
+        run.resume()
+    run.stop()
+    status = wait(run)
+    assert (status.state, status.message[:8]) == ("stopped", "Stopped;")
+    assert (run.folder / f"checkpoint-{status.step}").is_dir()
+
+    def resume(number):
+        with contextlib.suppress(EffiLoRAError):
+            Run(tmp_path / "outputs", "cat").resume()
+            return number
+
+    with ThreadPoolExecutor(6) as visitors:
+        assert len([number for number in visitors.map(resume, range(6)) if number is not None]) == 1
+    wait(run, lambda status: trainers_in(run.folder) or status.state != "running")
+    assert len(trainers_in(run.folder)) == 1
+    run.stop()
+    assert wait(run).state == "stopped"
+
+
+def test_a_run_that_ends_without_its_keeper_is_done(settings, tmp_path):
+    run = Run(tmp_path / "outputs", "cat")
+    run.start(settings)
+    wait(run, lambda status: trainer_of(run) is not None or status.state != "running")
+    trainer = psutil.Process(trainer_of(run))
+    trainer.parent().kill()
+    wait(run, lambda status: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE)
+    assert (run.status().state, run.status().step) == ("done", 4)
+
+
+def test_a_check_that_never_ends_is_ended_with_all_it_has_started(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("effilora_diffusion.studio.runs.PATIENCE", 0)
+    with pytest.raises(EffiLoRAError, match="did not end"):
+        dry_run(settings, tmp_path)
+    assert not trainers_in(tmp_path)
+
+
+def test_processes_that_do_not_end_are_killed_with_their_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+    deaf = "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    child = deaf + "open(sys.argv[1], 'w').close(); signal.pause()"
+    words = [
+        sys.executable,
+        "-c",
+        deaf + f"subprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]])",
+        tmp_path / "up",
+    ]
+    parent = subprocess.Popen(words)
+    while not (tmp_path / "up").exists():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    family = psutil.Process(parent.pid).children(recursive=True)
+    processes.end(parent.pid)
+    assert parent.wait() == -signal.SIGKILL
+    assert len(family) == 1
+    assert not psutil.wait_procs(family, PATIENCE)[1]
+    processes.end(parent.pid)  # it is gone: nothing happens
 
 
 def test_a_trainer_that_the_system_kills_is_told_from_one_that_fails(settings, tmp_path):
@@ -127,14 +220,46 @@ def test_names_are_free_only_where_nothing_was_trained(settings, tmp_path):
     Run(outputs, "by hand").check_free()
     (outputs / "by hand" / "config.yaml").write_text(yaml.safe_dump(settings))
     (outputs / "by hand" / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "seconds": 1, "active_layers": 1}\n')
-    with pytest.raises(EffiLoRAError, match="being trained already"):
-        Run(outputs, "by hand").start(settings)
-    with pytest.raises(EffiLoRAError, match="being trained already"):
-        Run(outputs, "by hand").resume()  # a trainer of the command line is at work there
+    folder = RunFolder(outputs / "by hand", IMAGE_RUN)
+    folder.claim(overwrite=True, checkpoint=None)  # as a trainer of the command line does
+    before = sorted(folder.path.iterdir())
+    assert Run(outputs, "by hand").status().message == "Training; it was started by the command line."
+    for act in (Run(outputs, "by hand").resume, lambda: Run(outputs, "by hand").start(settings),
+                lambda: Run(outputs, "other").start(settings)):  # fmt: skip
+        with pytest.raises(EffiLoRAError, match="by hand is being trained already"):
+            act()
+    assert sorted(folder.path.iterdir()) == before
+    folder.release()
     assert Run(outputs, "by hand").status().state == "elsewhere"
-    os.utime(outputs / "by hand" / "metrics.jsonl", (0, 0))
     with pytest.raises(EffiLoRAError, match="unfinished run"):
         Run(outputs, "by hand").start(settings)
+
+
+def test_a_lock_that_nobody_holds_means_nothing(settings, tmp_path):
+    outputs = tmp_path / "outputs"
+    (outputs / "cat").mkdir(parents=True)
+    (outputs / "cat" / ".lock").touch()
+    (outputs / "cat" / ".owner.json").write_text(json.dumps({"pid": os.getpid(), "host": "x", "since": ""}))
+    (outputs / "cat" / "run.json").write_text(json.dumps({"pid": os.getpid(), "born": 0}))
+    assert not Run(outputs, "cat").running
+    Run(outputs, "cat").check_free()
+    Run(outputs, "cat").stop()  # whose number the owner's file names is not asked to stop
+
+
+def test_a_trainer_elsewhere_or_of_another_number_is_not_stopped(settings, tmp_path):
+    folder = RunFolder(tmp_path / "cat", IMAGE_RUN)
+    folder.claim(overwrite=True, checkpoint=None)
+    owner = json.loads((folder.path / ".owner.json").read_text())
+    run = Run(tmp_path, "cat")
+    (folder.path / ".owner.json").write_text(json.dumps({**owner, "host": "elsewhere"}))
+    with pytest.raises(EffiLoRAError, match="is being trained on elsewhere: stop it there"):
+        run.stop()
+    (folder.path / ".owner.json").write_text(json.dumps(owner))
+    os.utime(folder.path / ".owner.json", (0, 0))  # older than the process that has the number now
+    run.stop()
+    assert run.running
+    folder.release()
+    assert not run.running
 
 
 def test_a_failed_run_says_why(settings, tmp_path):

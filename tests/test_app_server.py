@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
+from effilora_diffusion.studio.guards import FREE_ATTEMPTS
 from effilora_diffusion.studio.server import credentials, serve
 
 SMALL = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
@@ -33,7 +34,7 @@ def server(place, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("served") / "outputs"
     shutil.copytree(place / "outputs", outputs)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False
+        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False, allowed_host=[]
     )
     page = serve(args, block=False)
     yield page, outputs
@@ -264,7 +265,12 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
     assert page.share_url is None
     monkeypatch.delenv("EFFILORA_AUTH", raising=False)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=place / "outputs", port=None, listen=True
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=place / "outputs",
+        port=None,
+        listen=True,
+        allowed_host=[],
     )
     with pytest.raises(EffiLoRAError, match="--listen needs credentials"):
         serve(args, block=False)
@@ -273,7 +279,12 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
 def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILORA_AUTH", "ann:correct horse")
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None, listen=False
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=tmp_path / "outputs",
+        port=None,
+        listen=False,
+        allowed_host=[],
     )
     page = serve(args, block=False)
     try:
@@ -282,6 +293,10 @@ def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
         assert caught.value.code == 401
         client = Client(page.local_url, auth=("ann", "correct horse"), verbose=False)
         assert client.predict(api_name="/list_adapters") == []
+        wrong = {"username": "ann", "password": "wrong password"}
+        codes = [httpx.post(f"{page.local_url}login", data=wrong).status_code for _ in range(FREE_ATTEMPTS + 1)]
+        assert codes == [*[400] * FREE_ATTEMPTS, 429]
+        assert client.predict(api_name="/list_adapters") == []  # whoever is in stays in
     finally:
         page.close()
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import build
 
 from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
+from effilora_diffusion.core.run_folder import trim_log
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.studio.adapter_row import AdapterRow
 from effilora_diffusion.studio.server import make_page
@@ -174,8 +175,8 @@ def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path)
     data = make_subject(session.outputs / "datasets" / "cat", 3)
     options = {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0}
     trainer(place / "model", data, session.outputs / "half", **options).run()
-    (session.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped, and not just now
-    os.utime(session.outputs / "half" / "metrics.jsonl", (0, 0))
+    (session.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped before its end
+    trim_log(session.outputs / "half" / "metrics.jsonl", 3)
     (session.uploads / "dog.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes())
     before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from visits import Visit, executable
 
 from effilora_diffusion import cli
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.sampling.png import read_parameters
 from effilora_diffusion.diffusion.training.example import example_settings
@@ -67,7 +68,10 @@ def served(tmp_path_factory):
              "validation_inference_steps": 4, "output_dir": str(outputs / "cat")}  # fmt: skip
     Trainer(TrainingConfig(**{**example_settings(), **short})).run()
     page = serve(
-        argparse.Namespace(mixed_precision="no", model=None, outputs=outputs, port=None, listen=False), block=False
+        argparse.Namespace(
+            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[]
+        ),
+        block=False,
     )
     yield page.local_url, outputs
     page.close()
@@ -342,6 +346,27 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
     few_steps(page, count=1)
     page.locator("#draw").click()
     one.says("#status", "Done: 1 of 1")
+
+
+def test_words_of_a_file_are_only_words(visit, served):
+    content = load_adapter_file(served[1] / "cat" / "effilora.safetensors")
+    words = "$$x^2$$ $y$ www.evil.example a@evil.example https://evil.example/x <b>bold</b> **bold** _odd_ ~~gone~~ \x1b[31m"
+    stated = dict.fromkeys(("trigger_prompt", "base_model", "steps"), words + " \ud800")
+    file = served[1] / "adapters" / "odd words.safetensors"
+    save_adapter_file(file, AdapterFile(content.adapter, stated, content.calibration))
+    one = visit()
+    one.choose("#adapter-1", "odd words")
+    shown = (
+        "$$x^2$$ $y$ www.evil.example a@evil.example https: //evil.example/x ‹b›bold‹/b› **bold** _odd_ ~~gone~~ [31m"
+    )
+    one.says(".prose.trigger", f"Trained with: {shown}")
+    one.tab("Adapters")
+    one.choose("#which", "odd words")
+    one.says("#card", shown)
+    for place in (".prose.trigger", "#card"):
+        found = one.page.locator(place).first.locator("a, img, em, del, h1, h2, .katex, math")
+        assert found.count() == 0, place
+    file.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect

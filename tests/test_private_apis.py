@@ -31,7 +31,6 @@ COVERED = {
     "_cdata",
     "_forward_hooks",
     "_get_available_adapters",
-    "_hf_peft_config_loaded",
     "_modules",
     "_num_timesteps",
     "_option_string_actions",
@@ -171,14 +170,6 @@ def test_pipelines_count_their_steps_while_they_draw():
 
     pipe("a cat", num_inference_steps=3, output_type="latent", callback_on_step_end=note)
     assert seen == [3, 3, 3]
-
-
-def test_models_remember_that_peft_adapters_are_loaded():
-    """adapters/lora_files.py: unloading asks for the mark, which a failed load has not set."""
-    unet = tiny_unet()
-    assert unet._hf_peft_config_loaded is False
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "x")
-    assert unet._hf_peft_config_loaded is True
 
 
 # ---------------------------------------------------------------------------------------------------------------- peft

@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of runs, adapters and images")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--listen", action="store_true", help="serve other machines too; needs credentials")
+    parser.add_argument(
+        "--allowed_host", action="append", default=[], metavar="NAME",
+        help="a name that the page is reached by besides this machine's own, as behind a proxy; may be repeated",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

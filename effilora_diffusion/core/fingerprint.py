@@ -55,4 +55,5 @@ def same_base(first: dict[str, Any], second: dict[str, Any]) -> bool | None:
     rounded = first.get("base_hash_bfloat16")
     if first["base_hash"] == second["base_hash"] or (rounded and rounded == second.get("base_hash_bfloat16")):
         return True
-    return None if {first.get("base_dtype"), second.get("base_dtype")} == {"float16", "bfloat16"} else False
+    dtypes = [first.get("base_dtype"), second.get("base_dtype")]
+    return None if dtypes in (["float16", "bfloat16"], ["bfloat16", "float16"]) else False

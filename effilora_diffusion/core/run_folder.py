@@ -57,6 +57,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who writes a run into ``folder`` now: ``pid``, ``host`` and ``since``, or nothing of them where they are not known.
+
+    Returns:
+        ``None`` if nobody does: the lock alone decides, and nothing is left behind by asking for it.
+    """
+    if not (folder / LOCK_FILE).exists():
+        return None
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            return None
+    except Timeout:
+        return _owner_of(folder)
+    except OSError:  # a folder that only others may write
+        return None
+
+
+def _owner_of(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
+        return {"pid": int(found["pid"]), "host": str(found["host"]), "since": str(found["since"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps behind a checkpoint, by its name."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -229,11 +254,8 @@ class RunFolder:
 
     def _owner(self) -> str:
         """Whose the lock is, in words; empty if it is not known."""
-        try:
-            owner: dict[str, Any] = json.loads((self.path / OWNER_FILE).read_text(encoding="utf-8"))
-            return f" (process {owner['pid']} on {owner['host']}, since {owner['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
+        owner = _owner_of(self.path)
+        return f" (process {owner['pid']} on {owner['host']}, since {owner['since']})" if owner else ""
 
     def release(self) -> None:
         """Give the folder free, and leave no trace of the lock; a replaced run returns if nothing has come of the new one."""

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 
 from .. import EffiLoRAError
-from .queue import plain_words
 from .session import LIMITS, Session
+from .words import Markdown, plain_words
 
 NONE = "none"
 """Stands for no adapter in lists."""
@@ -38,7 +38,7 @@ class AdapterRow:
                 elem_id=f"strength-{self.number}",
             )
         with gr.Row(visible=False) as self.row:
-            self.words = gr.Markdown("", elem_classes="trigger")
+            self.words = Markdown("", elem_classes="trigger")
             self.insert = gr.Button(
                 "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
             )

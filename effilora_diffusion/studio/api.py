@@ -11,9 +11,10 @@ from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
 from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.sampling.request import GenerationRequest
-from .queue import MODEL_QUEUE, one_line
+from .queue import MODEL_QUEUE
 from .runs import Run
 from .session import Session
+from .words import clean, one_line
 
 
 def add_endpoints(session: Session) -> None:
@@ -73,4 +74,5 @@ def _facts(path: Path) -> dict[str, Any]:
     else:
         named = describe_plain(path)
         own = {"kind": "lora", "rank": max(named["ranks"], default=None), "heads": 1}
-    return {**own, "trigger_prompt": named.get("trigger_prompt"), "base_model": named.get("base_model")}
+    stated = {key: named.get(key) for key in ("trigger_prompt", "base_model")}
+    return {**own, **{key: None if value is None else clean(value) for key, value in stated.items()}}

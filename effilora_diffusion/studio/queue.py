@@ -1,4 +1,4 @@
-"""What all tabs that draw have in common: a place in the queue, a Stop that ends this visitor's drawings, plain words."""
+"""What all tabs that draw have in common: a place in the queue, a Stop that ends this visitor's drawings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import gradio as gr
 
 from .. import EffiLoRAError
 from ..diffusion.sampling.stream import Stop
+from .words import one_line, plain_words
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +28,6 @@ BUSY = (gr.update(interactive=False), gr.update(interactive=True))
 
 IDLE = (gr.update(interactive=True), gr.update(interactive=False))
 """The same once it has ended."""
-
-
-def plain_words(text: object, most: int = 300) -> str:
-    """Text of a file or an error for Markdown: one line, without markup, images or links of its own."""
-    found = " ".join(str(text).split())[:most]
-    for letter in "\\`*<>|":
-        found = found.replace(letter, {"|": "/", "<": "‹", ">": "›"}.get(letter, f"\\{letter}"))
-    return found.replace("](", "] (").replace("://", ": //")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def shown_file(component: gr.Image, path: Path) -> str | None:

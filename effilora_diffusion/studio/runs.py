@@ -7,33 +7,47 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import signal
+import socket
 import subprocess
-import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from filelock import FileLock, Timeout
 
 from .. import EffiLoRAError
 from ..core import load_adapter_file
 from ..core.files import ADAPTER_FILE
 from ..core.inspection import ReducerHistory, logged_blocks, reducer_history
-from ..core.run_folder import CONFIG_FILE, METRICS_FILE, REDUCER_FILE, SAMPLES_FOLDER, RunFolder, checkpoints
+from ..core.run_folder import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    OWNER_FILE,
+    REDUCER_FILE,
+    SAMPLES_FOLDER,
+    RunFolder,
+    checkpoints,
+    holder,
+)
 from ..core.writing import write_text, writing
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.checkpoints import IMAGE_RUN
+from . import processes
+from .words import clean, is_text, without_folders
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,60}")
 RESERVED = ("history", "adapters", "datasets", "exports", "class images")
 STATE_FILE = "run.json"
-RECENT = 60
-"""Seconds after its last step in which a run of the command line counts as being trained."""
+STARTING_FILE = ".starting.lock"
+STARTING_PATIENCE = 120
+"""Seconds to wait for another training that is just being started."""
 
 PATIENCE = 1800
 """Seconds that a check before training may take: large models load slowly."""
@@ -41,8 +55,10 @@ PATIENCE = 1800
 REPORT_LABELS = ("model", "images", "adapter", "steps", "memory")
 REPORT_LINE = re.compile(rf"(?:{'|'.join(REPORT_LABELS)}) {{2,}}\S")
 EXIT_FILE = "exit_code"
-STOPPED = (129, 130, 143, -1, -signal.SIGINT, -signal.SIGTERM)
-"""Exit codes of a trainer that a signal has stopped: its own, and the system's before it handles signals."""
+STOPPED = (129, 130, 143, 149, -1, -signal.SIGINT, -signal.SIGTERM, 0xC000013A)
+"""Exit codes of a trainer that a signal has stopped: its own, and the system's before it handles signals (last: Windows')."""
+
+KILLED = -9
 
 LOG_FILE = "training.log"
 SETTINGS_FILE = "settings.yaml"
@@ -74,48 +90,34 @@ class Run:
         self.name, self.folder = name, outputs / name
 
     def check_free(self) -> None:
-        """Raise :class:`EffiLoRAError` if something was trained under this name already."""
-        if self.running or self._busy_elsewhere():
+        """Raise :class:`EffiLoRAError` if something was trained under this name already; a deleted adapter's is free."""
+        if self.running:
             raise EffiLoRAError(f"{self.name} is being trained already")
         if (self.folder / ADAPTER_FILE).exists():
-            raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete it")
-        if RunFolder(self.folder, IMAGE_RUN).used:
+            raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete its adapter")
+        if RunFolder(self.folder, IMAGE_RUN).used and self._verdict()[0] != "deleted":
             raise EffiLoRAError(f"there is an unfinished run named {self.name}: resume it, or give another name")
 
-    def _busy_elsewhere(self) -> bool:
-        """Whether a trainer of the command line seems to be at work in the folder."""
-        try:
-            age = time.time() - (self.folder / METRICS_FILE).stat().st_mtime
-        except OSError:
-            return False
-        return self._state() is None and age < RECENT and not (self.folder / ADAPTER_FILE).exists()
-
     def start(self, settings: dict[str, Any], resume: bool = False) -> None:
-        """Start the trainer with ``settings`` of :class:`TrainingConfig`; with ``resume`` go on where it stopped."""
-        if not resume:
-            self.check_free()
-        elif self.running or self._busy_elsewhere():
-            raise EffiLoRAError(f"{self.name} is being trained already")
-        settings = {**settings, "output_dir": str(self.folder), "overwrite_output_dir": not resume}
-        settings["resume_from_checkpoint"] = "latest" if resume else None
-        TrainingConfig(**settings)  # mistakes are raised here, not in the process
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / EXIT_FILE).unlink(missing_ok=True)
-        write_text(self.folder / SETTINGS_FILE, yaml.safe_dump(settings, allow_unicode=True))
-        words = [
-            sys.executable,
-            "-m",
-            "effilora_diffusion.studio.supervise",
-            str(self.folder / EXIT_FILE),
-            "--config",
-            str(self.folder / SETTINGS_FILE),
-        ]
-        with writing(self.folder / LOG_FILE), (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
-            process = subprocess.Popen(
-                words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-            )  # fmt: skip
-        text = json.dumps({"pid": process.pid, "born": _born(process.pid)})
-        write_text(self.folder / STATE_FILE, text)
+        """Start the trainer with ``settings`` of :class:`TrainingConfig`; with ``resume`` go on where it stopped.
+
+        Raises :class:`EffiLoRAError` while anything else is trained among these runs: a device holds one training.
+        """
+        with starting(self.folder.parent):
+            if not resume:
+                self.check_free()
+            check_idle(self.folder.parent)
+            settings = {**settings, "output_dir": str(self.folder), "overwrite_output_dir": not resume}
+            settings["resume_from_checkpoint"] = "latest" if resume else None
+            TrainingConfig(**settings)  # mistakes are raised here, not in the process
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / EXIT_FILE).unlink(missing_ok=True)
+            write_text(self.folder / SETTINGS_FILE, yaml.safe_dump(settings, allow_unicode=True))
+            words = ["effilora_diffusion.studio.supervise", str(self.folder / EXIT_FILE)]
+            words += ["--config", str(self.folder / SETTINGS_FILE)]
+            with writing(self.folder / LOG_FILE), (self.folder / LOG_FILE).open("ab" if resume else "wb") as log:
+                process = processes.launch(words, log)
+            self._write_state({"pid": process.pid, "born": processes.born(process.pid)})
 
     def resume(self) -> None:
         """Start again from the newest checkpoint."""
@@ -131,18 +133,53 @@ class Run:
         raise EffiLoRAError(f"there are no settings of a run named {self.name}")
 
     def stop(self) -> None:
-        """Ask the trainer to write a checkpoint after its step and end."""
+        """Ask the trainer to write a checkpoint after its step and end.
+
+        Raises :class:`EffiLoRAError` if it runs where it can't be reached.
+        """
         state = self._state()
-        if state is not None and self.running:
-            os.kill(state["pid"], signal.SIGTERM)
+        if state is None or not self._supervised():
+            pid = self._writer()
+            if state is not None and pid is not None:
+                self._write_state({**state, "asked": True})  # nobody is left to write the exit code
+        else:
+            pid = state["pid"]
+        try:
+            if pid is not None:
+                psutil.Process(pid).send_signal(processes.STOP)
+        except psutil.NoSuchProcess:
+            return
+        except psutil.AccessDenied as error:
+            raise EffiLoRAError(f"{self.name} was started by another user, who must stop it") from error
+
+    def _writer(self) -> int | None:
+        """The process that writes into the folder; ``None`` if there is none."""
+        owner = holder(self.folder)
+        if owner is None:
+            return None
+        if owner.get("host") != socket.gethostname():
+            raise EffiLoRAError(
+                f"{self.name} is being trained on {owner.get('host', 'another machine')}: stop it there"
+            )
+        pid = int(owner["pid"])
+        try:
+            noted = (self.folder / OWNER_FILE).stat().st_mtime
+        except OSError:
+            return None
+        start = processes.born(pid)
+        return pid if start is not None and start <= noted + 1 else None  # not another one with its number
 
     @property
     def running(self) -> bool:
-        """Whether the process that was started is still there (and not another one with its number)."""
+        """Whether somebody writes into the folder, or a trainer that was started here is about to."""
+        return self._supervised() or holder(self.folder) is not None
+
+    def _supervised(self) -> bool:
+        """Whether the process that waits for the trainer is there (and not another one with its number)."""
         state = self._state()
         if state is None or (self.folder / EXIT_FILE).exists():
             return False
-        return _born(state["pid"]) == state["born"] is not None
+        return processes.born(state["pid"]) == state["born"] is not None
 
     def _left_behind(self) -> bool:
         """Whether the run was gone on with by the command line after what was started here had ended."""
@@ -155,9 +192,12 @@ class Run:
     def _state(self) -> dict[str, Any] | None:
         try:
             found = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
-            return {"pid": int(found["pid"]), "born": found["born"]}
+            return {"pid": int(found["pid"]), "born": found["born"], "asked": bool(found.get("asked"))}
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        write_text(self.folder / STATE_FILE, json.dumps(state))
 
     def status(self) -> Status:
         """The state of the run as its files tell it; success only if the adapter's file loads."""
@@ -169,28 +209,36 @@ class Run:
             steps = 0
         samples = sorted((self.folder / SAMPLES_FOLDER).glob("step-*.png"))
         step = int(metrics[-1]["step"]) if metrics else 0
-        return Status(state, message, step, steps, metrics, samples[-1] if samples else None)
+        said = clean(without_folders(message), 600)
+        return Status(state, said, step, steps, metrics, samples[-1] if samples else None)
 
     def _verdict(self) -> tuple[str, str]:
         if self.running:
-            return "running", "Training."
-        if self._state() is None or self._left_behind():
+            return "running", "Training." if self._state() else "Training; it was started by the command line."
+        state = self._state()
+        if state is None or self._left_behind():
             return self._verdict_elsewhere()
-        try:
-            code: int | None = int((self.folder / EXIT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            code = None
+        code = self._exit_code()
+        if code is None and RunFolder(self.folder, IMAGE_RUN).finished:
+            return self._verdict_of_adapter("")
+        if code in STOPPED or (code is None and state["asked"]):
+            if checkpoints(self.folder):
+                return "stopped", "Stopped; its checkpoint is written. Resume goes on there."
+            return "stopped", "Stopped before its first step: start it again."
         if code is None:
             return "failed", f"The training process was killed. {self._way_on()}"
-        if code in STOPPED and checkpoints(self.folder):
-            return "stopped", "Stopped; its checkpoint is written. Resume goes on there."
-        if code in STOPPED:
-            return "stopped", "Stopped before its first step: start it again under another name."
-        if code == -signal.SIGKILL:
+        if code == KILLED:
             return "failed", f"The system killed the training, mostly for lack of memory. {self._way_on()}"
         if code != 0:
             return "failed", f"Training failed: {self._last_words()}"
         return self._verdict_of_adapter("")
+
+    def _exit_code(self) -> int | None:
+        """What the trainer ended with; ``None`` if nobody was left to write it down."""
+        try:
+            return int((self.folder / EXIT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def _way_on(self) -> str:
         return "Resume goes on from its last checkpoint." if checkpoints(self.folder) else "It had no checkpoint yet."
@@ -206,13 +254,13 @@ class Run:
         return "done", f"Done: the adapter {self.name} can be used.{remark}"
 
     def _verdict_elsewhere(self) -> tuple[str, str]:
-        """Of a run that was started by the command line: whether its process is there is not known here."""
+        """Of a run that was started by the command line, and is not being trained."""
         if not (self.folder / METRICS_FILE).exists():
             return "new", "Nothing has been trained under this name."
         metrics = self._metrics()
         planned = self.settings().get("max_train_steps") if (self.folder / CONFIG_FILE).exists() else None
         ended = bool(metrics) and metrics[-1]["step"] == planned
-        if not (self.folder / ADAPTER_FILE).exists() and not (ended and not self._busy_elsewhere()):
+        if not (self.folder / ADAPTER_FILE).exists() and not ended:
             return "elsewhere", "Started by the command line, and not finished so far."
         return self._verdict_of_adapter(" It was trained by the command line.")
 
@@ -257,11 +305,33 @@ def _is_folder_of(outputs: Path, name: str | None) -> bool:
     return bool(name) and name in {path.name for path in outputs.glob("[!.]*") if path.is_dir()}
 
 
+@contextmanager
+def starting(outputs: Path) -> Iterator[None]:
+    """Be the only one, in any process, that starts a training among the runs in ``outputs``."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(outputs / STARTING_FILE, timeout=STARTING_PATIENCE, is_singleton=True):
+            yield
+    except Timeout as error:
+        raise EffiLoRAError("another training is just being started: try again") from error
+
+
+def check_idle(outputs: Path) -> None:
+    """Raise :class:`EffiLoRAError` if a run in ``outputs`` is being trained, started here or by the command line."""
+    for folder in _folders_with(outputs, STATE_FILE, LOCK_FILE):
+        if Run(outputs, folder.name).running:
+            raise EffiLoRAError(f"{folder.name} is being trained already: stop it, or wait for its end")
+
+
+def _folders_with(outputs: Path, *names: str) -> set[Path]:
+    folders = {file.parent for name in names for file in outputs.glob(f"*/{name}")}
+    return {found for found in folders if found.name not in RESERVED and found.name[0] != "." and is_text(found.name)}
+
+
 def list_runs(outputs: Path) -> list[str]:
     """Names of the runs in ``outputs``, started here or by the command line, the newest first."""
-    folders = {file.parent for name in (STATE_FILE, METRICS_FILE) for file in outputs.glob(f"*/{name}")}
-    named = [folder for folder in folders if folder.name not in RESERVED and not folder.name.startswith(".")]
-    return [folder.name for folder in sorted(named, key=lambda folder: folder.stat().st_mtime, reverse=True)]
+    folders = _folders_with(outputs, STATE_FILE, METRICS_FILE)
+    return [folder.name for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)]
 
 
 def report_lines(text: str) -> str:
@@ -286,14 +356,20 @@ def dry_run(settings: dict[str, Any], folder: Path) -> str:
     TrainingConfig(**settings)
     file = folder / SETTINGS_FILE
     write_text(file, yaml.safe_dump(settings, allow_unicode=True))
-    words = [sys.executable, "-m", "effilora_diffusion.train", "--config", str(file)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE)
-    except subprocess.TimeoutExpired as error:
-        raise EffiLoRAError(f"the check did not end within {PATIENCE // 60} minutes") from error
-    if done.returncode != 0:
-        raise EffiLoRAError(last_words(done.stderr or done.stdout))
-    return report_lines(done.stdout)
+    words = ["effilora_diffusion.train", "--config", str(file)]
+    with (folder / LOG_FILE).open("w+b") as log:
+        process = processes.launch(words, log, stays=False)
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            processes.end(process.pid)
+            process.wait()
+            raise EffiLoRAError(f"the check did not end within {PATIENCE // 60} minutes") from error
+        log.seek(0)
+        said = log.read().decode("utf-8", "replace")
+    if code != 0:
+        raise EffiLoRAError(last_words(said))
+    return report_lines(said)
 
 
 def _text(path: Path) -> str:
@@ -301,12 +377,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _born(pid: int) -> float | None:
-    """When a process started, in seconds of the epoch; ``None`` if it is not there, or is only a zombie."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None

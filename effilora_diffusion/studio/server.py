@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,19 @@ from .. import EffiLoRAError
 from ..diffusion.config import PRECISIONS
 from . import figures
 from .api import add_endpoints
+from .guards import allowed_hosts, guarded
 from .session import Session
 from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
 from .tabs.train import TrainTab
+from .words import Markdown
 
 LOOPBACK = "127.0.0.1"
+
+MOST_SESSIONS = 256
+"""Visitors whose form is kept in memory, 0.4 MB each; the one that was idle longest goes first."""
 
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
@@ -82,7 +89,7 @@ def theme() -> gr.Theme:
 def make_page(session: Session) -> gr.Blocks:
     """The whole page, not yet served."""
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# EffiLoRA", elem_id="title")
+        Markdown("# EffiLoRA", elem_id="title")
         generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
         adapters, inspect = AdaptersTab(session), InspectTab(session)
         tabs: dict[str, Any] = {
@@ -138,16 +145,25 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
     auth = credentials()
     if args.listen and auth is None:
         raise EffiLoRAError("--listen needs credentials: set EFFILORA_AUTH=user:password or EFFILORA_AUTH_FILE")
+    hosts = allowed_hosts(args.allowed_host, args.listen)
     session = Session(args.model, args.outputs, PRECISIONS[args.mixed_precision])
     page = make_page(session)
     page.queue(max_size=64, default_concurrency_limit=1)
+
+    @asynccontextmanager
+    async def behind_guards(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = guarded(app.middleware_stack, page, hosts, args.allowed_host)
+        yield
+
     _launch(
         page,
         server_name="0.0.0.0" if args.listen else LOOPBACK,
         server_port=args.port,
         share=False,
         auth=auth,
+        app_kwargs={"lifespan": behind_guards},  # around all that Gradio adds, and before the first request
         allowed_paths=[str(session.history), str(session.exports)],
+        state_session_capacity=MOST_SESSIONS,
         max_file_size="64mb",
         show_error=False,
         run_history=False,

@@ -27,6 +27,7 @@ from ..diffusion.sampling.png import save_png
 from ..diffusion.sampling.request import GenerationRequest, Limits, sampling_defaults
 from ..diffusion.sampling.stream import Progress, Stop, draw_live, settle
 from .queue import Tickets
+from .words import clean, is_text
 
 LIMITS = Limits(
     seed=2**53 - 1,  # larger ones would change in a browser, whose numbers are float64
@@ -88,7 +89,7 @@ class Session:
         for file in self.uploads.glob("*.safetensors"):
             if file.name != ADAPTER_FILE:
                 names[file] = f"{file.stem} (brought)" if file.stem in taken else file.stem
-        inside = [file for file in names if file.resolve().is_relative_to(self.outputs)]
+        inside = [file for file in names if file.resolve().is_relative_to(self.outputs) and is_text(names[file])]
         inside.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         return {names[file]: file for file in inside}
 
@@ -113,9 +114,8 @@ class Session:
     def trigger(self, name: str) -> str:
         """The prompt that an adapter was trained with; empty if it is not known."""
         path = self.base_file(name)
-        if is_native(path):
-            return str(load_adapter_file(path).metadata.get("trigger_prompt", ""))
-        return str(describe_plain(path).get("trigger_prompt", ""))
+        named = load_adapter_file(path).metadata if is_native(path) else describe_plain(path)
+        return clean(named.get("trigger_prompt", ""), int(LIMITS.prompt))
 
     def adapter_path(self, name: str) -> Path:
         """The file of an adapter of the list; raises :class:`EffiLoRAError` for other names."""

@@ -11,23 +11,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .processes import APART, STOP
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+"""Those that exist: SIGBREAK is Windows'."""
+
 
 def main(exit_file: Path, words: list[str]) -> None:
     """Train with ``words`` as arguments, and write the exit code to ``exit_file``."""
     child: subprocess.Popen[bytes] | None = None
-    asked: int | None = None  # a signal that came before the child was there
+    asked = False  # by a signal that came before the child was there
 
     def pass_on(number: int, frame: Any) -> None:
         nonlocal asked
-        asked = number
+        asked = True
         if child is not None:
-            child.send_signal(number)
+            child.send_signal(STOP)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    child = subprocess.Popen([sys.executable, "-m", "effilora_diffusion.train", *words])
-    if asked is not None:
-        child.send_signal(asked)
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), pass_on)
+    child = subprocess.Popen([sys.executable, "-m", "effilora_diffusion.train", *words], **APART)
+    if asked:
+        child.send_signal(STOP)
     exit_file.write_text(str(child.wait()))
 
 

@@ -13,6 +13,7 @@ from ..core.options import base_type, default_of, settings_of
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.example import example_settings
 from .session import Session
+from .words import Markdown
 
 PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
 """Length of training by name, as a share of the usual number of steps."""
@@ -46,7 +47,7 @@ def build_advanced(session: Session) -> list[Any]:
     for entry in shown_fields():
         if entry.metadata["group"] != group:
             group = entry.metadata["group"]
-            gr.Markdown(f"### {group}")
+            Markdown(f"### {group}")
         made.append(component_of(entry, usual[entry.name]))
     return made
 

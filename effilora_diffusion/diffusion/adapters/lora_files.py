@@ -10,10 +10,12 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ...core import EffiLoRAError
 from ...core.errors import is_out_of_memory
+from .plain_file import read_header, read_plain
+from .restore import unchanged_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -42,39 +44,21 @@ def is_plain_lora(path: str | Path) -> bool:
 def describe_plain(path: str | Path) -> dict[str, Any]:
     """What a plain LoRA file says of itself: ``layers``, ``parameters``, ``ranks``, and ``base_model`` and
     ``trigger_prompt`` where its metadata (kohya's, modelspec's) name them."""
+    header = read_header(Path(path))
     ranks: set[int] = set()
     layers = parameters = 0
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                shape = file.get_slice(name).get_shape()
-                parameters += math.prod(shape)
-                if any(part in name for part in ("lora_A", "lora_down", "lora.down", "lokr_w1")) and shape:
-                    layers += 1
-                    ranks.add(int(shape[0]))
-    except (SafetensorError, OSError) as error:
-        raise EffiLoRAError(f"{Path(path).name} is not a readable safetensors file: get it again") from error
+    for name, shape in header.shapes.items():
+        parameters += math.prod(shape)
+        if any(part in name for part in ("lora_A", "lora_down", "lora.down", "lokr_w1")) and shape:
+            layers += 1
+            ranks.add(int(shape[0]))
+    metadata = header.metadata
     named = {
         "base_model": metadata.get("ss_sd_model_name") or metadata.get("modelspec.architecture"),
         "trigger_prompt": metadata.get("modelspec.trigger_phrase"),
     }
     facts = {"layers": layers, "parameters": parameters, "ranks": sorted(ranks)}
     return {**facts, **{key: value for key, value in named.items() if value}}
-
-
-def check_weights(path: str | Path) -> None:
-    """Raise :class:`EffiLoRAError` for a plain LoRA file whose weights are not finite, or whose update is zero."""
-    acts = False
-    with safe_open(str(path), "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise EffiLoRAError(f"{Path(path).name} holds NaN or infinite values: get it again")
-            if any(part in name for part in ("lora_B", "lora_up", "lora.up", "lokr_w2")):
-                acts = acts or bool(tensor.any())
-    if not acts:
-        raise EffiLoRAError(f"{Path(path).name} changes nothing: all its updates are zero")
 
 
 def plain_layers(pipe: Any, name: str) -> int:
@@ -91,28 +75,37 @@ def load_plain_lora(pipe: Any, path: str | Path, name: str) -> int:
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise EffiLoRAError(f"diffusers has no loader for plain LoRA in {type(pipe).__name__}")
-    check_weights(path)
     file, level = Path(path), diffusers_logging.get_verbosity()
+    tensors = read_plain(file)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # what goes wrong is raised here, in fewer words
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, local_files_only=True)
-        layers = plain_layers(pipe, name)
-    except Exception as error:  # diffusers and PEFT raise a dozen kinds for files made for another model
-        if is_out_of_memory(error):
-            raise
+        with unchanged_on_error(pipe):
+            layers = _load(pipe, tensors, name, file.name)
+    except EffiLoRAError:
         remove_plain_loras(pipe)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:200]
-        raise EffiLoRAError(f"{file.name} does not fit this model, it was made for another base: {reason}") from error
+        raise
     finally:
         diffusers_logging.set_verbosity(level)
-    if layers == 0:
-        remove_plain_loras(pipe)
-        raise EffiLoRAError(f"{file.name} changes no layer of this model: it was made for another base")
     held = describe_plain(path)["layers"]
     if layers < held:
         logger.warning(
             "%s acts on %d layers of this model, and names %d: the others are not here", file.name, layers, held
         )
+    return layers
+
+
+def _load(pipe: Any, tensors: dict[str, Tensor], name: str, file: str) -> int:
+    """Hand the tensors to diffusers; returns the number of layers they act on."""
+    try:
+        pipe.load_lora_weights(tensors, adapter_name=name)
+    except Exception as error:  # diffusers and PEFT raise a dozen kinds for files made for another model
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:200]
+        raise EffiLoRAError(f"{file} does not fit this model, it was made for another base: {reason}") from error
+    layers = plain_layers(pipe, name)
+    if layers == 0:
+        raise EffiLoRAError(f"{file} changes no layer of this model: it was made for another base")
     return layers
 
 
@@ -123,11 +116,6 @@ def set_plain_strengths(pipe: Any, strengths: dict[str, float]) -> None:
 
 def remove_plain_loras(pipe: Any) -> None:
     """Take every plain LoRA off ``pipe``: afterwards its layers are what they were."""
-    if not hasattr(pipe, "unload_lora_weights"):
-        return
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module) and any(isinstance(layer, BaseTunerLayer) for layer in part.modules()):
-            part.__dict__["_hf_peft_config_loaded"] = (
-                True  # a load that failed half-way has not set it, and unloading asks for it
-            )
-    pipe.unload_lora_weights()
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    if any(isinstance(layer, BaseTunerLayer) for part in parts for layer in part.modules()):
+        pipe.unload_lora_weights()

@@ -25,8 +25,9 @@ from ...diffusion.adapters.active_adapters import AdapterRef
 from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
-from ..queue import BUSY, IDLE, one_line, plain_words, refusal, shown_file
+from ..queue import BUSY, IDLE, refusal, shown_file
 from ..runs import NAME, Run
+from ..words import Markdown, one_line, plain_words
 from .drawing import DrawingTab
 
 AS_IT_IS = "as it is"
@@ -57,9 +58,9 @@ class AdaptersTab(DrawingTab):
                 with gr.Row():
                     self.sure = gr.Checkbox(False, label="Yes, delete it", elem_id="sure", min_width=120)
                     self.delete = gr.Button("Delete", variant="stop", elem_id="delete")
-                self.status = gr.Markdown("", elem_id="adapter-status")
+                self.status = Markdown("", elem_id="adapter-status")
             with gr.Column(scale=6, min_width=300):
-                self.card = gr.Markdown("", elem_id="card")
+                self.card = Markdown("", elem_id="card")
                 self.image = gr.Image(label="Without and with it", show_label=False, format="png",
                                         interactive=False, visible=False, buttons=["fullscreen"], elem_id="card-image",
                                         alt_text="Sample images without and with the adapter")  # fmt: skip
@@ -152,8 +153,8 @@ class AdaptersTab(DrawingTab):
         try:
             name, remark = self.take_in(Path(file))
         except Exception as error:
-            return gr.update(), refusal(error, "Not taken").replace(plain_words(f"{Path(file).parent}/"), "")
-        return gr.update(choices=list(self.session.adapters()), value=name), f"{name} is here.{remark}"
+            return gr.update(), refusal(error, "Not taken")
+        return gr.update(choices=list(self.session.adapters()), value=name), f"{plain_words(name)} is here.{remark}"
 
     def take_in(self, file: Path) -> tuple[str, str]:
         """Copy a file into the adapters; returns its name, and a remark if it fits in part only.
@@ -211,7 +212,8 @@ class AdaptersTab(DrawingTab):
             return nothing, refusal(problem, "Not exported")
         missing = describe_export_error(error or None)
         if format == "merged":  # a whole model: too large to be sent through a browser
-            return nothing, f"The whole model with the adapter in it is in `{target}`: {missing}."
+            place = plain_words(target.relative_to(self.session.outputs))
+            return nothing, f"The whole model with the adapter in it is in {place} of the outputs: {missing}."
         if folder:
             target = Path(shutil.make_archive(str(target), "zip", target))
         return gr.update(value=str(target), visible=True), f"Plain LoRA for {format}: {missing}."
@@ -230,7 +232,7 @@ class AdaptersTab(DrawingTab):
         except (EffiLoRAError, OSError) as error:
             return gr.update(), False, refusal(error, "Not deleted")
         names = list(self.session.adapters())
-        return gr.update(choices=names, value=names[0] if names else None), False, f"{name} is deleted."
+        return gr.update(choices=names, value=names[0] if names else None), False, f"{plain_words(name)} is deleted."
 
     def refresh(self, name: str | None) -> tuple[Any, str, Any]:
         """The adapters as they are on the disk now, and the card of the chosen one (or the newest)."""

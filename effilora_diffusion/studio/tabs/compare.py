@@ -16,8 +16,9 @@ from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
 from ...diffusion.sampling.request import GenerationRequest
 from ..adapter_row import NONE
-from ..queue import BUSY, IDLE, plain_words, refusal
+from ..queue import BUSY, IDLE, refusal
 from ..session import LIMITS
+from ..words import Markdown, plain_words
 from .drawing import DrawingTab
 
 AXES = ("strength", "checkpoint", "steps", "guidance", "seed", "prompt", "adapter")
@@ -52,9 +53,7 @@ class CompareTab(DrawingTab):
                     self.go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=100)
                     self.halt = gr.Button("Stop", elem_id="compare-stop", interactive=False, min_width=100)
                 with gr.Accordion("Grid over two settings", open=False, elem_id="grid-settings"):
-                    gr.Markdown(
-                        "Values, prompts too, are separated by `;`. Numbers may be ranges: `0-1 [5]`, `1-9 (2)`."
-                    )
+                    Markdown("Values, prompts too, are separated by `;`. Numbers may be ranges: `0-1 [5]`, `1-9 (2)`.")
                     with gr.Row():
                         self.x = gr.Dropdown(list(AXES), value="strength", label="Across", elem_id="grid-x")
                         self.x_values = gr.Textbox("0; 0.5; 1", label="Values across")
@@ -63,9 +62,7 @@ class CompareTab(DrawingTab):
                         self.y_values = gr.Textbox("0; 1", label="Values down")
                     self.grid_go = gr.Button("Draw the grid", elem_id="draw-grid")
             with gr.Column(scale=6, min_width=300):
-                self.status = gr.Markdown(
-                    "Base on the left, adapter on the right, same seed.", elem_id="compare-status"
-                )
+                self.status = Markdown("Base on the left, adapter on the right, same seed.", elem_id="compare-status")
                 self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=460, elem_id="slider",
                                              interactive=False)  # fmt: skip
                 self.grid = gr.Image(label="Grid", format="png", type="filepath", elem_id="grid", interactive=False,

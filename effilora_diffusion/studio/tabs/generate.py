@@ -14,8 +14,9 @@ from ...diffusion.sampling.png import read_parameters
 from ...diffusion.sampling.request import GenerationRequest
 from ...diffusion.sampling.stream import Progress
 from ..adapter_row import NONE, AdapterRow
-from ..queue import plain_words, refusal
+from ..queue import refusal
 from ..session import LIMITS
+from ..words import Markdown, plain_words
 from .drawing import DrawingTab
 
 SLOTS = 3
@@ -63,15 +64,18 @@ class GenerateTab(DrawingTab):
                     self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
                     self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
                 if self.session.model is None:
-                    gr.Examples([[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples")
+                    gr.Examples(
+                        [[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples",
+                        api_visibility="private",
+                    )  # fmt: skip
             with gr.Column(scale=6, min_width=320):
-                self.status = gr.Markdown("Ready.", elem_id="status")
+                self.status = Markdown("Ready.", elem_id="status")
                 self.gallery = gr.Gallery(
                     label="Images", columns=3, height=460, object_fit="contain", format="png", elem_id="images",
                     buttons=["download", "download_all", "fullscreen"], interactive=False,
                 )  # fmt: skip
                 with gr.Column(visible=False, elem_id="chosen") as self.chosen:
-                    self.facts = gr.Markdown()
+                    self.facts = Markdown()
                     with gr.Row():
                         self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse", min_width=120)
                         self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore", min_width=120)
@@ -184,6 +188,8 @@ class GenerateTab(DrawingTab):
         usual = self.session.defaults()  # `effilora generate` leaves what was not given to the model
         steps = usual["steps"] if asked.num_inference_steps is None else asked.num_inference_steps
         guidance = usual["guidance_scale"] if asked.guidance_scale is None else asked.guidance_scale
+        if any(abs(value or 0) > LIMITS.seed for value in (steps, guidance, asked.width, asked.height, asked.seed)):
+            raise EffiLoRAError("this image's parameters are out of range")
         here = [pair for pair in asked.adapters if self.session.knows(pair[0])]
         missing = [plain_words(name, 80) for name, _ in asked.adapters if not self.session.knows(name)]
         missing += [plain_words(name, 80) for name, _ in here[SLOTS:]]
@@ -195,7 +201,8 @@ class GenerateTab(DrawingTab):
             text = (
                 f"The form holds that image's settings, **but for adapters that are not here:** {', '.join(missing)}."
             )
-        return [asked.prompt, asked.negative_prompt, steps, guidance, asked.width, asked.height, 1, asked.seed, False,
+        prompts = [text.encode("utf-8", "replace").decode() for text in (asked.prompt, asked.negative_prompt)]
+        return [*prompts, steps, guidance, asked.width, asked.height, 1, asked.seed, False,
                 *slots, text]  # fmt: skip
 
     def refresh(self) -> list[Any]:

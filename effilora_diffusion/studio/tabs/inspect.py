@@ -17,7 +17,8 @@ from ...diffusion.adapters.lora_files import is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
 from .. import figures
-from ..queue import BUSY, IDLE, one_line, plain_words, refusal
+from ..queue import BUSY, IDLE, refusal
+from ..words import Markdown, one_line, plain_words
 from .drawing import DrawingTab
 
 MOST_HEADS = 8
@@ -43,7 +44,7 @@ class InspectTab(DrawingTab):
                 with gr.Row():
                     self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads", scale=3)
                     self.halt = gr.Button("Stop", elem_id="inspect-stop", interactive=False, min_width=80)
-                self.status = gr.Markdown(
+                self.status = Markdown(
                     "The same seeds with the base, with all heads, and with each head alone.", elem_id="inspect-status"
                 )
                 self.image = gr.Image(

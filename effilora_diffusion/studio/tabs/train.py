@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ from ...diffusion.config import TrainingConfig
 from ...diffusion.data.folder import scan_images
 from ...diffusion.training.example import example_settings
 from .. import figures
-from ..queue import plain_words, refusal, shown_file
-from ..runs import Run, Status, dry_run, list_runs
+from ..queue import refusal, shown_file
+from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
 from ..session import Session
 from ..train_form import PRESETS, build_advanced, run_settings
+from ..words import Markdown, plain_words
 
 CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
 """Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
 
 MAX_IMAGES = 200
-_STARTING = threading.Lock()
-"""Two visitors that start at once do so one after the other."""
 
 
 class TrainTab:
@@ -61,14 +59,14 @@ class TrainTab:
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
                     self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
                     self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
-                self.note = gr.Markdown("", elem_id="train-note")
+                self.note = Markdown("", elem_id="train-note")
                 self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
                                           visible=False, elem_id="train-checked")  # fmt: skip
             with gr.Column(scale=6, min_width=320):
                 self.which = gr.Dropdown(
                     self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
                 )
-                self.status = gr.Markdown("No run yet.", elem_id="train-status")
+                self.status = Markdown("No run yet.", elem_id="train-status")
                 self.plot = gr.LinePlot(
                     None, x="step", y="loss", color="curve", color_map=CURVES, colors_in_legend=[], height=260,
                     label="Loss: every step in grey, the mean in blue", elem_id="train-plot", buttons=[],
@@ -117,9 +115,11 @@ class TrainTab:
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
         try:
-            with _STARTING:
-                run = self._free_run(name)
-                prompt = self._checked(files, prompt, preset)
+            self._free_run(name)
+            prompt = self._checked(files, prompt, preset)
+            with starting(self.session.outputs):
+                run = self._free_run(name)  # once more: another visitor may have come first
+                check_idle(self.session.outputs)
                 folder = self.session.outputs / "datasets" / run.name
                 settings = run_settings(self.session, prompt, preset, folder, list(advanced))
                 TrainingConfig(**settings)  # before the images are touched
