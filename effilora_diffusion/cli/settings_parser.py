@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from ..core.errors import EffiLoRAError
 from ..core.options import ADAPTER, REDUCER, default_of, from_text, hints_of
+from ..core.text_io import read_user_text
 
 USUAL = "Usual settings"
 
@@ -208,10 +209,10 @@ def read_config_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
 
     Raises :class:`EffiLoRAError` for unknown names, values of another type and files that can't be read.
     """
+    text = read_user_text(path, what=f"--config {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
         data = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, _Strict)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise EffiLoRAError(f"--config {path} can't be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(data, dict):
         raise EffiLoRAError(f"--config {path} must hold settings as 'name: value', in TOML or YAML")
