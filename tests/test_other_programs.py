@@ -16,7 +16,7 @@ from tiny_families import build, draw
 from tiny_families import randomise as randomise_model
 
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, create_adapter, export_lora
-from effilora_diffusion.core import AdapterFile, to_lora
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file, to_lora
 from effilora_diffusion.core.convert import PlainLoRA
 from effilora_diffusion.diffusion.adapters.export import diffusers_tensors, kohya_tensors
 from effilora_diffusion.diffusion.adapters.original_names import original_factors
@@ -256,3 +256,38 @@ def test_a_plain_file_with_nan_is_never_written(tmp_path):
     with pytest.raises(EffiLoRAError, match="is not finite"):
         export_lora(content, tmp_path / "a.safetensors", "kohya")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_files_are_saved_in_half_precision_where_that_is_wanted(run, tmp_path, precision, dtype):
+    options = {"num_validation_images": 0, "learning_rate": 0.1, "max_train_steps": 2, "save_precision": precision}
+    trainer(run / "secret" / "model", make_subject(tmp_path / "s", 1), tmp_path / "out", **options).run()
+    for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"):
+        weights = {
+            key: value for key, value in load_file(tmp_path / "out" / name).items() if not key.endswith(".alpha")
+        }
+        assert {value.dtype for value in weights.values()} == {dtype}
+    half, whole = (
+        load_adapter_file(path / "effilora.safetensors").adapter for path in (tmp_path / "out", run / "out")
+    )
+    assert half.B[0].dtype == torch.float32  # a rounded value in a type that everything computes with
+    torch.testing.assert_close(half.B[0], whole.B[0], rtol=1e-2, atol=1e-6)
+    assert not torch.equal(half.B[0], whole.B[0])
+
+
+def size(folder, name):
+    return (folder / name).stat().st_size
+
+
+@pytest.mark.parametrize(("heads", "dtype"), [(1, None), (3, None), (3, torch.float16)])
+def test_the_native_file_is_no_larger_than_it_must_be(tmp_path, heads, dtype):
+    """At Stable Diffusion 1.5's size: with one head smaller than its LoRA, else its parameters and a tenth at most."""
+    adapter = randomise(create_adapter(unet(**SD15), EffiLoRAConfig(rank=8, heads=heads)))
+    calibration = {site.name: torch.eye(8).repeat(heads + 1, 1, 1) for site in adapter.sites} if heads > 1 else {}
+    content = AdapterFile(adapter, {"component": "unet"}, calibration)
+    save_adapter_file(tmp_path / "native.safetensors", content, dtype)
+    export_lora(content, tmp_path / "lora.safetensors", "diffusers")
+    stored = sum(value.numel() for value in adapter.parameters()) * (dtype or torch.float32).itemsize
+    assert size(tmp_path, "native.safetensors") < 1.1 * stored
+    if heads == 1:
+        assert size(tmp_path, "native.safetensors") < size(tmp_path, "lora.safetensors")

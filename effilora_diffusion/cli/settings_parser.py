@@ -49,7 +49,7 @@ ELSEWHERE = {
     "load_in_4bit": "quantization bnb-4bit",
     "load_in_8bit": "quantization bnb-8bit",
     "torch_dtype": "dtype",
-    **dict.fromkeys(("save_precision", "dtype", "train_dtype"), "mixed_precision"),
+    **dict.fromkeys(("dtype", "train_dtype"), "mixed_precision"),
 }
 """Settings of other trainers (sd-scripts, ai-toolkit, OneTrainer, LLaMA-Factory, axolotl), and ours."""
 

@@ -17,6 +17,9 @@ from ..core.options import COUNT, NATURAL, POSITIVE, AdapterOptions, Bounds, che
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
 
+SAVED = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""torch's names for the values of ``--save_precision``, which are sd-scripts'."""
+
 EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
 """Sampling that suits the embedded base; other models have defaults of their own."""
 
@@ -169,6 +172,12 @@ class TrainingConfig(AdapterOptions):
     sample_batch_size: int = option(4, "batch size when drawing class and validation images", MEMORY, bounds=COUNT)
     output_dir: str = option(
         "lora-dreambooth-model", "folder for everything the run writes", OUTPUT, usual=True, form=False
+    )
+    save_precision: str = option(
+        "float",
+        "type of the weights in the adapter and its plain forms; checkpoints keep float32",
+        OUTPUT,
+        choices=tuple(SAVED),
     )
     overwrite_output_dir: bool = option(
         False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False

@@ -23,16 +23,27 @@ FORMATS = ("diffusers", "kohya", "peft", "merged")
 
 
 def export(
-    content: AdapterFile, output: Path, format: str, model: str | None = None, single_file_config: str | None = None
+    content: AdapterFile,
+    output: Path,
+    format: str,
+    model: str | None = None,
+    single_file_config: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Write the adapter of an image model in one of :data:`FORMATS`; see :func:`effilora_diffusion.export_lora`."""
+    """Write the adapter of an image model in one of :data:`FORMATS`; see :func:`effilora_diffusion.export_lora`.
+
+    ``dtype`` is the type of a plain LoRA's weights.
+    """
     if format not in FORMATS:
         raise EffiLoRAError(f"--format must be one of {FORMATS}, not {format!r}")
     if format == "kohya" and not has_kohya_form(content):
         raise EffiLoRAError(
             "kohya naming is for UNets and Lumina 2: programs that read LoRAs of other transformers read the diffusers format"
         )
-    factors = to_lora(content.adapter, content.calibration)
+    factors = {
+        path: PlainLoRA(_stored(pair.down, dtype, path), _stored(pair.up, dtype, path))
+        for path, pair in to_lora(content.adapter, content.calibration).items()
+    }
     error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
     if format == "diffusers":
         file = output / "pytorch_lora_weights.safetensors" if output.is_dir() or not output.suffix else output
@@ -44,6 +55,13 @@ def export(
     else:
         _write_merged(output, factors, content, model, single_file_config)
     return error
+
+
+def _stored(weights: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    stored = weights.to(dtype)
+    if not stored.isfinite().all():
+        raise EffiLoRAError(f"the plain LoRA of {path} is too large for {dtype}: choose another --save_precision")
+    return stored
 
 
 def _component(content: AdapterFile) -> str:

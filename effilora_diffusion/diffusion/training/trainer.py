@@ -31,7 +31,7 @@ from ...core.run_folder import (
 )
 from ...core.writing import append_line, write_text
 from ..adapters.export import export, has_kohya_form
-from ..config import TrainingConfig
+from ..config import SAVED, TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
 from ..data.prior import class_examples
@@ -287,11 +287,12 @@ class Trainer:
         if self.is_main:
             calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
             content = AdapterFile(self.adapter, self._metadata(summary), calibration)
-            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content)
+            dtype = getattr(torch, SAVED[self.config.save_precision])
+            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
             self.folder.forget_earlier()
-            export(content, self.folder.own(LORA_FILE), "diffusers")
+            export(content, self.folder.own(LORA_FILE), "diffusers", dtype=dtype)
             if has_kohya_form(content):
-                self._show(KOHYA_FILE, lambda: export(content, self.folder.own(KOHYA_FILE), "kohya"))
+                self._show(KOHYA_FILE, lambda: export(content, self.folder.own(KOHYA_FILE), "kohya", dtype=dtype))
             self._show("the last images", lambda: self.validation.draw(self.steps))
             images = [example.path for example in self.parts.examples]
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
