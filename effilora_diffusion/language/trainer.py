@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..core import (
     AdapterFile,
@@ -29,8 +29,10 @@ from ..core.files import ADAPTER_FILE, LANGUAGE
 from ..core.fingerprint import base_fingerprint, same_base
 from ..core.initial import has_learned, initial_file, start_from
 from ..core.run_folder import REDUCER_FILE, Layout, RunFolder, trim_log
+from ..core.signals import Interrupted, StopSignals
 from ..core.sites import is_transposed
 from ..core.writing import write_text, writing
+from .callbacks import ReducerCallback, StopCallback
 from .config import (
     DataOptions,
     ImageDataOptions,
@@ -48,6 +50,8 @@ MEASURED = 16
 
 CALIBRATION_EXAMPLES = 128
 
+
+CONTINUE = "continue with --resume_from_checkpoint latest"
 
 REDUCER_STATE = "reducer.json"
 """The Reducer in a checkpoint."""
@@ -87,38 +91,6 @@ LANGUAGE_RUN = Layout(
     fault=fault_of,
 )
 """What a language run writes into its folder."""
-
-
-class ReducerCallback(TrainerCallback):
-    """Chooses the layers that every optimizer step trains, and measures their importance when it is due.
-
-    ``batches`` are always the same, and nothing in their loss is random: every measurement is comparable.
-    """
-
-    def __init__(self, reducer: Reducer, model: nn.Module, batches: list[dict[str, Any]]):
-        self.reducer, self.model, self.batches = reducer, model, batches
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """The mean loss on the batches; of the first process where there are several, so that all choose the same blocks."""
-        training = self.model.training
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        found = torch.zeros((), device=device)
-        for batch in self.batches:
-            found += self.model(**{name: value.to(device) for name, value in batch.items()}).loss.float()
-        self.model.train(training)
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(found, 0)
-        return float(found) / len(self.batches)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Before the first micro-batch of a step."""
-        if self.reducer.due(state.global_step):
-            self.reducer.update(state.global_step, self.loss)
-        self.reducer.begin_step(state.global_step)
 
 
 class LanguageTrainer(Trainer):
@@ -173,6 +145,11 @@ class LanguageTrainer(Trainer):
         text = json.dumps(self.reducer.state_dict())
         write_text(folder / REDUCER_STATE, text)
 
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take over the last checkpoint of a run whose steps are all done."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._load_weights(folder)
@@ -202,7 +179,7 @@ class LanguageTrainer(Trainer):
             target.copy_(source)
 
 
-def train(settings: Settings) -> dict[str, Any]:
+def train(settings: Settings, signals: StopSignals | None = None) -> dict[str, Any]:
     """Train, evaluate and write an adapter; returns the figures of the run (of a process that writes none: nothing)."""
     model_options, data, args = settings.model, settings.data, settings.training
     if not model_options.model_name_or_path:
@@ -216,13 +193,18 @@ def train(settings: Settings) -> dict[str, Any]:
     if args.process_index == 0:
         folder.claim(args.overwrite_output_dir, checkpoint)
     try:
-        return _train(settings, folder, checkpoint, records, held)
+        return _train(settings, folder, checkpoint, records, held, signals or StopSignals())
     finally:
         folder.release()
 
 
 def _train(
-    settings: Settings, folder: RunFolder, checkpoint: Path | None, records: Records, held: Records
+    settings: Settings,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    records: Records,
+    held: Records,
+    signals: StopSignals,
 ) -> dict[str, Any]:
     """The run itself, in a claimed folder."""
     model_options, data, args = settings.model, settings.data, settings.training
@@ -233,15 +215,23 @@ def _train(
     adapter, initial = _adapter(settings, model)
     attach(model, adapter)
     trainer = make_trainer(datasets, model, adapter, args, metadata)
-    _check_schedule(trainer, checkpoint)
+    over = _check_schedule(trainer, checkpoint, folder.finished)
     if args.process_index == 0:
         folder.open(checkpoint)
         trainer.own = folder.own
         if adapter.config.reducer.mode != "off":
             folder.own(REDUCER_FILE)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(StopCallback(signals))
+    with signals.after_step():
+        if checkpoint is not None and over:  # the trainer would take one step more
+            trainer.load_finished(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if signals.code:
+        raise Interrupted(signals.code, f" at step {trainer.state.global_step}; {CONTINUE}")
+    signals.how = f" while the result was written: {CONTINUE}"
     figures: dict[str, Any] = {
-        "loss": trainer.state.log_history[-1].get("train_loss"),
+        "loss": _last_loss(trainer.state.log_history),
         "steps": trainer.state.global_step,
     }
     _check_learned(adapter, initial)
@@ -254,6 +244,12 @@ def _train(
         figures["cut_examples"] = datasets.num_truncated()
     counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
     return {**figures, **counts} if args.process_index == 0 else {}
+
+
+def _last_loss(history: list[dict[str, float]]) -> float:
+    """The mean loss of the run, or what was logged last where its end was in another process."""
+    found = (entry[key] for entry in reversed(history) for key in ("train_loss", "loss") if key in entry)
+    return next(found, math.nan)
 
 
 def _adapter(settings: Settings, model: nn.Module) -> tuple[EffiLoRA, AdapterFile | None]:
@@ -316,10 +312,11 @@ def _metadata(
     }
 
 
-def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
+def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None, finished: bool) -> bool:
     """Build dataloader, optimizer and scheduler once, so that bad settings fail before old files are deleted.
 
-    Raises :class:`EffiLoRAError` also for a checkpoint at the end of the run: there would be nothing to do.
+    Returns whether the checkpoint is at the end of the run, of which only the result is missing. Raises
+    :class:`EffiLoRAError` also for one whose result is there: there would be nothing to do.
     """
     args = trainer.args
     with as_mistakes():
@@ -328,10 +325,12 @@ def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
         trainer.create_optimizer()
         trainer.create_scheduler(max(1, wanted), trainer.optimizer)
     trainer.optimizer = trainer.lr_scheduler = None  # the trainer makes its own, by its own count of steps
-    if checkpoint is not None and steps_done(checkpoint) >= wanted:
-        raise EffiLoRAError(
-            f"{checkpoint} has {steps_done(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
-        )
+    if checkpoint is None:
+        return False
+    done = steps_done(checkpoint)
+    if done > wanted or (done == wanted and finished):
+        raise EffiLoRAError(f"{checkpoint} has {done} steps behind it, of {wanted}: raise --max_steps to go on")
+    return done == wanted
 
 
 def _check_finite(adapter: EffiLoRA, when: str = "") -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ...core.signals import Interrupted, StopSignals
 from ..config import TrainingConfig
 from .processes import end
-from .signals import Interrupted, StopSignals
 from .trainer import Trainer, report_only
 
 

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from ...core import EffiLoRA
+from ...core.signals import ACCELERATE_LAUNCH
 from ..config import TrainingConfig
-from .signals import ACCELERATE_LAUNCH
 
 
 def use_all_cores(accelerator: Accelerator) -> None:

@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 
 from ...core import EffiLoRAError
-from .signals import ACCELERATE_LAUNCH
+from ...core.signals import ACCELERATE_LAUNCH
 
 WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")

@@ -29,6 +29,7 @@ from ...core.run_folder import (
     RunFolder,
     trim_log,
 )
+from ...core.signals import Interrupted, StopSignals
 from ...core.writing import append_line, write_text
 from ..adapters.export import export, has_kohya_form
 from ..config import SAVED, TrainingConfig
@@ -46,7 +47,6 @@ from .model_card import Summary, write_report
 from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, make_optimizer, use_all_cores
 from .processes import Processes, launch_note, start
-from .signals import Interrupted, StopSignals
 from .validation import Validation
 
 CALIBRATION_BATCHES = 8
