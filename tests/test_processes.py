@@ -90,7 +90,7 @@ class Watched(Trainer):
 
     def _loss(self, batch):
         loss = super()._loss(batch)
-        noise = 0.0 if self.adapter.training else 0.1 * self.processes.process_index * random.random()
+        noise = 0.0 if self.adapter.training else 10 * self.processes.process_index * random.random()
         return loss + noise
 
     def _choose_blocks(self, step):
@@ -106,7 +106,7 @@ def train_watched(folder, config):
     run = Watched(config)
     run.run()
     weights = torch.cat([parameter.detach().flatten() for parameter in run.adapter.parameters()])
-    torch.save([found, weights, run.chosen], folder / f"found-{processes.process_index}.pt")
+    torch.save([found, weights, run.chosen, run.reducer.scores], folder / f"found-{processes.process_index}.pt")
     end()
     return 0
 
@@ -155,9 +155,10 @@ def test_two_processes_train_what_one_does(pair, single):
 
 
 def test_all_processes_hold_the_same_weights_and_train_the_same_blocks(pair):
-    (_, weights, chosen), (_, other_weights, other_chosen) = pair[1]
+    (_, weights, chosen, scores), (_, other_weights, *other) = pair[1]
     assert torch.equal(weights, other_weights)
-    assert chosen == other_chosen
+    assert [chosen, scores] == other
+    assert any(scores)
     assert len(set(chosen)) > 2
 
 
@@ -375,6 +376,7 @@ def test_a_signal_that_a_launcher_repeats_counts_once(tiny_pipeline, subject, tm
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         assert launch.main(arguments(settings(tiny_pipeline, subject, tmp_path / "out"))) == 130
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # once more, while the process ends
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -388,6 +390,7 @@ def test_a_signal_that_a_launcher_repeats_counts_once(tiny_pipeline, subject, tm
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism config is not supported"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "2 processes were started, of which each would train alone on cpu"),
         ({"WORLD_SIZE": "2"}, "nothing says which process this is"),
         ({"WORLD_SIZE": "many"}, "no number of processes"),
     ],
@@ -397,6 +400,7 @@ def test_a_signal_that_a_launcher_repeats_counts_once(tiny_pipeline, subject, tm
 def test_starts_that_would_be_no_run_are_refused_before_anything_is_written(
     tiny_pipeline, subject, tmp_path, monkeypatch, capsys, variables, told, dry_run
 ):
+    Accelerator(cpu=True)  # from now on accelerate takes this process for one alone, whatever the variables say
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     words = arguments(settings(tiny_pipeline, subject, tmp_path / "out", dry_run=dry_run))

@@ -79,9 +79,9 @@ class StopSignals:
         try:
             yield
         finally:
-            if not (self._repeated and self.code):  # else the launcher's repetition would kill what is about to end
-                for number, old in previous.items():
-                    signal.signal(number, old)
+            over = self._repeated and self.code  # what the launcher repeats must not kill a process that is about to end
+            for number, old in previous.items():
+                signal.signal(number, signal.SIG_IGN if over else old)
 
     @contextmanager
     def after_step(self) -> Iterator[None]:
