@@ -44,6 +44,10 @@ LONGEST = 3000
 """Characters of the longest sentence that still is one on a screen."""
 
 
+class Late(BaseException):
+    """A case has not ended in time; nothing that the case does may take this for an error of a file."""
+
+
 @dataclass
 class Outcomes:
     """How the cases of one kind ended.
@@ -74,7 +78,7 @@ def judged(name: str, case: Callable[[], object], patience: float = PATIENCE) ->
     found, began = Outcomes(), time.perf_counter()
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"no end after {patience} s")
+        raise Late(f"no end after {patience} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, patience)
@@ -86,7 +90,7 @@ def judged(name: str, case: Callable[[], object], patience: float = PATIENCE) ->
             found.failures.append(f"{name}: refused, but not in a sentence: {str(error)[:80]!r}")
         else:
             found.refused = 1
-    except Exception as error:
+    except (Exception, Late) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(str(error).split())[:80]
         found.failures.append(f"{name}: {type(error).__name__} {said} ({Path(where.filename).name}:{where.lineno})")

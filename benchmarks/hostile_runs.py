@@ -178,6 +178,10 @@ CHECKPOINTS: dict[str, Edit] = {
             {f"B.2:{key}": tensors[f"B.0:{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
         )
     ),
+    "no block was ever trained": lambda folder: (
+        _state("reducer", "ever_active", value=[])(folder),
+        _moments(lambda tensors: _drop(tensors, "B."))(folder),
+    ),
     "an adapter of another rank": _adapter(rank=4),
     "an adapter of other routing": _adapter(routing="static"),
     "an adapter without a head": lambda folder: (folder / "adapter.safetensors").write_bytes(b""),

@@ -1,5 +1,6 @@
 """Files from elsewhere: every one is refused in a sentence or can be used; a slice of ``benchmarks.hostile_files``."""
 
+import json
 import logging
 
 import pytest
@@ -13,11 +14,13 @@ from benchmarks.hostile_runs import (
     CONFIGURATIONS,
     STEPS,
     checkpoint,
+    fresh,
     hostile_checkpoint,
     hostile_configuration,
     resume,
 )
 from effilora_diffusion.core import EffiLoRAError
+from effilora_diffusion.diffusion.training.checkpoints import read_state
 
 pytestmark = pytest.mark.skipif(not hasattr(hostile_files.os, "fork"), reason="cases run in forked processes")
 
@@ -59,6 +62,17 @@ def test_a_checkpoint_of_another_name_is_that_of_its_steps(tmp_path):
     resume(folder.rename(tmp_path / "kept"))
     with pytest.raises(EffiLoRAError, match="its step is 3"):
         resume((tmp_path / "kept").rename(tmp_path / "checkpoint-4"))
+
+
+def test_a_state_is_as_flat_as_a_run_writes_it(tmp_path):
+    folder = checkpoint(tmp_path)
+    adapter, _ = fresh()
+    assert read_state(folder, adapter).step == STEPS
+    found = json.loads((folder / "state.json").read_text())
+    found["fingerprint"]["seed"] = json.loads("[" * 10 + "]" * 10)
+    (folder / "state.json").write_text(json.dumps(found))
+    with pytest.raises(EffiLoRAError, match="nested too deeply"):
+        read_state(folder, adapter)
 
 
 def test_configurations_with_bad_values_are_refused():
