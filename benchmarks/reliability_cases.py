@@ -84,6 +84,7 @@ def child(
         if pid == 0:
             os.dup2(errors.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             torch.set_num_threads(1)
             code = 1
             try:
@@ -209,7 +210,6 @@ def difference(found: dict[str, bytes], whole: dict[str, bytes]) -> str:
 def count_events(place: Workplace) -> int:
     """File events of an unbroken run."""
     folder = place.fresh()
-    low = 0
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -226,10 +226,10 @@ def count_events(place: Workplace) -> int:
         os.write(writer, str(seen[0]).encode())
         os._exit(code)
     os.close(writer)
-    low = int(os.read(reader, 100) or 0)
+    count = int(os.read(reader, 100) or 0)
     os.waitpid(pid, 0)
     os.close(reader)
-    return low
+    return count
 
 
 def tmpfs(folder: Path, size: int, remount: bool = False) -> None:

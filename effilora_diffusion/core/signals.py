@@ -79,7 +79,9 @@ class StopSignals:
         try:
             yield
         finally:
-            over = self._repeated and self.code  # what the launcher repeats must not kill a process that is about to end
+            over = (
+                self._repeated and self.code
+            )  # what the launcher repeats must not kill a process that is about to end
             for number, old in previous.items():
                 signal.signal(number, signal.SIG_IGN if over else old)
 
