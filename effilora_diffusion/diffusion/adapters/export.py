@@ -124,11 +124,13 @@ def _kohya_metadata(content: AdapterFile, error: float) -> dict[str, str]:
     trigger = str(content.metadata.get("trigger_prompt", ""))
     versions = {SD1: "sd_v1", SD2: "sd_v2", SD2_V: "sd_v2", SDXL: "sdxl_base_v1-0", LUMINA: "lumina2"}
     version = versions.get(architecture, architecture)
+    if prediction == "v" and architecture in (SD1, SD2, SD2_V):
+        version = "_".join((version, prediction))
     facts = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "ss_base_model_version": f"{version}_v" if prediction == "v" and version in ("sd_v1", "sd_v2") else version,
+        "ss_base_model_version": version,
         "ss_v2": str(architecture in (SD2, SD2_V)),
         "ss_sd_model_name": public_name(content.metadata.get("base_model")),
         "modelspec.sai_model_spec": "1.0.0",
