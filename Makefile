@@ -16,6 +16,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 format: $(VENV)/installed-dev

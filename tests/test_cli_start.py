@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ import effilora_diffusion
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "accelerate", "PIL", "numpy")
 PROGRAM = """
 import sys
+from pathlib import Path
 from effilora_diffusion.cli import main
 code = 0
 try:
@@ -72,3 +74,12 @@ def test_threads_sleep_while_they_wait_unless_the_user_chose_otherwise(chosen):
     words = [sys.executable, "-c", WAITING]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == f"{chosen or 'PASSIVE'}\n"
+
+
+def test_a_command_starts_without_the_warnings_of_libraries():
+    script = Path(__file__).parents[1] / "train_scripts" / "train_dreambooth_effilora.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    words = [sys.executable, str(script), "--dry_run"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith("  ")
+    assert done.stderr == ""

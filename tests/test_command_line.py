@@ -1,5 +1,6 @@
 """The command line: diffusers' flags, other trainers' names, what is absent and what is misspelt."""
 
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -179,3 +180,54 @@ def test_help_names_every_setting_with_its_default(capsys):
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in asdict(TrainingConfig()))
     assert "(default: 0.0005)" in text
+
+
+def test_a_list_setting_that_is_named_again_is_added_to():
+    named = ["--validation_prompt", "a dog", "a cat", "--validation_prompt", "dogs", "--class_prompt", "toy"]
+    config = parse_arguments(named)
+    assert config.validation_prompt == ["a dog", "a cat", "dogs"]
+    assert config.class_prompt == ["toy"]
+
+
+@pytest.mark.parametrize("words", ["--class_prompt a photo of dog", "--validation_prompt dog 'sks dog' cat"])
+def test_a_prompt_without_quotes_is_caught(words):
+    with pytest.raises(EffiLoRAError, match=r"among them single words .*: quote a prompt that has spaces"):
+        parse_arguments(shlex.split(words))
+
+
+def test_other_lists_may_be_of_single_words():
+    assert parse_arguments(["--target_modules", "to_q", "to_k"]).target_modules == ["to_q", "to_k"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("validation_prompt:\nclass_prompt: []\ntarget_modules: [to_q, 1]\n", ([], [], ["to_q", "1"])),
+        ("\ufeffvalidation_prompt: dog\n", (["dog"], [], ["attention"])),
+    ],
+)
+def test_lists_of_a_config_file(tmp_path, text, expected):
+    config = parse_arguments(["--config", write(tmp_path / "run.yaml", text)])
+    assert (config.validation_prompt, config.class_prompt, config.target_modules) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seed: 1\nrank: 2\nseed: 3\n", "'seed' stands there twice"),
+        ("a.yaml", "validation_prompt: [a, null]\n", "must be a list of text"),
+        ("a.yaml", "validation_prompt: [[a]]\n", "must be a list of text"),
+        ("a.yaml", "validation_prompt: ['']\n", "--validation_prompt is empty"),
+        ("a.yaml", "instance_prompt: ' '\n", "--instance_prompt is empty"),
+        ("a.yaml", "seed: " + "[" * 5000 + "\n", "can't be read"),
+        ("a.toml", "seed = 1\nseed = 2\n", "can't be read"),
+        ("a.toml", "seed = " + "[" * 5000 + "\n", "can't be read"),
+    ],
+)
+def test_config_files_that_are_not_what_was_meant(tmp_path, name, text, message):
+    with pytest.raises(EffiLoRAError, match=message):
+        parse_arguments(["--config", write(tmp_path / name, text)])
+
+
+def test_a_toml_file_may_begin_with_a_byte_order_mark(tmp_path):
+    assert parse_arguments(["--config", write(tmp_path / "run.toml", "\ufeffseed = 7\n")]).seed == 7

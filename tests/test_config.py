@@ -12,22 +12,27 @@ NAN, INF = float("nan"), float("inf")
 BAD = [
     *[("rank", value) for value in (0, -1, 4097, 1.5, True, "4")],
     *[("heads", value) for value in (0, 65, 2.0, False)],
-    *[("alpha", value) for value in (0, -1.0, NAN, INF)],
+    *[("alpha", value) for value in (0, -1.0, NAN, INF, 1e-7, 1e7, 10**400, "4", [4], True)],
+    *[("timestep_range", value) for value in (0, -1.0, NAN, INF, 1e-7, 1e10, "1000", None)],
     *[("routing", value) for value in ("", "Token", None, "soft")],
     *[("a_sharing", value) for value in ("layer", None)],
     *[("scaling", value) for value in ("rsLoRA", "")],
-    *[("dropout", value) for value in (-0.1, 1, 1.0, NAN)],
-    *[("target_modules", value) for value in ("to_q", (), [], ("to_q", ""), ("to_q", 3))],
+    *[("dropout", value) for value in (-0.1, 1, 1.0, NAN, "0.1", {}, False)],
+    *[
+        ("target_modules", value)
+        for value in ("to_q", (), [], ("to_q", ""), ("to_q", 3), {"to_q": 1}, 5, ["x" * 301], ["a\x1b"])
+    ],
 ]
 BAD_REDUCER = [
     *[("mode", value) for value in ("on", None, "Importance")],
-    *[("active", value) for value in (0, -0.5, 1.01, NAN)],
-    *[("interval", value) for value in (0, -3, 1.5, True)],
-    *[("warmup", value) for value in (-1, 0.5, False)],
-    *[("rollouts", value) for value in (1, 0, 2.0)],
-    *[("suppress_share", value) for value in (0, 1, -0.1, NAN)],
-    *[("suppress_factor", value) for value in (-0.1, 1, NAN)],
-    *[("step_size", value) for value in (0, -1, NAN, INF)],
+    *[("active", value) for value in (0, -0.5, 1.01, NAN, "half", True)],
+    *[("interval", value) for value in (0, -3, 1.5, True, 10**10)],
+    *[("warmup", value) for value in (-1, 0.5, False, 10**10)],
+    *[("rollouts", value) for value in (1, 0, 2.0, 10_001)],
+    *[("suppress_share", value) for value in (0, 1, -0.1, NAN, "0.5")],
+    *[("suppress_factor", value) for value in (-0.1, 1, NAN, [0])],
+    *[("step_size", value) for value in (0, -1, NAN, INF, 1e7, "1")],
+    *[("train_shared", value) for value in (1, "yes", None)],
 ]
 
 

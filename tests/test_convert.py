@@ -181,3 +181,19 @@ def test_the_strength_of_the_moment_is_not_baked_in():
     adapter.strength = 0.5
     found = to_lora(adapter, calibration)
     assert all(torch.equal(found[path].up, expected[path].up) for path in expected)
+
+
+@pytest.mark.parametrize(
+    ("c", "ci"),
+    [
+        (torch.zeros(2, 2), torch.full((2, 2), 3e38)),
+        # plus the ridge of 2^-20, all four values are 1000001 / 2^20: no inverse
+        (torch.tensor([[1e6, 1e6 + 1], [1e6 + 1, 1e6]]) / 2**20, torch.ones(2, 2)),
+    ],
+    ids=["overflow", "singular"],
+)
+def test_a_calibration_without_a_finite_fit_is_refused(c, ci):
+    adapter = make_adapter(rank=2, heads=2)
+    calibration = {site.name: torch.stack([c, ci, ci]) for site in adapter.sites}
+    with pytest.raises(EffiLoRAError, match=r"the plain LoRA of blocks\.0\.to_q is not finite"):
+        to_lora(adapter, calibration)

@@ -268,15 +268,27 @@ def test_unusable_image_needs_no_caption(tmp_path):
 def test_undecodable_caption_is_an_error_naming_it(tmp_path, content):
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(EffiLoRAError, match=r"a\.txt' are not UTF-8"):
+    with pytest.raises(EffiLoRAError, match=r"a\.txt' can't be read: it is not UTF-8"):
         scan_images(tmp_path, "a toy")
 
 
 def test_caption_that_is_a_folder_is_an_error_naming_it(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(EffiLoRAError, match=r"cannot read the captions in '.*a\.txt'"):
+    with pytest.raises(EffiLoRAError, match=r"the caption file '.*a\.txt' can't be read: it is not a regular file"):
         scan_images(tmp_path, "a toy")
+
+
+def test_an_empty_text_does_not_hide_a_filled_caption(tmp_path):
+    for seed, name in enumerate("abc"):
+        image(tmp_path / f"{name}.png", seed=seed)
+    write_metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": " ", "caption": "by caption"},
+        {"file_name": "b.png", "text": None, "caption": "", "prompt": "by prompt"},
+        {"file_name": "c.png", "text": "by text", "caption": "loses"},
+    )
+    assert captions(tmp_path, None)[0] == {"a.png": "by caption", "b.png": "by prompt", "c.png": "by text"}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +315,7 @@ def test_bad_metadata_line_is_an_error_naming_file_and_line(tmp_path, line, phra
 def test_metadata_that_is_not_utf8_is_an_error_naming_it(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png"}'.encode("utf-16"))
-    with pytest.raises(EffiLoRAError, match=r"metadata\.jsonl' are not UTF-8"):
+    with pytest.raises(EffiLoRAError, match=r"metadata\.jsonl' can't be read: it is not UTF-8"):
         scan_images(tmp_path, "a toy")
 
 

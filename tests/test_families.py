@@ -237,7 +237,9 @@ def test_the_model_card_says_where_the_plain_lora_loads(runs, name):
     trained, _, _ = runs(name, "token")
     card = (trained.output / "README.md").read_text()
     assert ("has no loader" in card) == (name in WITHOUT_LOADER)
-    assert ("--format kohya" in card) == (trained.family.component == "unet")
+    has_other_names = trained.family.component == "unet" or name == "lumina2"
+    assert ("pytorch_lora_weights_kohya.safetensors" in card) == has_other_names
+    assert (trained.output / "pytorch_lora_weights_kohya.safetensors").exists() == has_other_names
     assert ("ComfyUI" in card) == trained.family.comfyui
     keys = load_file(trained.output / "pytorch_lora_weights.safetensors")
     assert all(key.startswith(f"{trained.family.component}.") for key in keys)

@@ -8,8 +8,9 @@ import torch
 from image_zoo import BAD_FILES, encoded, float_tiff, image, noise, note, png, png_chunk
 from PIL import Image, ImageFile
 
-from effilora_diffusion.core import image_io as images
+from effilora_diffusion.core import image_io
 from effilora_diffusion.core.errors import EffiLoRAError
+from effilora_diffusion.diffusion.data import images as squares
 from effilora_diffusion.diffusion.data.folder import ImageError, load_image, prepare_image, scan_images
 
 
@@ -42,7 +43,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own limit may be switched off by another library
     for name in ("megapixels.png", "justabove.png", "bomb.png"):
         (tmp_path / name).write_bytes(BAD_FILES[name][0])
-        with pytest.raises(ImageError, match="more than the allowed 50 megapixels"):
+        with pytest.raises(ImageError, match="more than the allowed 120 megapixels"):
             load_image(tmp_path / name)
     with pytest.raises(ImageError, match="decoded"):  # the patch does bite on an image of allowed size
         load_image(image(tmp_path / "small.png"))
@@ -54,6 +55,48 @@ def test_truncated_file_is_refused_although_another_library_asked_for_leniency(t
     with pytest.raises(ImageError, match="cut short"):
         load_image(tmp_path / "cut.jpg")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize(("kind", "decoded"), [("JPEG", (96, 64)), ("PNG", (192, 128))])
+def test_large_images_come_back_at_half_their_size_jpegs_while_they_are_decoded(tmp_path, monkeypatch, kind, decoded):
+    monkeypatch.setattr(image_io, "LARGE_PIXELS", 192 * 128 - 1)
+    source = Image.fromarray(noise(4, 6)).resize((192, 128), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source.save(tmp_path / "photo", kind, exif=exif)
+    sizes = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (load(self), sizes.append(self.size))[0])
+    found = load_image(tmp_path / "photo")
+    assert (found.size, sizes[0]) == ((64, 96), decoded)
+    expected = source.reduce(2).transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 3
+    examples, problems = scan_images(tmp_path, "a toy")
+    assert examples[0].size == (128, 192)  # its own
+    assert problems == []
+    monkeypatch.setattr(image_io, "LARGE_PIXELS", 192 * 128)
+    assert load_image(tmp_path / "photo").size == (128, 192)
+
+
+def test_images_up_to_the_limit_are_read_whatever_their_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_io, "LARGE_PIXELS", 80 * 100 - 1)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"):
+        Image.new(mode, (100, 80)).save(tmp_path / f"{mode}.png")
+    for mode in ("CMYK", "F"):
+        Image.fromarray(np.arange(8000, dtype=np.float32).reshape(80, 100)).convert(mode).save(
+            tmp_path / f"{mode}.tiff"
+        )
+    for path in tmp_path.iterdir():
+        assert load_image(path).size in ((50, 40), (100, 80)), path
+    assert load_image(tmp_path / "RGBA.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_file_of_a_terabyte_is_no_image(tmp_path):
+    path = image(tmp_path / "a.bmp")
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ImageError, match=r"1099\.5 GB, more than the allowed 1\.1"):
+        load_image(path)
 
 
 # ------------------------------------------------------------------------------------------------- pixels of good ones
@@ -314,7 +357,7 @@ def test_default_interpolation_is_lanczos():
 def test_very_long_image_costs_no_more_than_its_square(monkeypatch):
     image = Image.fromarray(noise(4, 1024))
     expected = levels(prepare_image(image, 64, center_crop=False, crop=(0.3, 0.0)))
-    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)  # the full 16384x64 resize is now too large
+    monkeypatch.setattr(squares, "LARGE_PIXELS", 100_000)  # the full 16384x64 resize is now too large
     result = levels(prepare_image(image, 64, center_crop=False, crop=(0.3, 0.0)))
     assert (result - expected).abs().max() <= 2
     monkeypatch.undo()

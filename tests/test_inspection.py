@@ -129,3 +129,32 @@ def test_statistics_include_the_usage_of_every_block():
     content = AdapterFile(make_adapter(heads=2, routing="static"))
     for facts in inspect_adapter(content)["layers"].values():
         assert len(facts["usage"]) == 2
+
+
+def test_the_norms_of_any_finite_weights_are_finite():
+    adapter = make_adapter(alpha=1e6)
+    with torch.no_grad():
+        for value in adapter.parameters():
+            value.fill_(3e38)
+    calibration = {site.name: torch.full((4, 4, 4), 3e38) for site in adapter.sites}
+    calibration[adapter.sites[0].name][0] = 1e-45
+    facts = inspect_adapter(AdapterFile(adapter, {}, calibration))
+    for block in facts["layers"].values():
+        assert all(0 < size < float("inf") for size in (block["norm"], *block["heads"]))
+        assert all(0 <= share <= 1 for share in block["usage"])
+
+
+def test_lines_that_no_reducer_wrote_are_skipped(tmp_path):
+    good = {"step": 1, "event": "importance", "scores": {"a": 0.5}}
+    bad = [
+        [], 5, {"step": "1", "event": "active", "layers": []}, {"step": -1, "event": "active", "layers": []},
+        {"step": 1, "event": "active", "layers": "a"}, {"step": 1, "event": "active", "layers": [["a"]]},
+        {"step": 1, "event": "importance", "scores": [1]}, {"step": 1, "event": "importance", "scores": {"a": "b"}},
+        {"step": 10**400, "event": "active", "layers": []}, {"step": 1, "event": "importance", "layers": ["a"]}, {"step": 1},
+    ]  # fmt: skip
+    lines = [*map(json.dumps, bad), "[" * 100_000, "{", json.dumps(good)]
+    (tmp_path / "reducer.jsonl").write_text("\n".join(lines))
+    history = reducer_history(tmp_path / "reducer.jsonl", ["a"], 2)
+    assert history.steps == [1]
+    assert len(history.importance["a"]) == 1
+    assert logged_blocks(tmp_path / "reducer.jsonl") == ["a"]

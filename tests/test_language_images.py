@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomise
@@ -186,6 +187,30 @@ def test_images_are_upright_and_may_lie_behind_a_link(place, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "linked").symlink_to(place / "images")
     assert ImageEncoder(processor(), tmp_path / "folder").encode(talk("<image>", "a", image="linked/red0.png")).images
+
+
+def test_grey_of_sixteen_bits_and_transparency_are_those_of_the_image_path(place, tmp_path):
+    grey = np.linspace(0, 65535, 24 * 20).astype(np.uint16).reshape(20, 24)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    Image.fromarray(np.rint(grey / 257).astype(np.uint8)).save(tmp_path / "grey.png")
+    Image.new("RGBA", (24, 20), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (24, 20), "white").save(tmp_path / "white.png")
+    (tmp_path / "ghost.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    encoder = ImageEncoder(processor(), tmp_path)
+    seen = {
+        name: encoder.encode(talk("<image>", "a", image=f"{name}.png")).images["pixel_values"]
+        for name in ("deep", "grey", "clear", "white")
+    }
+    assert torch.equal(seen["deep"], seen["grey"])
+    assert torch.equal(seen["clear"], seen["white"])
+    assert not torch.equal(seen["deep"], seen["white"])
+    for name, square in seen.items():
+        (expected,) = encoder.processor.image_processor(load_image(tmp_path / f"{name}.png"), return_tensors="pt")[
+            "pixel_values"
+        ]
+        assert torch.equal(square[0], expected)
+    with pytest.raises(EffiLoRAError, match=r"ghost\.png' can't be used: it is a text file"):
+        encoder.encode(talk("<image>", "a", image="ghost.png"))
 
 
 def test_a_question_that_no_longer_fits_is_refused(place):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_pipeline, tiny_unet
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,8 +30,10 @@ COVERED = {
     "_actions",
     "_argument_group_name",
     "_cdata",
+    "_class_name",
     "_forward_hooks",
     "_get_available_adapters",
+    "_growth_tracker",
     "_modules",
     "_num_timesteps",
     "_option_string_actions",
@@ -225,6 +228,19 @@ def test_the_parser_makes_a_group_of_every_dataclass_and_knows_its_actions():
         action.default = argparse.SUPPRESS
     assert vars(parser.parse_known_args([])[0]) == {}
     assert vars(parser.parse_known_args(["--some-size", "4"])[0]) == {"some_size": 4}
+
+
+def test_the_index_of_a_pipeline_names_its_class(tmp_path):
+    """models/pipelines.py: a pipeline that can't be trained is refused before its weights are read."""
+    build_tiny_pipeline().save_pretrained(tmp_path)
+    assert DiffusionPipeline.load_config(tmp_path)["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_the_state_of_a_loss_scaler_is_five_numbers():
+    """training/checkpoints.py: the state in a checkpoint is checked before it is taken over."""
+    state = torch.amp.GradScaler("cpu", enabled=True).state_dict()
+    assert state.keys() == {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    assert all(isinstance(value, int | float) for value in state.values())
 
 
 def test_models_can_be_copied_with_hooks_and_handles():

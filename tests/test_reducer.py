@@ -303,6 +303,25 @@ def test_a_state_of_other_blocks_is_refused():
         make_reducer().load_state_dict(state)
 
 
+def test_a_damaged_state_is_refused_and_changes_nothing():
+    reducer = Reducer(make_adapter(reducer=ReducerConfig(mode="importance")))
+    reducer.begin_step(0)
+    good = reducer.state_dict()
+    block = reducer.blocks[0]
+    bad = [
+        None, [], {}, {**good, "more": 1}, {**good, "scores": [0.0]}, {**good, "scores": {**good["scores"], block: "high"}},
+        {**good, "scores": {**good["scores"], block: 17.0}}, {**good, "scores": {**good["scores"], block: float("nan")}},
+        {**good, "deviation": -1.0}, {**good, "deviation": float("inf")}, {**good, "deviation": None}, {**good, "active": []},
+        {**good, "active": ["x"]}, {**good, "active": [block, block]}, {**good, "active": block}, {**good, "active": [[block]]},
+        {**good, "ever_active": ["x"]}, {**good, "ever_active": 5},
+    ]  # fmt: skip
+    for state in bad:
+        with pytest.raises(EffiLoRAError, match="the checkpoint's"):
+            reducer.load_state_dict(state)
+        assert reducer.state_dict() == good
+    reducer.load_state_dict(json.loads(json.dumps(good)))
+
+
 def test_the_log_holds_one_json_object_per_event(tmp_path):
     log = tmp_path / "reducer.jsonl"
     reducer = make_reducer(log=log, active=0.5, warmup=2)

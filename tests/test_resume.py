@@ -11,7 +11,7 @@ from conftest import build_tiny_pipeline, make_adapter
 from helpers import arguments, edit_json, files_in, make_subject, metrics, same_content, settings, trainer
 
 from effilora_diffusion.cli import train as launch
-from effilora_diffusion.core import EffiLoRAError
+from effilora_diffusion.core import EffiLoRAError, Reducer
 from effilora_diffusion.core.run_folder import RunFolder, checkpoints
 from effilora_diffusion.diffusion.training.checkpoints import (
     IMAGE_RUN,
@@ -279,7 +279,9 @@ def trained(steps=1):
 
 
 def state(step):
-    return TrainingState(step, {"seed": 0}, {}, {})
+    reducer = Reducer(make_adapter())
+    reducer.begin_step(0)
+    return TrainingState(step, {"seed": 0}, reducer.state_dict(), {})
 
 
 def names(output):

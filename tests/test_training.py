@@ -29,6 +29,7 @@ RESULT = {
     "effilora.safetensors",
     "metrics.jsonl",
     "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_kohya.safetensors",
     "samples/step-000000.png",
 }
 

@@ -6,7 +6,7 @@ package must be installed (``pip install -e .``); ``effilora train`` is the same
 
 import sys
 
-from effilora_diffusion.cli.train import main
+from effilora_diffusion.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

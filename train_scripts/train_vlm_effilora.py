@@ -6,7 +6,7 @@
 
 import sys
 
-from effilora_diffusion.cli.train_vlm import main
+from effilora_diffusion.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train-vlm", *sys.argv[1:]]))

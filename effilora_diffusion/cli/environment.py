@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 DEFAULTS = {
@@ -11,7 +12,13 @@ DEFAULTS = {
 """Environment variables and their values, where the user has not set them."""
 
 
+QUIET = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+"""Loggers of libraries that warn on every import of torchao, of things that concern their developers."""
+
+
 def prepare() -> None:
     """Set the defaults for this process and those that it starts."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)

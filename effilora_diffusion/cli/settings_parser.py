@@ -9,13 +9,14 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from ..core.errors import EffiLoRAError
 from ..core.options import ADAPTER, REDUCER, default_of, from_text, hints_of
+from ..core.text_io import read_user_text
 
 USUAL = "Usual settings"
 
@@ -48,7 +49,7 @@ ELSEWHERE = {
     "load_in_4bit": "quantization bnb-4bit",
     "load_in_8bit": "quantization bnb-8bit",
     "torch_dtype": "dtype",
-    **dict.fromkeys(("save_precision", "dtype", "train_dtype"), "mixed_precision"),
+    **dict.fromkeys(("dtype", "train_dtype"), "mixed_precision"),
 }
 """Settings of other trainers (sd-scripts, ai-toolkit, OneTrainer, LLaMA-Factory, axolotl), and ours."""
 
@@ -59,6 +60,30 @@ class Given:
 
     values: dict[str, Any]
     extra: dict[str, Any]
+
+
+class _Extend(argparse.Action):
+    """Values of a list setting: a flag that is given again adds to what it had; a prompt without quotes is not a list."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        words = [value for value in values if value.split() == [value]]
+        if self.dest.endswith("prompt") and len(words) > 1:
+            raise EffiLoRAError(
+                f"--{self.dest} got {len(values)} prompts, among them single words ({', '.join(words[:5])}): quote a prompt that "
+                f"has spaces, or repeat --{self.dest} for each single word"
+            )
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which a name that stands twice is a mistake: the second one would replace the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _OneName(argparse.HelpFormatter):
@@ -115,11 +140,13 @@ def _as_dataclass(title: str, entries: list[tuple[Field[Any], Any]]) -> type:
     """One group as the dataclass that ``HfArgumentParser`` makes an argument group of; all metadata go to argparse."""
     made: list[tuple[str, Any, Any]] = []
     for entry, hint in entries:
-        metadata = {"help": _help(entry)}
+        metadata: dict[str, Any] = {"help": _help(entry)}
         if entry.metadata.get("choices"):
             metadata["choices"] = entry.metadata["choices"]
         if "aliases" in entry.metadata:
             metadata["aliases"] = entry.metadata["aliases"]
+        if get_origin(hint) is list:
+            metadata["action"] = _Extend
         default: Any = {"default": entry.default}
         if entry.default_factory is not MISSING:
             default = {"default_factory": entry.default_factory}
@@ -182,11 +209,11 @@ def read_config_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
 
     Raises :class:`EffiLoRAError` for unknown names, values of another type and files that can't be read.
     """
+    text = read_user_text(path, what=f"--config {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise EffiLoRAError(f"--config {path} can't be read: {error}") from error
+        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, _Strict)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise EffiLoRAError(f"--config {path} can't be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(data, dict):
         raise EffiLoRAError(f"--config {path} must hold settings as 'name: value', in TOML or YAML")
     for name in data:

@@ -44,6 +44,12 @@ def a_key(config: EffiLoRAConfig, site: Site) -> str:
     return site.name.replace(".", "/") if config.a_sharing == "none" else str(site.in_features)
 
 
+def router_shape(config: EffiLoRAConfig) -> tuple[int, ...]:
+    """Shape of the router of one site: a row for every head."""
+    rows = {"token": (config.rank,), "static": (), "timestep": (TIMESTEP_FEATURES,)}[config.routing]
+    return (config.heads, *rows)
+
+
 class EffiLoRA(nn.Module):
     """Owner of every A, head and router of one adapter (paper equations 1 and 2).
 
@@ -87,9 +93,9 @@ class EffiLoRA(nn.Module):
         self.B = nn.ParameterList(
             nn.Parameter(torch.zeros(site.out_features, config.heads, config.rank)) for site in self.sites
         )
-        shape = {"token": (config.rank,), "static": (), "timestep": (TIMESTEP_FEATURES,)}[config.routing]
+        shape = router_shape(config)
         routed = self.sites if config.heads > 1 else ()
-        self.G = nn.ParameterList(nn.Parameter(torch.randn(config.heads, *shape, generator=generator)) for _ in routed)
+        self.G = nn.ParameterList(nn.Parameter(torch.randn(*shape, generator=generator)) for _ in routed)
 
     def shared_a(self, site: Site) -> Tensor:
         """The A that reads this site's input, ``(r, in_features)``; with ``slice`` the first columns of the only one."""

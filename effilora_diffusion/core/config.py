@@ -39,11 +39,16 @@ TARGET_GROUPS: dict[str, tuple[str, ...]] = {
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
-        raise EffiLoRAError(message)
+        raise EffiLoRAError(message[:300])  # it may quote what a file says
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether ``value`` is a number, neither NaN nor a truth value, from ``least`` to ``most``."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _from_dict(cls: type, data: Any, where: str) -> dict[str, Any]:
@@ -52,6 +57,10 @@ def _from_dict(cls: type, data: Any, where: str) -> dict[str, Any]:
     unknown = set(data) - {f.name for f in fields(cls)}
     _check(not unknown, f"{where} has unknown keys {sorted(unknown)}: it was written by a newer version or by hand")
     return dict(data)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable()
 
 
 @dataclass(frozen=True)
@@ -83,15 +92,22 @@ class ReducerConfig:
 
     def __post_init__(self) -> None:
         _check(self.mode in REDUCER_MODES, f"reducer mode must be one of {REDUCER_MODES}, not {self.mode!r}")
-        _check(0 < self.active <= 1, f"reducer share of active blocks must be in (0, 1], not {self.active}")
-        for name, least in (("interval", 1), ("rollouts", 2)):
+        share_ok = is_number(self.active, 0, 1) and self.active > 0
+        _check(share_ok, f"reducer share of active blocks must be in (0, 1], not {self.active!r}")
+        for name, least, most in (("interval", 1, 10**9), ("warmup", 0, 10**9), ("rollouts", 2, 10_000)):
             value = getattr(self, name)
-            _check(_is_int(value) and value >= least, f"reducer {name} must be at least {least}, not {value!r}")
-        _check(_is_int(self.warmup) and self.warmup >= 0, f"reducer warmup must be at least 0, not {self.warmup!r}")
-        _check(0 < self.suppress_share < 1, f"reducer suppress_share must be in (0, 1), not {self.suppress_share}")
-        _check(0 <= self.suppress_factor < 1, f"reducer suppress_factor must be in [0, 1), not {self.suppress_factor}")
-        step_ok = math.isfinite(self.step_size) and self.step_size > 0
-        _check(step_ok, f"reducer step_size must be positive, not {self.step_size}")
+            value_ok = _is_int(value) and least <= value <= most
+            _check(value_ok, f"reducer {name} must be {least} to {most}, not {value!r}")
+        share_ok = is_number(self.suppress_share, 0, 1) and 0 < self.suppress_share < 1
+        _check(share_ok, f"reducer suppress_share must be in (0, 1), not {self.suppress_share!r}")
+        factor_ok = is_number(self.suppress_factor, 0, 1) and self.suppress_factor < 1
+        _check(factor_ok, f"reducer suppress_factor must be in [0, 1), not {self.suppress_factor!r}")
+        step_ok = is_number(self.step_size, 0, 1e6) and self.step_size > 0
+        _check(step_ok, f"reducer step_size must be positive and at most 1e6, not {self.step_size!r}")
+        _check(
+            isinstance(self.train_shared, bool),
+            f"reducer train_shared must be true or false, not {self.train_shared!r}",
+        )
 
 
 @dataclass(frozen=True)
@@ -128,17 +144,18 @@ class EffiLoRAConfig:
     def __post_init__(self) -> None:
         _check(_is_int(self.rank) and 1 <= self.rank <= 4096, f"rank must be 1 to 4096, not {self.rank!r}")
         _check(_is_int(self.heads) and 1 <= self.heads <= 64, f"heads must be 1 to 64, not {self.heads!r}")
-        alpha_ok = self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0)
-        _check(alpha_ok, f"alpha must be positive, not {self.alpha!r}")
+        alpha_ok = self.alpha is None or is_number(self.alpha, 1e-6, 1e6)
+        _check(alpha_ok, f"alpha must be 1e-6 to 1e6, not {self.alpha!r}")
         _check(self.routing in ROUTINGS, f"routing must be one of {ROUTINGS}, not {self.routing!r}")
         _check(self.a_sharing in A_SHARINGS, f"a_sharing must be one of {A_SHARINGS}, not {self.a_sharing!r}")
         _check(self.scaling in SCALINGS, f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
-        _check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout!r}")
-        range_ok = math.isfinite(self.timestep_range) and self.timestep_range > 0
-        _check(range_ok, f"timestep_range must be positive, not {self.timestep_range!r}")
+        dropout_ok = is_number(self.dropout, 0, 1) and self.dropout < 1
+        _check(dropout_ok, f"dropout must be in [0, 1), not {self.dropout!r}")
+        range_ok = is_number(self.timestep_range, 1e-6, 1e9)
+        _check(range_ok, f"timestep_range must be 1e-6 to 1e9, not {self.timestep_range!r}")
         targets = self.target_modules
         _check(
-            not isinstance(targets, str) and len(targets) > 0 and all(isinstance(t, str) and t for t in targets),
+            isinstance(targets, tuple | list) and len(targets) > 0 and all(map(_is_name, targets)),
             f"target_modules must name at least one linear layer, not {targets!r}",
         )
         object.__setattr__(self, "target_modules", tuple(targets))
@@ -169,10 +186,7 @@ class EffiLoRAConfig:
         )
         data = _from_dict(cls, data, "the adapter's configuration")
         reducer = _from_dict(ReducerConfig, data.pop("reducer", {}), "the reducer's configuration")
-        try:
-            return cls(**data, reducer=ReducerConfig(**reducer))
-        except (TypeError, OverflowError) as error:
-            raise EffiLoRAError(f"the adapter's configuration has a value of the wrong type: {error}") from error
+        return cls(**data, reducer=ReducerConfig(**reducer))
 
     @classmethod
     def from_json(cls, text: str) -> EffiLoRAConfig:

@@ -101,7 +101,8 @@ def _fit(heads: Tensor, calibration: Tensor) -> Tensor:
     share = ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum().clamp_min(1e-30)
     mean = torch.einsum("n,dnr->dr", share, heads.double())
     right = torch.einsum("dnr,nrs->ds", heads.double(), ci) + mean @ ridge
-    return torch.linalg.solve(c + ridge, right.t()).t()
+    found, _ = torch.linalg.solve_ex(c + ridge, right.t())  # a singular C, which no inputs give, yields infinities
+    return found.t()
 
 
 def _output_error(adapter: EffiLoRA, index: int, moments: Moments) -> tuple[float, float]:
@@ -118,7 +119,7 @@ def _output_error(adapter: EffiLoRA, index: int, moments: Moments) -> tuple[floa
 def to_lora(adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None) -> dict[str, PlainLoRA]:
     """Plain LoRA factors by module path, of rank r, the scale baked into ``up`` (so alpha = rank).
 
-    Raises :class:`EffiLoRAError` if the adapter routes by input and a site has no calibration.
+    Raises :class:`EffiLoRAError` if the adapter routes by input and a site has no calibration, or a factor is not finite.
     """
     factors = {}
     exact = is_exact(adapter)
@@ -136,5 +137,7 @@ def to_lora(adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None) -> 
                 assert calibration is not None
                 up = _fit(adapter.B[index][rows].cpu(), calibration[site.name].cpu())
             up = (up.double() * adapter.config.scale).float().cpu().contiguous()
+            if not up.isfinite().all():
+                raise EffiLoRAError(f"the plain LoRA of {path} is not finite: its heads or its calibration are broken")
             factors[path] = PlainLoRA(adapter.shared_a(site).detach().float().cpu().clone().contiguous(), up)
     return factors

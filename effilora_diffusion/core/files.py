@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .adapter import EffiLoRA, a_widths
+from .adapter import EffiLoRA, a_widths, router_shape
 from .config import FORMAT_VERSION, EffiLoRAConfig
 from .errors import EffiLoRAError
+from .metadata import read_metadata
 from .sites import Site
+from .tensor_io import open_tensors, read_tensors
+from .text_io import parse_json, printable
 from .writing import write_atomic
 
 ADAPTER_FILE = "effilora.safetensors"
@@ -33,10 +36,8 @@ HEADER_KEY = "effilora"
 LANGUAGE = "language"
 """The ``component`` in the metadata of an adapter for a language model."""
 
-MAX_BYTES = 8 << 30
-
-_RENAMED = {"pictures": "images"}
-"""Metadata keys of version 0.1.0 and their present names."""
+HEADER_DEPTH = 8
+"""How deep the header's JSON may be nested; what is written has half of it."""
 
 
 @dataclass
@@ -131,95 +132,101 @@ def adapter_path(path: str | Path) -> Path:
 def is_native(path: str | Path) -> bool:
     """Return whether ``path`` is a native file, by its header."""
     try:
-        with safe_open(str(path), "pt") as file:
+        with open_tensors(Path(path)) as file:
             return HEADER_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
+    except EffiLoRAError:
         return False
 
 
 def load_adapter_file(path: str | Path) -> AdapterFile:
-    """Read a native file; raises :class:`EffiLoRAError` for a missing, damaged or invalid one."""
+    """Read a native file; raises :class:`EffiLoRAError` for a missing, damaged or invalid one.
+
+    Whatever the file holds, what is returned can be used: weights and widths fit one another, numbers are finite and bounded,
+    texts can be printed. Nothing is allocated before the file's tensors are known to be what its header claims.
+    """
     path = Path(path)
-    header, tensors = _read(path)
-    try:
-        config = EffiLoRAConfig.from_dict(header["config"])
-        sites = [Site.from_dict(entry) for entry in header["sites"]]
-        saved: dict[str, Any] = dict(header.get("metadata") or {})
-        metadata = {_RENAMED.get(key, key): value for key, value in saved.items()}
-    except EffiLoRAError as error:
-        raise EffiLoRAError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise EffiLoRAError(f"{path}: its header is damaged ({error!r}): get the file again") from error
-    if not sites:
-        raise EffiLoRAError(f"{path}: its header has no sites: get the file again")
-    available = sum(tensor.numel() for tensor in tensors.values())
-    stated = config.rank * sum(a_widths(config, sites).values())
-    stated += sum(config.rank * config.heads * site.out_features for site in sites)
-    if stated > available:  # before allocating what a forged header claims
-        raise EffiLoRAError(f"{path}: its header claims {stated} parameters of A and heads, the file has {available}")
-    adapter = EffiLoRA(config, sites)
-    calibration = _fill(path, adapter, tensors)
-    return AdapterFile(adapter, metadata, calibration, str(header["sha256"]))
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise EffiLoRAError(f"{path}: no such file")
-    if path.stat().st_size > MAX_BYTES:
-        raise EffiLoRAError(f"{path}: {path.stat().st_size} bytes is too large for an adapter")
-    try:
-        with safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get(HEADER_KEY)
-            if text is None:
-                raise EffiLoRAError(
-                    f"{path}: a safetensors file, but not an EffiLoRA adapter; load plain LoRA with "
-                    "pipe.load_lora_weights"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        header = json.loads(text)
-        digest = header_sha256(header) if isinstance(header, dict) else ""  # deep nesting may raise here too
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        if isinstance(error, EffiLoRAError):
-            raise
-        raise EffiLoRAError(f"{path}: not a readable safetensors file ({error}): get the file again") from error
-    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version") if isinstance(header, dict) else None
-        raise EffiLoRAError(f"{path}: format version {version!r}, this library reads {FORMAT_VERSION}: update it")
-    if header.get("header_sha256") != digest:
-        raise EffiLoRAError(f"{path}: its header does not match its checksum: the file is damaged, get it again")
+    with open_tensors(path) as file:
+        text = (file.metadata() or {}).get(HEADER_KEY)
+        if text is None:
+            raise EffiLoRAError(
+                f"{path}: a safetensors file, but not an EffiLoRA adapter; load plain LoRA with pipe.load_lora_weights"
+            )
+        try:
+            header = _read_header(text)
+            config, sites = _described(header)
+        except EffiLoRAError as error:
+            raise EffiLoRAError(f"{path}: {printable(error)[:400]}") from error
+        tensors = read_tensors(path, file, *tensor_shapes(config, sites))
     if header.get("sha256") != tensors_sha256(tensors):
         raise EffiLoRAError(f"{path}: the weights do not match their checksum: the file is damaged, get it again")
-    return header, tensors
+    adapter = EffiLoRA(config, sites)
+    calibration = _fill(path, adapter, tensors)
+    return AdapterFile(adapter, read_metadata(header["metadata"]), calibration, header["sha256"])
+
+
+def _read_header(text: str) -> dict[str, Any]:
+    """The JSON of a native file, of this version and as it was written."""
+    try:
+        header = parse_json(text, HEADER_DEPTH)
+    except EffiLoRAError as error:
+        raise EffiLoRAError(f"not a readable safetensors file (its header: {error}): get the file again") from error
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise EffiLoRAError(f"format version {version!r:.40}, this library reads {FORMAT_VERSION}: update it")
+    if header.get("header_sha256") != header_sha256(header):
+        raise EffiLoRAError("its header does not match its checksum: the file is damaged, get it again")
+    return dict(header)
+
+
+def _described(header: dict[str, Any]) -> tuple[EffiLoRAConfig, list[Site]]:
+    """Configuration and sites of the adapter that a header claims."""
+    config, entries = EffiLoRAConfig.from_dict(header.get("config", {})), header.get("sites")
+    if not isinstance(entries, list) or not entries or not isinstance(header.setdefault("metadata", {}), dict):
+        raise EffiLoRAError("its header has no sites, or no object of metadata: get the file again")
+    sites = [Site.from_dict(entry) for entry in entries]
+    names = {site.name for site in sites}
+    paths = [path for site in sites for path, _ in site.linears]
+    if len(names) < len(sites) or len(set(paths)) < len(paths):
+        raise EffiLoRAError("its header names a site or a linear twice: get the file again")
+    reserved = nn.ParameterDict()
+    if any(hasattr(reserved, key) for key in a_widths(config, sites)):  # torch could not hold a weight of that name
+        raise EffiLoRAError("its header names a site as no module can be named: get the file again")
+    return config, sites
+
+
+def tensor_shapes(
+    config: EffiLoRAConfig, sites: Sequence[Site]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors that the file of such an adapter must have, and of the calibration that it may have."""
+    required: dict[str, tuple[int, ...]] = {
+        f"shared_A.{key}": (config.rank, width) for key, width in a_widths(config, sites).items()
+    }
+    for site in sites:
+        required |= {f"{path}.stacked_B": (width, config.heads, config.rank) for path, width in site.linears}
+        if config.heads > 1:
+            required[f"{site.name}.router"] = router_shape(config)
+    size = (config.heads + 1, config.rank, config.rank)
+    return required, {f"{site.name}.calibration": size for site in sites}
 
 
 @torch.no_grad()
 def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy the tensors into ``adapter``; return the calibration."""
-    remaining = dict(tensors)
-    size = (adapter.config.heads + 1, adapter.config.rank, adapter.config.rank)
 
-    def take(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = remaining.pop(name, None)
-        if tensor is None:
-            raise EffiLoRAError(f"{path}: the tensor {name} is missing")
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise EffiLoRAError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape}")
-        tensor = tensor.float()
+    def take(name: str) -> Tensor:
+        tensor = tensors[name].float()
         if not tensor.isfinite().all():
             raise EffiLoRAError(f"{path}: {name} has NaN or infinite values")
         return tensor
 
     for key, parameter in adapter.A.items():
-        parameter.copy_(take(f"shared_A.{key}", tuple(parameter.shape)))
+        parameter.copy_(take(f"shared_A.{key}"))
     calibration = {}
     for index, site in enumerate(adapter.sites):
-        for linear_path, out_features in site.linears:
-            shape = (out_features, adapter.config.heads, adapter.config.rank)
-            adapter.B[index][site.rows(linear_path)] = take(f"{linear_path}.stacked_B", shape)
+        for linear_path, _ in site.linears:
+            adapter.B[index][site.rows(linear_path)] = take(f"{linear_path}.stacked_B")
         if len(adapter.G):
-            adapter.G[index].copy_(take(f"{site.name}.router", tuple(adapter.G[index].shape)))
-        if f"{site.name}.calibration" in remaining:
-            calibration[site.name] = take(f"{site.name}.calibration", size)
-    if remaining:
-        raise EffiLoRAError(f"{path}: unknown tensors {sorted(remaining)[:3]}: written by a newer version?")
+            adapter.G[index].copy_(take(f"{site.name}.router"))
+        if f"{site.name}.calibration" in tensors:
+            calibration[site.name] = take(f"{site.name}.calibration")
     return calibration

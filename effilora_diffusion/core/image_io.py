@@ -7,12 +7,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
 from .errors import EffiLoRAError
+from .text_io import printable
 
-MAX_PIXELS = 50_000_000
-"""The largest image that is decoded, in pixels; as RGB it takes 150 MB."""
+MAX_PIXELS = 120_000_000
+"""The largest image that is decoded, in pixels; cameras reach 102 million. As JPEG it takes 0.2 GB of memory, at most 1.4."""
+
+LARGE_PIXELS = 50_000_000
+"""Larger images are halved before anything else is done with them, JPEGs while they are decoded."""
+
+MAX_BYTES = 1 << 30
+"""The largest image file."""
+
+_HALVED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+"""Modes that Pillow can reduce."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of an EXIF orientation upright."""
+
+_SIDEWAYS = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 
 # Photo and drawing formats only. Pillow knows more, but some start another program (EPS runs Ghostscript) and some
 # hold an image larger than their header says (ICO), which would slip past the limit above.
@@ -46,16 +69,10 @@ class _UnusableError(EffiLoRAError):
     """An image is of no use; the text is the reason, without the file's name."""
 
 
-def printable(name: object) -> str:
-    """Return a file name or message as one line that any terminal can print.
-
-    Control characters and bytes that are not UTF-8 come back as backslash escapes.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
-
-
 def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode one image file as 8-bit RGB, upright and without transparency.
+
+    Beyond ``LARGE_PIXELS`` it comes back at half its width and height: no model sees more.
 
     The EXIF rotation is applied, transparent parts show ``background`` (red, green, blue in 0..255), 16-bit grey is
     scaled by 1/257, floating-point grey from its own minimum and maximum, and an animation gives its first frame.
@@ -87,27 +104,36 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
         ImageError: as for `load_image`.
     """
     path = Path(path)
-    image, turned = _decode(path, (255, 255, 255))
+    _, size, turned = _decode(path, (255, 255, 255))
     remarks = [] if turned else ["its EXIF data cannot be read, so it was not rotated"]
     remarks += _file_remarks(path)
-    width, height = image.size
-    short, long = sorted(image.size)
+    width, height = size
+    short, long = sorted(size)
     if short < 64:
         remarks.append(f"very small ({width}x{height} pixels)")
     if long > 4 * short:
         remarks.append(f"extreme aspect ratio ({width}x{height} pixels): a square crop shows little of it")
-    return image.size, remarks
+    return size, remarks
 
 
-def _decode(path: Path, background: tuple[int, int, int]) -> tuple[Image.Image, bool]:
-    """Return the RGB image, and False where broken EXIF data left its rotation unknown."""
+def _decode(path: Path, background: tuple[int, int, int]) -> tuple[Image.Image, tuple[int, int], bool]:
+    """Return the RGB image, its own size upright, and False where broken EXIF data left its rotation unknown."""
     with _named(path), _open(path) as image:
+        size, turn, known = image.size, None, True
+        if size[0] * size[1] > LARGE_PIXELS:
+            image.draft(None, (size[0] // 2, size[1] // 2))
         image.load()
         try:
-            upright = ImageOps.exif_transpose(image)
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         except Exception:  # Pillow raises SyntaxError and others; no reason to lose the image
-            return to_rgb(image, background), False
-        return to_rgb(upright, background), True
+            known = False
+        found: Image.Image = image
+        if image.width * image.height > LARGE_PIXELS and image.mode in _HALVED:
+            found = Image.Image.reduce(image, 2)
+        if turn is not None:
+            found = found.transpose(turn)
+            size = size[::-1] if turn in _SIDEWAYS else size
+        return to_rgb(found, background), size, known
 
 
 @contextmanager
@@ -188,6 +214,10 @@ def _check_file(path: Path) -> None:
         raise _UnusableError("it is not a regular file")
     if status.st_size == 0:
         raise _UnusableError("the file is empty")
+    if status.st_size > MAX_BYTES:
+        raise _UnusableError(
+            f"the file has {status.st_size / 1e9:.1f} GB, more than the allowed {MAX_BYTES / 1e9:.1f}"
+        )
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -216,11 +246,17 @@ def _to_levels(image: Image.Image) -> np.ndarray:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise _UnusableError("its floating-point pixels hold NaN or infinity")
     low, high = float(values.min()), float(values.max())
-    if values.dtype.kind != "f" and low >= 0 and high <= 65535:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if low == high:
+    exact = values.dtype.kind != "f" and low >= 0 and high <= 65535
+    if low == high and not exact:
         raise _UnusableError("every pixel has the same value, so its range of brightness is unknown")
-    return np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
+    levels = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), 256):  # in strips, as the numbers in between are eight times as large
+        strip = values[top : top + 256]
+        if exact:
+            levels[top : top + 256] = (strip.astype(np.uint32) + 128) // 257
+        else:
+            levels[top : top + 256] = np.rint((strip.astype(np.float64) - low) * (255.0 / (high - low)))
+    return levels
 
 
 def _describe(path: Path) -> str:

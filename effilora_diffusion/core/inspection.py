@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .config import is_number
 from .convert import describe_export_error, is_exact
 from .errors import EffiLoRAError
 from .files import AdapterFile, adapter_path, load_adapter_file
+from .text_io import TextError, parse_json, read_user_text
 
 USED_SHARE = 0.01
 """Minimum norm of a head that counts as used, relative to the largest head's in the adapter."""
+
+LOG_LIMIT = 256 << 20
+"""Bytes of a Reducer's log that are read."""
 
 
 @torch.no_grad()
@@ -34,11 +39,11 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
         block: {"norm": 0.0, "heads": [0.0] * model.config.heads} for block in model.blocks
     }
     for index, site in enumerate(model.sites):
-        shared, heads = model.shared_a(site), model.B[index]
+        shared, heads = model.shared_a(site).double(), model.B[index].double()
+        gram = shared @ shared.t()
         for head in range(model.config.heads):
-            size = float((heads[:, head] @ shared).square().sum()) * model.config.scale**2
-            blocks[site.block]["heads"][head] += size
-        blocks[site.block]["norm"] += float((heads.mean(1) @ shared).square().sum()) * model.config.scale**2
+            blocks[site.block]["heads"][head] += _squared_norm(heads[:, head], gram) * model.config.scale**2
+        blocks[site.block]["norm"] += _squared_norm(heads.mean(1), gram) * model.config.scale**2
     for block, usage in head_usage(content).items():
         norms = blocks[block]
         blocks[block] = {
@@ -51,7 +56,7 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
     used = sum(size > 0 and size >= USED_SHARE * largest for size in head_norms)
     return {
         **content.metadata,  # first, so that metadata can't overwrite what is computed
-        "export_error": _number(content.metadata.get("export_error")),
+        "export_error": content.metadata.get("export_error", 0.0),
         "config": model.config.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(model.sites),
@@ -64,12 +69,9 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float:
-    """Convert a metadata value to a number; 0 if it is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
+def _squared_norm(up: Tensor, gram: Tensor) -> float:
+    """The squared Frobenius norm of ``up @ down`` with ``gram = down @ down.T``: r x r, and in float64 it can't overflow."""
+    return max(0.0, float(((up.t() @ up) * gram).sum()))
 
 
 @torch.no_grad()
@@ -83,9 +85,9 @@ def head_usage(content: AdapterFile) -> dict[str, list[float] | None]:
         elif model.config.routing == "static":
             gates[site.block].append(model.G[index].softmax(0).tolist())
         elif site.name in content.calibration:
-            moments = content.calibration[site.name].diagonal(dim1=1, dim2=2).sum(1)
+            moments = content.calibration[site.name].double().diagonal(dim1=1, dim2=2).sum(1)
             if float(moments[0]) > 0:
-                gates[site.block].append((moments[1:] / moments[0]).tolist())
+                gates[site.block].append((moments[1:] / moments[0]).clamp(0, 1).tolist())
     return {
         block: [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
         for block, rows in gates.items()
@@ -166,17 +168,27 @@ def _close(history: ReducerHistory, blocks: list[str], first: int, last: int) ->
 
 
 def _events(log: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a killed process may have left a part of one."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_user_text(log, LOG_LIMIT).split("\n")
+    except TextError:
         return []
     events = []
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            event = json.loads(line)
-            int(event["step"])
-            events.append(event)
+        with contextlib.suppress(EffiLoRAError):
+            event = parse_json(line)
+            if _is_event(event):
+                events.append(event)
     return events
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or not is_number(event.get("step"), 0, 10**12):
+        return False
+    scores, layers = event.get("scores"), event.get("layers")
+    if event.get("event") == "importance":
+        return isinstance(scores, dict) and all(is_number(score, -1e6, 1e6) for score in scores.values())
+    return isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
 
 
 def describe(facts: dict[str, Any]) -> str:

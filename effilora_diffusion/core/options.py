@@ -117,6 +117,8 @@ def check_options(settings: Any) -> None:
         value, metadata = getattr(settings, entry.name), entry.metadata
         if value is None and entry.default is None:
             continue
+        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+            raise EffiLoRAError(f"--{entry.name} is empty: name it, or leave the setting out")
         choices, bounds = metadata["choices"], metadata["bounds"]
         if choices and value not in (*choices, entry.default):
             raise EffiLoRAError(f"--{entry.name} must be one of {', '.join(choices)}, not {value!r}")
@@ -133,7 +135,10 @@ def from_text(name: str, hint: Any, value: Any) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
     if get_origin(hint) is list:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
+        items = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
+            raise EffiLoRAError(f"the setting {name} must be a list of text, not {value!r:.200}")
+        return [str(item) for item in items]
     if not isinstance(value, bool) or kind is bool:
         if kind is float and isinstance(value, str | int | float):
             try:
@@ -162,6 +167,13 @@ def hints_of(kinds: Iterable[type]) -> dict[str, Any]:
 class AdapterOptions:
     """What an adapter is and how its Reducer works, by the names that every training command has."""
 
+    init_from: str | None = option(
+        None,
+        "start from an existing adapter: a file, a run's folder or RUN@STEP (default: a fresh one)",
+        ADAPTER,
+        usual=True,
+        form=False,
+    )
     rank: int = option(4, "rank of the shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True)
     lora_alpha: float | None = option(
         None, "the update is scaled by lora_alpha / rank (default: rank)", ADAPTER, bounds=POSITIVE, fixed=True
@@ -172,9 +184,7 @@ class AdapterOptions:
     heads: int = option(
         3, "B heads per adapted linear; 1 is plain LoRA with a shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True
     )
-    routing: str = option(
-        "token", "what the gates of the heads depend on", ADAPTER, choices=ROUTINGS, usual=True, fixed=True
-    )
+    routing: str = option("token", "what the gates of the heads depend on", ADAPTER, choices=ROUTINGS, fixed=True)
     a_sharing: str = option(
         "width",
         "one A per input width, one sliced A, or one per linear (HydraLoRA)",

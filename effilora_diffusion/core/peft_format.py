@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .convert import PlainLoRA, is_exact
 from .files import AdapterFile
 from .sites import base_layer, is_transposed
-from .writing import write_atomic, write_text
+from .writing import write_atomic, write_text, writing
 
 
 def origin(content: AdapterFile, error: float) -> dict[str, str]:
@@ -23,13 +23,19 @@ def origin(content: AdapterFile, error: float) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    """Write a safetensors file atomically, the same bytes for the same content."""
+    content = save(tensors, metadata=metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])  # the library writes the metadata in any order
+    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    write_atomic(path, lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:]))
 
 
 def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, error: float, **extra: Any) -> None:
     """Write the folder that ``PeftModel.from_pretrained`` loads; ``extra`` goes into ``adapter_config.json``."""
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": content.metadata.get("base_model"),

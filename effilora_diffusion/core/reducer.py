@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import EffiLoRA
+from .config import is_number
 from .errors import EffiLoRAError
 from .writing import append_line
 
@@ -156,10 +157,9 @@ class Reducer:
             "ever_active": sorted(self.ever_active),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`; raises :class:`EffiLoRAError` if the blocks are not this adapter's."""
-        if set(state["scores"]) != set(self.blocks):
-            raise EffiLoRAError("the checkpoint's Reducer scores are for other blocks than this adapter's")
+    def load_state_dict(self, state: Any) -> None:
+        """Inverse of :meth:`state_dict`; raises :class:`EffiLoRAError` as :func:`check_state`, and changes nothing then."""
+        check_state(state, self.blocks)
         self.scores = [float(state["scores"][block]) for block in self.blocks]
         self.deviation = float(state["deviation"])
         self.active = tuple(state["active"])
@@ -169,3 +169,21 @@ class Reducer:
     def _write(self, event: dict[str, Any]) -> None:
         if self.log is not None:
             append_line(self.log, json.dumps(event))
+
+
+def check_state(state: Any, blocks: Sequence[str]) -> None:
+    """Raise :class:`EffiLoRAError` for what is no state of the Reducer of an adapter with these ``blocks``."""
+    if not isinstance(state, dict) or set(state) != {"scores", "deviation", "active", "ever_active"}:
+        raise EffiLoRAError("the checkpoint's Reducer state is damaged: it has other entries than it must have")
+    scores, active, ever = state["scores"], state["active"], state["ever_active"]
+    if not isinstance(scores, dict) or set(scores) != set(blocks):
+        raise EffiLoRAError("the checkpoint's Reducer scores are for other blocks than this adapter's")
+    values_ok = all(is_number(score, -2 * _SCORE_LIMIT, 2 * _SCORE_LIMIT) for score in scores.values())
+    if not values_ok or not is_number(state["deviation"], 0, 1e38):
+        raise EffiLoRAError("the checkpoint's Reducer scores are out of range")
+    for found in (active, ever):
+        names = found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+        if names is None or len(set(names)) < len(names) or not set(names) <= set(blocks):
+            raise EffiLoRAError("the checkpoint's active blocks are other blocks than this adapter's")
+    if not active:
+        raise EffiLoRAError("the checkpoint's Reducer has no active block")

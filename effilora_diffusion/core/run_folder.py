@@ -19,9 +19,11 @@ from filelock import FileLock, Timeout
 
 from .errors import EffiLoRAError
 from .files import ADAPTER_FILE
+from .names import is_inside
 from .writing import TEMPORARY, write_text, writing
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 METRICS_FILE = "metrics.jsonl"
 REDUCER_FILE = "reducer.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -143,7 +145,7 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         names = found.get("written") if isinstance(found, dict) else None
-        if not isinstance(names, list) or not all(isinstance(name, str) and _is_inside(name) for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) and is_inside(name) for name in names):
             return {}
         return dict(found)
 
@@ -329,12 +331,6 @@ class RunFolder:
 def _holds_adapter(checkpoint: Path) -> bool:
     """Whether a folder that is called as a checkpoint is one of ours."""
     return any((checkpoint / name).is_file() for name in (CHECKPOINT_ADAPTER, ADAPTER_FILE))
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name in a record stays in its folder."""
-    path = Path(name)
-    return bool(path.parts) and not path.is_absolute() and not path.drive and ".." not in path.parts
 
 
 def _entries(aside: Path) -> list[Path]:

@@ -13,6 +13,10 @@ from torch import nn
 from .config import TARGET_GROUPS
 from .errors import EffiLoRAError
 
+MAX_WIDTH = 1 << 24
+"""The widest input or output of a linear that an adapter file may name."""
+
+_PATH = re.compile(r"[^\s/]{1,300}")
 _BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
 
 
@@ -53,13 +57,24 @@ class Site:
         return {"name": self.name, "layer": self.block, "in_features": self.in_features, "maps": maps}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Site:
-        """Inverse of :meth:`to_dict`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on malformed input."""
-        maps = tuple((str(path), int(width)) for path, width in data["maps"])
-        site = cls(str(data["name"]), str(data["layer"]), int(data["in_features"]), maps)
-        if not maps or min(site.in_features, *(width for _, width in maps)) < 1:
-            raise ValueError(f"site {site.name} has no maps or a width below 1")
-        return site
+    def from_dict(cls, data: Any) -> Site:
+        """Inverse of :meth:`to_dict`; raises :class:`EffiLoRAError` on malformed input."""
+        maps = data.get("maps") if isinstance(data, dict) else None
+        if (
+            not isinstance(maps, list)
+            or not maps
+            or not all(isinstance(pair, list) and len(pair) == 2 for pair in maps)
+        ):
+            raise EffiLoRAError("a site is no object with maps of a path and a width")
+        paths = [data.get("name"), data.get("layer"), *(path for path, _ in maps)]
+        widths = [data.get("in_features"), *(width for _, width in maps)]
+        for path in paths:
+            if not isinstance(path, str) or _PATH.fullmatch(path) is None or not path.isprintable():
+                raise EffiLoRAError(f"a site names {path!r}, which is no module's path")
+        for width in widths:
+            if type(width) is not int or not 1 <= width <= MAX_WIDTH:
+                raise EffiLoRAError(f"the site {paths[0]} has the width {width!r}")
+        return cls(paths[0], paths[1], widths[0], tuple((path, width) for path, width in maps))
 
 
 def block_of(path: str) -> str:

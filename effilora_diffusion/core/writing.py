@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ def writing(path: Path) -> Iterator[None]:
         said = " ".join(str(error).split())[:200]
         if isinstance(error, RuntimeError) and not any(mark in said for mark in _OF_TORCH_SAVE):
             raise
+        if isinstance(error, RuntimeError):  # torch.save says where it was, and not what the system said
+            said = "the system refused, mostly for lack of space"
         raise WriteError(path, getattr(error, "strerror", None) or said) from error
 
 
@@ -67,6 +70,33 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raise :class:`EffiLoRAError` for a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise EffiLoRAError(f"{folder} is not empty: give a new folder")
+
+
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write(temporary folder)`` and rename it to ``path``, a new or empty folder: it is there as a whole or not at all.
+
+    Raises:
+        WriteError: nothing was written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:60]}.", suffix=TEMPORARY[2:]))
+        try:
+            write(temporary)
+            for file in (found for found in temporary.rglob("*") if found.is_file()):
+                sync(file)
+            os.chmod(temporary, 0o755)
+            if path.exists():
+                path.rmdir()
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

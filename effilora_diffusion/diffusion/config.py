@@ -17,6 +17,9 @@ from ..core.options import COUNT, NATURAL, POSITIVE, AdapterOptions, Bounds, che
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
 
+SAVED = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""torch's names for the values of ``--save_precision``, which are sd-scripts'."""
+
 EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
 """Sampling that suits the embedded base; other models have defaults of their own."""
 
@@ -38,6 +41,7 @@ PATHS = (
     "class_data_dir",
     "output_dir",
     "resume_from_checkpoint",
+    "init_from",
 )
 """Settings that may name a file or folder, ``~`` included."""
 
@@ -169,6 +173,12 @@ class TrainingConfig(AdapterOptions):
     output_dir: str = option(
         "lora-dreambooth-model", "folder for everything the run writes", OUTPUT, usual=True, form=False
     )
+    save_precision: str = option(
+        "float",
+        "type of the weights in the adapter and its plain forms; checkpoints keep float32",
+        OUTPUT,
+        choices=tuple(SAVED),
+    )
     overwrite_output_dir: bool = option(
         False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False
     )
@@ -206,8 +216,6 @@ class TrainingConfig(AdapterOptions):
         check_options(self)
         for name in PATHS:
             value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise EffiLoRAError(f"--{name} is empty: name it, or leave the setting out")
             setattr(self, name, value and os.path.expanduser(value))
         if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
             raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")

@@ -10,6 +10,7 @@ from ..core.attachment import check_sites
 from ..core.files import LANGUAGE
 from ..core.load import prepare_for_inference
 from ..core.peft_format import add_to_weights, write_peft
+from ..core.writing import check_new, write_folder
 from .models import load_model
 
 FORMATS = ("peft", "merged")
@@ -47,15 +48,18 @@ def base_of(content: AdapterFile, model: str | None = None) -> tuple[Any, Any]:
 
 def write_merged(output: Path, content: AdapterFile, model: str | None = None) -> float:
     """Write the base with the plain form added to its weights, as ``from_pretrained`` reads it; returns the error."""
-    if output.exists() and any(output.iterdir()):
-        raise EffiLoRAError(f"{output} is not empty: give a new folder for the merged model")
+    check_new(output)
     factors = to_lora(content.adapter, content.calibration)
     base, reader = base_of(content, model)
     check_sites(base, content.adapter.sites)
     prepare_for_inference(base, content, 1.0, str(content.metadata.get("base_model")))  # says if it is another base
     add_to_weights(base, factors)
-    base.save_pretrained(output)
-    reader.save_pretrained(output)
+
+    def write(folder: Path) -> None:
+        base.save_pretrained(folder)
+        reader.save_pretrained(folder)
+
+    write_folder(output, write)
     return export_error(content)
 
 
@@ -63,7 +67,4 @@ def export(content: AdapterFile, output: Path, format: str, model: str | None = 
     """Write ``content`` in one of :data:`FORMATS`; returns the relative output error, 0 where the form is exact."""
     if format not in FORMATS:
         raise EffiLoRAError(f"an adapter of a language model is exported as {' or '.join(FORMATS)}, not as {format}")
-    try:
-        return write_peft_folder(output, content) if format == "peft" else write_merged(output, content, model)
-    except OSError as problem:
-        raise EffiLoRAError(f"{output} could not be written: {problem}") from problem
+    return write_peft_folder(output, content) if format == "peft" else write_merged(output, content, model)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 from ..core.errors import is_out_of_memory
+from ..core.hub import loading_options, not_cached
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit")
@@ -48,6 +49,7 @@ def load_model(
         options["gguf_file"] = gguf_file
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, getattr(torch, dtype))
+    options |= loading_options(name, options.get("revision"))
     try:
         processor = (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **_processor_options(options))
         loader = _model_class(name, images, options)
@@ -56,7 +58,7 @@ def load_model(
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        reason = reason if Path(name).exists() else f"there is no such folder here, and {reason}"
+        reason = not_cached(name) if options.get("local_files_only") else reason
         raise EffiLoRAError(f"--model_name_or_path {name} can't be loaded: {reason}") from error
     if gguf_file is not None:  # dequantised by now; with this configuration transformers refuses to train or save it
         model.hf_quantizer.remove_quantization_config(model)
@@ -91,7 +93,7 @@ def _model_class(name: str, images: bool, options: dict[str, Any]) -> Any:
 
 
 def _processor_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key in ("gguf_file", "revision")}
+    return {key: value for key, value in options.items() if key in ("gguf_file", "revision", "local_files_only")}
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..core import EffiLoRAError
+from ..core.text_io import parse_json, read_user_text
+
+LIMIT = 4 << 30
+"""Bytes that a file of records may have; LLaVA's 665,000 conversations have one gigabyte."""
 
 
 def read_records(path: Path, flag: str = "--train_file") -> list[dict[str, Any]]:
@@ -20,15 +23,12 @@ def read_records(path: Path, flag: str = "--train_file") -> list[dict[str, Any]]
     Raises:
         EffiLoRAError: for a file that can't be read or parsed, naming the line or record.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EffiLoRAError(f"{flag} {path} can't be read: {error}") from error
+    text = read_user_text(path, LIMIT, f"{flag} {path}")
     numbered: list[tuple[int, Any]]
     if text.lstrip().startswith("["):
         try:
-            numbered = list(enumerate(json.loads(text), 1))
-        except (ValueError, RecursionError) as error:
+            numbered = list(enumerate(parse_json(text), 1))
+        except EffiLoRAError as error:
             raise EffiLoRAError(f"{flag} {path} is not a JSON list: {error}") from error
     else:
         numbered = list(_json_lines(text, f"{flag} {path}"))
@@ -44,8 +44,8 @@ def _json_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may contain U+2028
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield number, parse_json(line)
+            except EffiLoRAError as error:
                 raise EffiLoRAError(f"{where}, line {number}: invalid JSON ({error})") from error
 
 

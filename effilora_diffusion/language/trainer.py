@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..core import (
     AdapterFile,
@@ -26,9 +27,12 @@ from ..core import (
 )
 from ..core.files import ADAPTER_FILE, LANGUAGE
 from ..core.fingerprint import base_fingerprint, same_base
+from ..core.initial import has_learned, initial_file, start_from
 from ..core.run_folder import REDUCER_FILE, Layout, RunFolder, trim_log
+from ..core.signals import Interrupted, StopSignals
 from ..core.sites import is_transposed
 from ..core.writing import write_text, writing
+from .callbacks import ReducerCallback, StopCallback
 from .config import (
     DataOptions,
     ImageDataOptions,
@@ -46,6 +50,8 @@ MEASURED = 16
 
 CALIBRATION_EXAMPLES = 128
 
+
+CONTINUE = "continue with --resume_from_checkpoint latest"
 
 REDUCER_STATE = "reducer.json"
 """The Reducer in a checkpoint."""
@@ -70,45 +76,21 @@ def fault_of(folder: Path) -> str | None:
     return f"{folder} has no {missing}, so the run can't go on as it was" if missing else None
 
 
+def _is_finished(folder: Path) -> bool:
+    """Whether a checkpoint is whole: transformers writes the file of its state last."""
+    try:
+        return isinstance(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
 LANGUAGE_RUN = Layout(
     marks=(ADAPTER_FILE, REDUCER_FILE),
     names=("adapter_config.json", "adapter_model.safetensors"),
-    finished=lambda folder: (folder / STATE_FILE).is_file(),
+    finished=_is_finished,
     fault=fault_of,
 )
 """What a language run writes into its folder."""
-
-
-class ReducerCallback(TrainerCallback):
-    """Chooses the layers that every optimizer step trains, and measures their importance when it is due.
-
-    ``batches`` are always the same, and nothing in their loss is random: every measurement is comparable.
-    """
-
-    def __init__(self, reducer: Reducer, model: nn.Module, batches: list[dict[str, Any]]):
-        self.reducer, self.model, self.batches = reducer, model, batches
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """The mean loss on the batches; of the first process where there are several, so that all choose the same blocks."""
-        training = self.model.training
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        found = torch.zeros((), device=device)
-        for batch in self.batches:
-            found += self.model(**{name: value.to(device) for name, value in batch.items()}).loss.float()
-        self.model.train(training)
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(found, 0)
-        return float(found) / len(self.batches)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Before the first micro-batch of a step."""
-        if self.reducer.due(state.global_step):
-            self.reducer.update(state.global_step, self.loss)
-        self.reducer.begin_step(state.global_step)
 
 
 class LanguageTrainer(Trainer):
@@ -145,8 +127,13 @@ class LanguageTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         if self.own is not None and self.args.should_save:
             self.own(name)
-        with writing(Path(str(self.args.output_dir)) / name):
-            super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / name
+        with writing(folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                if self.args.should_save and not _is_finished(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -157,6 +144,11 @@ class LanguageTrainer(Trainer):
         )
         text = json.dumps(self.reducer.state_dict())
         write_text(folder / REDUCER_STATE, text)
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take over the last checkpoint of a run whose steps are all done."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -187,7 +179,7 @@ class LanguageTrainer(Trainer):
             target.copy_(source)
 
 
-def train(settings: Settings) -> dict[str, Any]:
+def train(settings: Settings, signals: StopSignals | None = None) -> dict[str, Any]:
     """Train, evaluate and write an adapter; returns the figures of the run (of a process that writes none: nothing)."""
     model_options, data, args = settings.model, settings.data, settings.training
     if not model_options.model_name_or_path:
@@ -201,13 +193,18 @@ def train(settings: Settings) -> dict[str, Any]:
     if args.process_index == 0:
         folder.claim(args.overwrite_output_dir, checkpoint)
     try:
-        return _train(settings, folder, checkpoint, records, held)
+        return _train(settings, folder, checkpoint, records, held, signals or StopSignals())
     finally:
         folder.release()
 
 
 def _train(
-    settings: Settings, folder: RunFolder, checkpoint: Path | None, records: Records, held: Records
+    settings: Settings,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    records: Records,
+    held: Records,
+    signals: StopSignals,
 ) -> dict[str, Any]:
     """The run itself, in a claimed folder."""
     model_options, data, args = settings.model, settings.data, settings.training
@@ -215,20 +212,29 @@ def _train(
     model, reader = _load(model_options, images)
     datasets = build_datasets(data, records, held, model, reader)
     metadata = _metadata(model_options, data, datasets, model)
-    adapter = attach(model, create_adapter(model, settings.adapter.adapter_config(), args.seed))
+    adapter, initial = _adapter(settings, model)
+    attach(model, adapter)
     trainer = make_trainer(datasets, model, adapter, args, metadata)
-    _check_schedule(trainer, checkpoint)
+    over = _check_schedule(trainer, checkpoint, folder.finished)
     if args.process_index == 0:
         folder.open(checkpoint)
         trainer.own = folder.own
         if adapter.config.reducer.mode != "off":
             folder.own(REDUCER_FILE)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(StopCallback(signals))
+    with signals.after_step():
+        if checkpoint is not None and over:  # the trainer would take one step more
+            trainer.load_finished(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if signals.code:
+        raise Interrupted(signals.code, f" at step {trainer.state.global_step}; {CONTINUE}")
+    signals.how = f" while the result was written: {CONTINUE}"
     figures: dict[str, Any] = {
-        "loss": trainer.state.log_history[-1].get("train_loss"),
+        "loss": _last_loss(trainer.state.log_history),
         "steps": trainer.state.global_step,
     }
-    _check_learned(adapter)
+    _check_learned(adapter, initial)
     if args.process_index == 0:
         figures["export_error"] = _write(folder, trainer, datasets)
         folder.finish()
@@ -238,6 +244,23 @@ def _train(
         figures["cut_examples"] = datasets.num_truncated()
     counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
     return {**figures, **counts} if args.process_index == 0 else {}
+
+
+def _last_loss(history: list[dict[str, float]]) -> float:
+    """The mean loss of the run, or what was logged last where its end was in another process."""
+    found = (entry[key] for entry in reversed(history) for key in ("train_loss", "loss") if key in entry)
+    return next(found, math.nan)
+
+
+def _adapter(settings: Settings, model: nn.Module) -> tuple[EffiLoRA, AdapterFile | None]:
+    """The adapter to be trained, and the one that it starts from."""
+    options = settings.adapter
+    if options.init_from is None:
+        return create_adapter(model, options.adapter_config(), settings.training.seed), None
+    source = initial_file(options.init_from)
+    initial = load_adapter_file(source)
+    settings.adapter, adapter = start_from(initial.adapter, options, source)
+    return adapter, initial
 
 
 def make_trainer(
@@ -289,10 +312,11 @@ def _metadata(
     }
 
 
-def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
+def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None, finished: bool) -> bool:
     """Build dataloader, optimizer and scheduler once, so that bad settings fail before old files are deleted.
 
-    Raises :class:`EffiLoRAError` also for a checkpoint at the end of the run: there would be nothing to do.
+    Returns whether the checkpoint is at the end of the run, of which only the result is missing. Raises
+    :class:`EffiLoRAError` also for one whose result is there: there would be nothing to do.
     """
     args = trainer.args
     with as_mistakes():
@@ -301,10 +325,12 @@ def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None) -> None:
         trainer.create_optimizer()
         trainer.create_scheduler(max(1, wanted), trainer.optimizer)
     trainer.optimizer = trainer.lr_scheduler = None  # the trainer makes its own, by its own count of steps
-    if checkpoint is not None and steps_done(checkpoint) >= wanted:
-        raise EffiLoRAError(
-            f"{checkpoint} has {steps_done(checkpoint)} steps behind it, of {wanted}: raise --max_steps to go on"
-        )
+    if checkpoint is None:
+        return False
+    done = steps_done(checkpoint)
+    if done > wanted or (done == wanted and finished):
+        raise EffiLoRAError(f"{checkpoint} has {done} steps behind it, of {wanted}: raise --max_steps to go on")
+    return done == wanted
 
 
 def _check_finite(adapter: EffiLoRA, when: str = "") -> None:
@@ -314,11 +340,11 @@ def _check_finite(adapter: EffiLoRA, when: str = "") -> None:
         )
 
 
-def _check_learned(adapter: EffiLoRA) -> None:
+def _check_learned(adapter: EffiLoRA, initial: AdapterFile | None) -> None:
     """Raise :class:`EffiLoRAError` if the run has learned nothing, or broken its weights: that is no success."""
     _check_finite(adapter)
-    if not any(bool(heads.any()) for heads in adapter.B):
-        raise EffiLoRAError("the run has learned nothing, all heads are zero: raise --learning_rate or --max_steps")
+    if not has_learned(adapter, initial):
+        raise EffiLoRAError("the run has learned nothing, no head has changed: raise --learning_rate or --max_steps")
 
 
 def _write(folder: RunFolder, trainer: LanguageTrainer, datasets: Datasets) -> float:

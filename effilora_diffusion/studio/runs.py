@@ -25,6 +25,7 @@ from .. import EffiLoRAError
 from ..core import load_adapter_file
 from ..core.files import ADAPTER_FILE
 from ..core.inspection import ReducerHistory, logged_blocks, reducer_history
+from ..core.names import name_fault
 from ..core.run_folder import (
     CONFIG_FILE,
     LOCK_FILE,
@@ -52,8 +53,10 @@ STARTING_PATIENCE = 120
 PATIENCE = 1800
 """Seconds that a check before training may take: large models load slowly."""
 
-REPORT_LABELS = ("model", "images", "adapter", "steps", "memory")
-REPORT_LINE = re.compile(rf"(?:{'|'.join(REPORT_LABELS)}) {{2,}}\S")
+REPORT_LINE = re.compile(r"(?:model|images|class|adapter|steps|memory) {2,}\S|note: \S")
+"""Lines of the report before a run, and of what is worth knowing about it."""
+
+MOST_LINES = 20
 EXIT_FILE = "exit_code"
 STOPPED = (129, 130, 143, 149, -1, -signal.SIGINT, -signal.SIGTERM, 0xC000013A)
 """Exit codes of a trainer that a signal has stopped: its own, and the system's before it handles signals (last: Windows')."""
@@ -83,7 +86,7 @@ class Run:
     """One training run in a folder ``<outputs>/<name>``; raises :class:`EffiLoRAError` for names that are no folder's."""
 
     def __init__(self, outputs: Path, name: str):
-        if not (NAME.fullmatch(name or "") or _is_folder_of(outputs, name)) or name in RESERVED:
+        if not (NAME.fullmatch(name or "") or _is_folder_of(outputs, name)) or name in RESERVED or name_fault(name):
             raise EffiLoRAError(
                 "a run's name may have letters, digits, spaces, _ and -, and must not be a reserved one"
             )
@@ -337,7 +340,7 @@ def list_runs(outputs: Path) -> list[str]:
 def report_lines(text: str) -> str:
     """The lines of the trainer's report in what it has printed; the summary at the end of a run looks alike."""
     found = [line for line in text.splitlines() if REPORT_LINE.match(line)]
-    return "\n".join(found[: len(REPORT_LABELS)])
+    return "\n".join(found[:MOST_LINES])
 
 
 def last_words(text: str) -> str:

@@ -1,13 +1,13 @@
 """Turn a folder of images into a checked list of training examples before the first step."""
 
 import hashlib
-import json
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import EffiLoRAError
-from ...core.image_io import ImageError, inspect_image, load_image, printable
+from ...core.image_io import ImageError, inspect_image, load_image
+from ...core.text_io import parse_json, printable, read_user_text
 from .images import prepare_image
 
 __all__ = [
@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 METADATA_NAME = "metadata.jsonl"
+CAPTION_LIMIT = 1 << 20
+METADATA_LIMIT = 64 << 20
+"""Bytes: a caption of a megabyte is no caption, and 64 of them are the captions of a hundred thousand images."""
 _CAPTION_KEYS = ("text", "caption", "prompt")
 _UNRELATED_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 _UNRELATED_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".py", ".log", ".safetensors"}
@@ -45,13 +48,15 @@ class Problem:
 class Example:
     """One image to train on, with its caption.
 
-    ``sha256`` is the hex digest of the file's bytes and ``size`` the width and height in pixels after EXIF rotation.
+    ``sha256`` is the hex digest of the file's bytes, ``size`` the width and height in pixels after EXIF rotation, and ``source``
+    where the caption stands, "" for the default one.
     """
 
     path: Path
     caption: str
     sha256: str
     size: tuple[int, int]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,15 @@ def scan_images(folder: Path, default_caption: str | None) -> tuple[list[Example
         except ImageError as error:
             problems.append(Problem(path, error.reason, fatal=True))
             continue
-        caption, remark = _caption(path, sidecars.get(_key(path.stem)), listed.get(_key(path.name)), default_caption)
+        caption, source, remark = _caption(
+            path, sidecars.get(_key(path.stem)), listed.get(_key(path.name)), default_caption
+        )
         first = first_with.setdefault(digest, path)
         if first is not path:
             remarks.append(f"the same file as '{printable(first.name)}', so it counts twice")
         remarks += [remark] if remark else []
         problems += [Problem(path, reason, fatal=False) for reason in remarks]
-        examples.append(Example(path, caption, digest, size))
+        examples.append(Example(path, caption, digest, size, source))
     problems.sort(key=lambda problem: problem.path.name)
     if not examples:
         raise EffiLoRAError(_nothing_left(folder, problems))
@@ -148,31 +155,26 @@ def _inspect(path: Path) -> tuple[tuple[int, int], list[str], str]:
     return size, remarks, digest.hexdigest()
 
 
-def _caption(image: Path, sidecar: Path | None, entry: _Listed | None, default: str | None) -> tuple[str, str | None]:
-    """Return an image's caption, and a remark where the default stands in for an empty one."""
-    source = None
+def _caption(
+    image: Path, sidecar: Path | None, entry: _Listed | None, default: str | None
+) -> tuple[str, str, str | None]:
+    """Return an image's caption, where it stands, and a remark where the default stands in for an empty one."""
+    source = ""
     if sidecar is not None:
-        source, caption = f"'{printable(sidecar.name)}'", _read_text(sidecar).strip()
+        source, caption = f"'{printable(sidecar.name)}'", _read_text(sidecar, CAPTION_LIMIT).strip()
     elif entry is not None:
         source, caption = f"line {entry.line} of {METADATA_NAME}", entry.caption
-    if source is not None and caption:
-        return caption, None
+    if source and caption:
+        return caption, source, None
     if default is None:
         gap = f"{source} is empty" if source else f"there is no '{printable(image.stem)}.txt' beside it"
         where = printable(image)
         raise EffiLoRAError(f"the image '{where}' has no caption: {gap}; write one there or give a default prompt")
-    return default, f"the caption in {source} is empty, so the default is used" if source else None
+    return default, "", f"the caption in {source} is empty, so the default is used" if source else None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EffiLoRAError(
-            f"the captions in '{printable(path)}' are not UTF-8 text; save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise EffiLoRAError(f"cannot read the captions in '{printable(path)}': {error.strerror}") from error
+def _read_text(path: Path, limit: int) -> str:
+    return read_user_text(path, limit, f"the caption file '{path}'")
 
 
 def _read_metadata(path: Path) -> dict[str, _Listed]:
@@ -181,7 +183,7 @@ def _read_metadata(path: Path) -> dict[str, _Listed]:
     if not path.is_symlink() and not path.exists():
         return found
     # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+    for line, text in enumerate(_read_text(path, METADATA_LIMIT).split("\n"), start=1):
         if not text.strip():
             continue
         entry = _parse_entry(text, line, f"line {line} of '{printable(path)}'")
@@ -196,19 +198,23 @@ def _read_metadata(path: Path) -> dict[str, _Listed]:
 
 def _parse_entry(text: str, line: int, where: str) -> _Listed:
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(text)
+    except EffiLoRAError as error:
         raise EffiLoRAError(f"{where} is not valid JSON ({error}); write one JSON object a line") from error
     if not isinstance(entry, dict):
         raise EffiLoRAError(f'{where} is not a JSON object; write one like {{"file_name": ..., "text": ...}}.')
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         raise EffiLoRAError(f'{where} has no "file_name"; name the image there.')
-    caption = next((entry[key] for key in _CAPTION_KEYS if entry.get(key) is not None), "")
+    caption = next((entry[key] for key in _CAPTION_KEYS if not _is_blank(entry.get(key))), "")
     # A lone surrogate such as "\ud800" is valid JSON, but no tokenizer can encode it.
     if not isinstance(caption, str) or any("\ud800" <= character <= "\udfff" for character in caption):
         raise EffiLoRAError(f"{where} has a caption that is not text; put it in double quotes")
     return _Listed(name.removeprefix("./"), caption.strip(), line)
+
+
+def _is_blank(caption: object) -> bool:
+    return caption is None or (isinstance(caption, str) and not caption.strip())
 
 
 def _unmatched(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ...core.errors import EffiLoRAError
-from ...core.image_io import MAX_PIXELS, to_rgb
+from ...core.image_io import LARGE_PIXELS, to_rgb
 
 INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -98,7 +98,7 @@ def _cut_square(
     """Resize the shorter edge to ``resolution`` and cut a square there; ``crop`` None means the centre"""
     width, height, left, top = crop_place(image.size, resolution, crop)
     box = (left, top, left + resolution, top + resolution)
-    if width * height <= MAX_PIXELS:
+    if width * height <= LARGE_PIXELS:
         return image.resize((width, height), method).crop(box)
     # A 4096x2 image at 512 would pass through half a gigapixel; resampling only the square agrees to a level or two.
     across, down = image.width / width, image.height / height

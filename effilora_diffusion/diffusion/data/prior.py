@@ -47,6 +47,31 @@ class ClassFolder:
         """The caption of images without one of their own."""
         return self.prompts[0] if len(self.prompts) == 1 else None
 
+    def scan(self) -> tuple[list[Example], list[Problem]]:
+        """The images that are there; captions and other unrelated files don't count."""
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        files = [path for path in entries if not path.name.startswith(".") and not is_unrelated(path)]
+        return scan_images(self.path, self.caption) if files else ([], [])
+
+    def check(self, size: int) -> None:
+        """Raise :class:`EffiLoRAError` for drawn images that are not what a run of ``size`` pixels would draw as these."""
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            match = _DRAWN.fullmatch(path.name)
+            try:
+                found = read_parameters(path) if match else None
+            except EffiLoRAError:  # drawn by version 0.1.0, which told nothing
+                continue
+            if match is None or found is None:
+                continue
+            facts = self.facts(int(match[1]), size)
+            pairs = [(key, found.get(key, value), value) for key, value in facts.items()]
+            different = [f"{key} {old!r} instead of {new!r}" for key, old, new in pairs if old != new]
+            if different:
+                raise EffiLoRAError(
+                    f"--class_data_dir {self.path} holds images that were drawn for something else ({path.name}: "
+                    f"{', '.join(different)}): give another folder, or delete them"
+                )
+
 
 def class_examples(
     wanted: ClassFolder, sampler: Sampler, say: Callable[[str], None], accelerator: Accelerator | None = None
@@ -65,8 +90,8 @@ def class_examples(
     with writing(wanted.path):
         wanted.path.mkdir(parents=True, exist_ok=True)
     with _claimed(wanted.path, say) if main else nullcontext():
-        _check_drawn(wanted, sampler.resolution)
-        present = _scan(wanted)[0]
+        wanted.check(sampler.resolution)
+        present = wanted.scan()[0]
         drawn = {int(match[1]) for path in wanted.path.iterdir() if (match := _DRAWN.fullmatch(path.name))}
         missing = [index for index in range(wanted.count + len(drawn)) if index not in drawn]
         missing = missing[: max(0, wanted.count - len(present))]
@@ -82,7 +107,7 @@ def class_examples(
                 _draw(wanted, sampler, batches, missing)
         if accelerator is not None and not alone:
             accelerator.wait_for_everyone()
-    examples, problems = _scan(wanted)
+    examples, problems = wanted.scan()
     bad = [problem for problem in problems if problem.fatal]
     if bad:
         say(report_problems(bad))
@@ -111,26 +136,6 @@ def _claimed(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def _check_drawn(wanted: ClassFolder, size: int) -> None:
-    """Raise :class:`EffiLoRAError` for drawn images that are not what this run would draw under their numbers."""
-    for path in sorted(wanted.path.iterdir()):
-        match = _DRAWN.fullmatch(path.name)
-        try:
-            found = read_parameters(path) if match else None
-        except EffiLoRAError:  # drawn by version 0.1.0, which told nothing
-            continue
-        if match is None or found is None:
-            continue
-        facts = wanted.facts(int(match[1]), size)
-        pairs = [(key, found.get(key, value), value) for key, value in facts.items()]
-        different = [f"{key} {old!r} instead of {new!r}" for key, old, new in pairs if old != new]
-        if different:
-            raise EffiLoRAError(
-                f"--class_data_dir {wanted.path} holds images that were drawn for something else ({path.name}: "
-                f"{', '.join(different)}): give another folder, or delete them"
-            )
-
-
 def _draw(wanted: ClassFolder, sampler: Sampler, batches: list[int], missing: list[int]) -> None:
     """Draw whole batches and write the missing images of each at once, its caption before an image if there are several."""
     for batch in batches:
@@ -145,9 +150,3 @@ def _draw(wanted: ClassFolder, sampler: Sampler, batches: list[int], missing: li
                 if len(wanted.prompts) > 1:
                     write_text(wanted.path / f"{name}.txt", fact["prompt"])
                 save_png(image, wanted.path / f"{name}.png", fact)
-
-
-def _scan(wanted: ClassFolder) -> tuple[list[Example], list[Problem]]:
-    """The images that are there; captions and other unrelated files don't count."""
-    files = [path for path in wanted.path.iterdir() if not path.name.startswith(".") and not is_unrelated(path)]
-    return scan_images(wanted.path, wanted.caption) if files else ([], [])

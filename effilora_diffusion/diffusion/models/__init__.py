@@ -47,19 +47,27 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 """All trainable families."""
 
-__all__ = ["FAMILIES", "IMAGE", "Conditions", "Family", "family_class", "make_family"]
+__all__ = ["FAMILIES", "IMAGE", "Conditions", "Family", "family_class", "make_family", "trainable"]
 
 
 def family_class(pipe: Any) -> type[Family] | None:
     """Return the family of a pipeline's class, or ``None``."""
-    name = type(pipe).__name__
-    return next((family for family in FAMILIES if name in family.pipelines), None)
+    return _family_of(type(pipe).__name__)
+
+
+def _family_of(pipeline: str) -> type[Family] | None:
+    return next((family for family in FAMILIES if pipeline in family.pipelines), None)
+
+
+def trainable(pipeline: str) -> type[Family]:
+    """The family of a pipeline's class name; raises :class:`EffiLoRAError` for pipelines that can't be trained."""
+    family = _family_of(pipeline)
+    if family is None:
+        known = ", ".join(family.title for family in FAMILIES)
+        raise EffiLoRAError(f"{pipeline} models can't be trained; supported are {known}")
+    return family
 
 
 def make_family(pipe: Any, device: torch.device, max_sequence_length: int | None = None) -> Family:
     """Wrap ``pipe`` in its family and freeze it; raises :class:`EffiLoRAError` for pipelines that can't be trained."""
-    family = family_class(pipe)
-    if family is None:
-        known = ", ".join(family.title for family in FAMILIES)
-        raise EffiLoRAError(f"{type(pipe).__name__} models can't be trained; supported are {known}")
-    return family(pipe, device, max_sequence_length)
+    return trainable(type(pipe).__name__)(pipe, device, max_sequence_length)

@@ -11,11 +11,15 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ...core import EffiLoRAError
 
 Conditions = dict[str, Tensor]
 """The denoiser's inputs besides latents and timestep, by name; without a batch axis for one prompt or image."""
+
+MOST_TOKENS = 1 << 20
+"""Tokenizers without a limit say a number above this."""
 
 IMAGE = "image"
 """Size condition of an image, ``(6,)``: original height and width, top and left of the crop, its height and width."""
@@ -65,6 +69,11 @@ class Family(ABC):
         for part in self.parts():
             part.requires_grad_(False).eval()
 
+    @property
+    def architecture(self) -> str | None:
+        """Return modelspec's name of the architecture, for families that other programs tell apart by it."""
+        return None
+
     def parts(self) -> list[nn.Module]:
         """Return all modules of the pipeline."""
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
@@ -88,6 +97,34 @@ class Family(ABC):
                 raise EffiLoRAError(f"{self.title} models do not support --max_sequence_length: leave it out")
             options["max_sequence_length"] = max_sequence_length
         return options
+
+    def _tokenizers(self) -> list[Any]:
+        return [part for part in self.pipe.components.values() if isinstance(part, PreTrainedTokenizerBase)]
+
+    def prompt_length(self, prompt: str) -> tuple[int, int | None]:
+        """Return a prompt's tokens, and how many are read by the text encoder that reads most; ``None``: all of them."""
+        found = []
+        for tokenizer in self._tokenizers():
+            limit = int(tokenizer.model_max_length)
+            if not isinstance(tokenizer, CLIPTokenizer):
+                limit = int(self.text_options.get("max_sequence_length") or limit)
+            found.append((limit, len(tokenizer(prompt, verbose=False).input_ids)))
+        limit, tokens = max(found, default=(MOST_TOKENS, 0))
+        return tokens, limit if limit < MOST_TOKENS else None
+
+    def rarest_word(self, prompt: str) -> str:
+        """Return the word of a prompt that its tokenizer knows least: of most tokens, then of the highest number.
+
+        Tokenizers number their tokens by frequency, so ``sks`` is it in ``a photo of sks dog``.
+        """
+
+        def rarity(word: str) -> tuple[int, int]:
+            ids = tokenizers[0](word, add_special_tokens=False).input_ids if tokenizers else []
+            return len(ids), max(ids, default=0)
+
+        tokenizers = self._tokenizers()
+        words = [stripped for word in prompt.split() if (stripped := word.strip(".,;:!?\"'()[]"))]
+        return max(words, key=rarity, default=prompt)
 
     @contextlib.contextmanager
     def encoders(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ class Chroma(Flux):
     pipelines = ("ChromaPipeline",)
     prompt_outputs = ("encoder_hidden_states", None, "attention_mask", None, None, None)
     negative_prompts = True
-    comfyui = False
+    comfyui = True
 
     def extra_inputs(self, noisy: Tensor, conditions: Conditions) -> dict[str, Any]:
         """Return the attention mask: the prompt's, then ones for the image tokens."""

@@ -19,6 +19,7 @@ class ErnieImage(Family):
 
     title = "ERNIE-Image"
     pipelines = ("ErnieImagePipeline",)
+    comfyui = True
 
     def prompt_conditions(self, prompt: str) -> Conditions:
         """Return states ``(tokens, width)`` and their number."""

@@ -15,6 +15,7 @@ class Krea2(Family):
 
     title = "Krea 2"
     pipelines = ("Krea2Pipeline",)
+    comfyui = True
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask")
     timestep_range = 1.0
 

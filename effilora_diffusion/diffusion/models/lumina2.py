@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .architectures import LUMINA
 from .base import Conditions, Family
 
 
@@ -12,8 +13,10 @@ class Lumina2(Family):
 
     title = "Lumina-Image 2.0"
     pipelines = ("Lumina2Pipeline",)
+    comfyui = True
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask", None, None)
     timestep_range = 1.0
+    architecture = LUMINA
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer, which predicts latents minus noise."""

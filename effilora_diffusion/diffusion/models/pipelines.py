@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,36 @@ from safetensors import SafetensorError, safe_open
 from ...core import EffiLoRAError
 from ...core.assets import asset
 from ...core.errors import is_out_of_memory
+from ...core.hub import HUB_ID, loading_options, not_cached
+from . import trainable
 
 EMBEDDED_BASE = "the embedded base"
 
 UNUSED_PARTS = ("safety_checker", "pe", "pe_tokenizer")
 """Components that are not loaded: the safety checker, and ERNIE-Image's prompt enhancer."""
 
+DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""One of the hub's models from which diffusers takes the configuration of a single file."""
+
+
+def public_name(model: str | None) -> str:
+    """A model's name for files that are passed on: of a folder or file on this machine only the last part."""
+    name = str(model or EMBEDDED_BASE)
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if not HUB_ID.fullmatch(name) or Path(name).exists() else name
+
 
 @contextlib.contextmanager
 def _quiet_loading() -> Any:
-    """Hide loading progress bars in this context; warnings stay."""
+    """Hide loading progress bars in this context, and a warning of every download that diffusers itself gives rise to."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            yield
     finally:
         diffusers_logging.enable_progress_bar()
         transformers_logging.enable_progress_bar()
@@ -57,7 +72,11 @@ def _quiet_diffusers() -> Any:
 
 
 def load_pipeline(
-    model: str | None, dtype: torch.dtype = torch.float32, single_file_config: str | None = None, **kwargs: Any
+    model: str | None,
+    dtype: torch.dtype = torch.float32,
+    single_file_config: str | None = None,
+    to_train: bool = False,
+    **kwargs: Any,
 ) -> DiffusionPipeline:
     """Load a pipeline, with progress bars off.
 
@@ -67,11 +86,13 @@ def load_pipeline(
         dtype: of all weights.
         single_file_config: folder or hub id with the configuration and tokenizers of a single checkpoint file; default:
             the one that diffusers finds for it on the hub.
+        to_train: refuse a pipeline that can't be trained before its weights are fetched or read.
         kwargs: further arguments of ``from_pretrained``; ``None`` values are dropped.
     """
     name = model or str(asset("base"))
     path = Path(name)
     options = {key: value for key, value in kwargs.items() if value is not None}
+    options |= loading_options(name, options.get("revision"))
     try:
         with _quiet_loading():
             if path.is_file():
@@ -79,7 +100,10 @@ def load_pipeline(
             else:
                 if path.exists() and not (path / "model_index.json").is_file():
                     raise EffiLoRAError(f"{name} is not a diffusers model folder: it has no model_index.json")
-                parts = DiffusionPipeline.load_config(name, revision=options.get("revision"))
+                known = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+                parts = DiffusionPipeline.load_config(name, **known)
+                if to_train:
+                    trainable(str(parts.get("_class_name")))
                 options |= {name: None for name in UNUSED_PARTS if name in parts}
                 pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
     except EffiLoRAError:
@@ -87,6 +111,8 @@ def load_pipeline(
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError, KeyError, TypeError) as error:
         if is_out_of_memory(error):
             raise
+        if options.get("local_files_only"):
+            raise EffiLoRAError(f"the model can't be loaded: {not_cached(name)}") from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -121,6 +147,7 @@ def _load_single_file(
         )
     if config is not None:
         options["config"] = config
+    options |= loading_options(config or DEFAULT_CONFIG)
     try:
         with _quiet_diffusers():
             return kind.from_single_file(str(path), dtype=dtype, **options)

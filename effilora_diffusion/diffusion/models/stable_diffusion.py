@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import EffiLoRAError
+from .architectures import SD1, SD2, SD2_V
 from .base import Conditions, Family
 
 
@@ -24,6 +25,13 @@ class StableDiffusion(Family):
         super().__init__(pipe, device, max_sequence_length)
         if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
             raise EffiLoRAError("inpainting and depth models can't be trained: their UNet has further input channels")
+
+    @property
+    def architecture(self) -> str:
+        """1.x and 2.x differ in the width of their text states."""
+        if self.model.config.cross_attention_dim != 1024:
+            return SD1
+        return SD2_V if self.pipe.scheduler.config.prediction_type == "v_prediction" else SD2
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Call the UNet."""

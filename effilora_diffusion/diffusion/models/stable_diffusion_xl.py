@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .architectures import SDXL
 from .base import IMAGE, Conditions
 from .stable_diffusion import StableDiffusion
 
@@ -15,6 +16,7 @@ class StableDiffusionXL(StableDiffusion):
     title = "Stable Diffusion XL"
     pipelines = ("StableDiffusionXLPipeline",)
     prompt_outputs = ("encoder_hidden_states", None, "text_embeds", None)
+    architecture = SDXL
 
     def latent_moments(self, image: Tensor) -> Tensor:
         """Normalise per channel if the autoencoder's configuration has ``latents_mean`` and ``latents_std``."""

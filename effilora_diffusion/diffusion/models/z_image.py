@@ -13,6 +13,7 @@ class ZImage(Family):
 
     title = "Z-Image"
     pipelines = ("ZImagePipeline",)
+    comfyui = True
     timestep_range = 1.0
 
     def prompt_conditions(self, prompt: str) -> Conditions:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def labelled_grid(
     rows: list[tuple[str, list[Image.Image]]], title: str = "", heads: list[str] | None = None
 ) -> Image.Image:
-    """Rows of images with labels on the left, and ``heads`` over the columns; small ones are enlarged to 128 pixels."""
-    edge = min(max(128, max(image.height for _, images in rows for image in images)), 512)
+    """Rows of images with labels on the left, and ``heads`` over the columns, each whole in its square cell."""
+    edge = min(max(128, max(max(image.size) for _, images in rows for image in images)), 512)
     font = ImageFont.load_default(size=15)
     columns = max(len(images) for _, images in rows)
     gap, left, line = 6, 190, 24
@@ -24,8 +24,10 @@ def labelled_grid(
         y = top + row * (edge + gap)
         pen.multiline_text((gap, y + gap), _wrapped(label, 22), fill="black", font=font, spacing=4)
         for column, image in enumerate(images):
-            filter_ = Image.Resampling.NEAREST if image.height < edge else Image.Resampling.LANCZOS
-            canvas.paste(image.convert("RGB").resize((edge, edge), filter_), (left + column * (edge + gap), y))
+            filter_ = Image.Resampling.NEAREST if max(image.size) < edge else Image.Resampling.LANCZOS
+            cell = ImageOps.contain(image.convert("RGB"), (edge, edge), filter_)
+            across, down = ((edge - side) // 2 for side in cell.size)
+            canvas.paste(cell, (left + column * (edge + gap) + across, y + down))
     return canvas
 
 

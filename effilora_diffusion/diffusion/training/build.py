@@ -12,13 +12,16 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ...core import EffiLoRA, EffiLoRAError
+from ...core import AdapterFile, EffiLoRA, EffiLoRAError
 from ...core.fingerprint import base_fingerprint
+from ...core.initial import initial_file, start_from
 from ...core.run_folder import EARLIER_FOLDER, SAMPLES_FOLDER
+from ..adapters.initial import read_initial
 from ..adapters.processors import attach, create_adapter
 from ..config import TrainingConfig
 from ..data.folder import Example, report_problems, scan_images
 from ..data.images import Preparation
+from ..data.prior import ClassFolder
 from ..models import Family, make_family
 from ..models.pipelines import load_pipeline, quantization
 from ..sampling.generate import Sampler
@@ -27,9 +30,10 @@ from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 
 @dataclass
 class RunParts:
-    """What will be trained on what: the attached ``adapter`` is fresh, so that the model is still the base.
+    """What will be trained on what: the attached ``adapter`` changes nothing yet, unless it starts from another.
 
-    ``base`` identifies the base's weights (:func:`.base_fingerprint`), ``images_per_step`` counts over all processes.
+    ``base`` identifies the base's weights (:func:`.base_fingerprint`), ``images_per_step`` counts over all processes,
+    ``initial`` is the adapter that the run starts from.
     """
 
     config: TrainingConfig
@@ -39,11 +43,14 @@ class RunParts:
     adapter: EffiLoRA
     base: dict[str, Any]
     images_per_step: int
+    classes: ClassFolder | None = None
+    initial: AdapterFile | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every image is seen about once."""
-        return max(1, math.ceil(len(self.examples) / self.images_per_step))
+        """Optimizer steps of an epoch; as in diffusers' scripts it is as long as the larger of instance and class images."""
+        count = max(len(self.examples), self.classes.count if self.classes else 0)
+        return max(1, math.ceil(count / self.images_per_step))
 
     @property
     def steps(self) -> int:
@@ -65,14 +72,31 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
     objective = make_objective(config, family)
     base = base_fingerprint(family.model)
     adapter_config = replace(config.adapter_config(), timestep_range=family.timestep_range)
-    adapter = create_adapter(family.model, adapter_config, config.seed)
+    initial: AdapterFile | None = None
+    if config.init_from is None:
+        adapter = create_adapter(family.model, adapter_config, config.seed)
+    else:
+        source = initial_file(config.init_from)
+        initial = read_initial(source, family.pipe, family.component, adapter_config)
+        config, adapter = start_from(initial.adapter, config, source)
     attach(family.model, adapter)
     if config.gradient_checkpointing:
         if family.one_by_one and config.routing == "timestep":  # recomputation would see another call's timestep
             raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    return RunParts(config, examples, family, objective, adapter, base, per_step)
+    return RunParts(config, examples, family, objective, adapter, base, per_step, class_folder(config, base), initial)
+
+
+def class_folder(config: TrainingConfig, base: dict[str, Any]) -> ClassFolder | None:
+    """The folder of class images, if the run has any; raises :class:`EffiLoRAError` for images of another class or model."""
+    if not config.with_prior_preservation:
+        return None
+    model = base["base_hash"] or str(config.pretrained_model_name_or_path)  # a quantised model has no hash
+    path = Path(str(config.class_data_dir))
+    folder = ClassFolder(path, config.class_prompt, config.num_class_images, config.seed, model)
+    folder.check(config.resolution)
+    return folder
 
 
 def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:
@@ -168,6 +192,7 @@ def load_base(config: TrainingConfig) -> DiffusionPipeline:
         config.pretrained_model_name_or_path,
         dtype,
         config.single_file_config,
+        to_train=True,
         revision=config.revision,
         variant=config.variant,
         quantization_config=quantization(config.quantization, dtype),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config import TrainingConfig
+from ..config import PRECISIONS, TrainingConfig
 from ..models import IMAGE, Family
+from ..models.pipelines import EMBEDDED_BASE
 from .build import RunParts
 
 BYTES_PER_TRAINED = 16
@@ -21,9 +22,11 @@ BYTES_PER_TRAINED = 16
 class DryRunReport:
     """Facts about a run that is about to start; memory in bytes, ``activations`` ``None`` where it is not known."""
 
+    name: str
     family: str
     objective: str
     model: str
+    placed: str
     config: TrainingConfig
     counts: dict[str, int]
     layers: int
@@ -35,6 +38,7 @@ class DryRunReport:
     weights: int
     encoders: int
     activations: int | None
+    classes: str | None = None
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -49,13 +53,15 @@ class DryRunReport:
         activations = "not predicted for this model" if self.activations is None else _size(self.activations)
         known = self.weights + adapter + (self.activations or 0)
         total = f"about {_size(known)}" if self.activations is not None else f"more than {_size(known)}"
+        start = f"; starts from {c.init_from}" if c.init_from else ""
         if c.gradient_checkpointing:
             activations += " kept, one block more at a time"
         return [
-            f"model       {self.family} ({self.model}), {self.objective}",
+            f"model       {self.name}: {self.family} ({self.model}), {self.objective}, {self.placed}",
             f"images      {len(self.sizes)}, {captions}, at {c.resolution} px{enlarged}",
-            f"adapter     rank {c.rank}, {c.heads} heads, {c.routing} routing on {self.linears} linears in "
-            f"{self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk",
+            *([f"class       {self.classes}"] if self.classes else []),
+            f"adapter     rank {c.rank}, {c.heads} head{'s' if c.heads > 1 else ''}, {c.routing} routing on {self.linears} "
+            f"linears in {self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk{start}",
             f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
             f"memory      {total} while training: weights {_size(self.weights)}, adapter {_size(adapter)}, "
             f"activations {activations}; encoders before that {_size(self.encoders)}",
@@ -68,13 +74,19 @@ def _size(count: float) -> str:
 
 def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
     """Gather the report; nothing is computed and nothing moves to the device."""
-    family, adapter = parts.family, parts.adapter
+    family, adapter, c = parts.family, parts.adapter, parts.config
     own = {id(parameter) for parameter in adapter.parameters()}
     others = [part for part in family.parts() if part is not family.model]
+    precision = f"{PRECISIONS[c.mixed_precision]}{f', {c.quantization}' if c.quantization else ''}"
+    longest = max(
+        (example.caption for example in parts.examples), key=lambda caption: family.prompt_length(caption)[0]
+    )
     return DryRunReport(
+        name=c.pretrained_model_name_or_path or EMBEDDED_BASE,
         family=family.title,
         objective=parts.objective.name,
         model=type(family.model).__name__,
+        placed=f"{precision} on {family.device.type}",
         config=parts.config,
         counts=adapter.parameter_counts(),
         layers=len(adapter.blocks),
@@ -85,8 +97,29 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         processes=processes,
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
-        activations=activation_bytes(parts.config, family, parts.examples[0].caption),
+        activations=activation_bytes(c, family, longest),
+        classes=_class_images(parts),
     )
+
+
+def _class_images(parts: RunParts) -> str | None:
+    """What the class folder holds, and what is still to be drawn."""
+    wanted = parts.classes
+    if wanted is None:
+        return None
+    prompts = repr(wanted.caption) if wanted.caption is not None else f"{len(wanted.prompts)} prompts"
+    there = len(wanted.scan()[0])
+    missing = max(0, wanted.count - there)
+    left = f", {there - wanted.count} more are there and not used" if there > wanted.count else ""
+    return f"{wanted.count} images of {prompts} in {wanted.path}, {missing} of them to be drawn first{left}"
+
+
+def _shortened(caption: str, family: Family) -> str:
+    """``caption`` without the words that no text encoder reads: a warning about those would look at values."""
+    limit = family.prompt_length(caption)[1]
+    while limit is not None and (tokens := family.prompt_length(caption)[0]) > limit:
+        caption = caption[: len(caption) * limit // (tokens + 1)]
+    return caption
 
 
 def _bytes(value: Tensor) -> int:
@@ -119,7 +152,7 @@ def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> in
     try:
         with mode:
             with torch.no_grad(), family.encoding_on(torch.device("cpu")):  # nothing is on the device yet
-                conditions = family.prompt_conditions(caption)
+                conditions = family.prompt_conditions(_shortened(caption, family))
                 image = torch.empty(1, 3, edge, edge, dtype=family.pipe.vae.dtype)
                 latents = family.latent_moments(image)[0]
             batch = family.collate([{**conditions, IMAGE: torch.zeros(6)}] * rows)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ...core.signals import Interrupted, StopSignals
 from ..config import TrainingConfig
-from .signals import Interrupted, StopSignals
+from .processes import end
 from .trainer import Trainer, report_only
 
 
 def run(config: TrainingConfig) -> int:
     """Train, or with ``dry_run`` only report; returns the exit code: 0, or 130 or 143 if a signal stopped the run."""
     signals = StopSignals()
+    trainer: Trainer | None = None
     try:
         with signals.installed():
             if config.dry_run:
@@ -21,8 +23,11 @@ def run(config: TrainingConfig) -> int:
             trainer = Trainer(config, signals=signals)
             summary = trainer.run()
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if trainer is None or trainer.is_main:
+            print(stop, file=sys.stderr)
         return stop.code
+    finally:
+        end()
     if not trainer.is_main:
         return 0
     output = Path(config.output_dir)

@@ -7,22 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.convert import describe_export_error
-from ...core.run_folder import CARD_FILE, COMPARISON_FILE
+from ...core.run_folder import CARD_FILE, COMPARISON_FILE, KOHYA_FILE, LORA_FILE
 from ...core.writing import write_text
 from ..config import TrainingConfig
-from ..models.pipelines import EMBEDDED_BASE
+from ..models.pipelines import public_name
 
 
 @dataclass
 class Summary:
     """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
 
-    ``component`` is the trained part; ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
+    ``prompt`` is the one that the adapter was trained with, ``component`` the trained part;
+    ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
     """
 
     config: TrainingConfig
     steps: int
     seconds: float
+    prompt: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
     export_error: float = 0.0
     component: str = "unet"
@@ -42,7 +44,12 @@ class Summary:
             f"parameters: {counts['trained_per_step']:,} trained per step, {counts['trained_ever']:,} ever, "
             f"{counts['stored']:,} stored",
             f"adapter     {_described(output / 'effilora.safetensors')}",
-            f"plain LoRA  {_described(output / 'pytorch_lora_weights.safetensors')}, {exact}",
+            f"plain LoRA  {_described(output / LORA_FILE)}, {exact}",
+            *(
+                [f"  as kohya  {_described(output / KOHYA_FILE)}, for ComfyUI, A1111 and sd-scripts"]
+                if (output / KOHYA_FILE).exists()
+                else []
+            ),
             f"model card  {output / 'README.md'}",
         ]
 
@@ -54,16 +61,16 @@ def _described(path: Path) -> str:
 def write_report(output: Path, summary: Summary) -> None:
     """Write ``README.md``, a model card with the run's images and how to use the result."""
     c = summary.config
-    base = c.pretrained_model_name_or_path or EMBEDDED_BASE
+    base = public_name(c.pretrained_model_name_or_path)
     counts = summary.parameters
     gap = "exactly" if summary.export_error == 0 else f"but for {summary.export_error:.1%} of its update"
     images = "![before and after](before_after.png)\n" if (output / COMPARISON_FILE).exists() else ""
-    front = [f"base_model: {c.pretrained_model_name_or_path}"] if c.pretrained_model_name_or_path else []
+    front = [f"base_model: {base}"] if base == c.pretrained_model_name_or_path else []  # an id of the hub
     head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
-                      f"instance_prompt: {json.dumps(c.instance_prompt, ensure_ascii=False)}", "---"])  # fmt: skip
+                      f"instance_prompt: {json.dumps(summary.prompt, ensure_ascii=False)}", "---"])  # fmt: skip
     text = f"""{head}
 
-# {c.instance_prompt or output.name}
+# {summary.prompt if summary.prompt == c.instance_prompt else output.name}
 
 An EffiLoRA adapter for {base}.
 
@@ -83,16 +90,16 @@ from effilora_diffusion import load_adapter
 load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline of {base}
 ```
 
-`pytorch_lora_weights.safetensors` is the same as plain LoRA{_elsewhere(summary)}; it reproduces the adapter {gap}.
+`pytorch_lora_weights.safetensors` is the same as plain LoRA{_elsewhere(summary, output)}; it reproduces the adapter {gap}.
 """
     write_text(output / CARD_FILE, text)
 
 
-def _elsewhere(summary: Summary) -> str:
+def _elsewhere(summary: Summary, output: Path) -> str:
     """Where the plain LoRA can be used."""
     places = [' for `pipe.load_lora_weights("...")`'] if summary.loader else []
-    if summary.comfyui and summary.component == "unet":
-        places.append(" for ComfyUI and A1111 `effilora export effilora.safetensors lora.safetensors --format kohya`")
+    if (output / KOHYA_FILE).exists():
+        places.append(f" for ComfyUI, A1111, Forge and sd-scripts `{KOHYA_FILE}`")
     elif summary.comfyui:
         places.append(" for ComfyUI")
     if not summary.loader:

@@ -16,33 +16,37 @@ from tqdm import tqdm
 from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
 from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
+from ...core.initial import has_learned
 from ...core.rng import counter_seed
 from ...core.run_folder import (
     CARD_FILE,
     COMPARISON_FILE,
     CONFIG_FILE,
+    KOHYA_FILE,
     LORA_FILE,
     METRICS_FILE,
     REDUCER_FILE,
     RunFolder,
     trim_log,
 )
+from ...core.signals import Interrupted, StopSignals
 from ...core.writing import append_line, write_text
-from ..adapters.export import export
-from ..config import TrainingConfig
+from ..adapters.export import export, has_kohya_form
+from ..config import SAVED, TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
-from ..data.prior import ClassFolder, class_examples
+from ..data.prior import class_examples
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
-from .build import build, check_folders, check_hardware, place, preparation, sampler
-from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint
+from .build import RunParts, build, check_folders, check_hardware, place, preparation, sampler
+from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint, split_note
 from .dry_run import dry_run_report
 from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
+from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, make_optimizer, use_all_cores
-from .signals import Interrupted, StopSignals
+from .processes import Processes, launch_note, start
 from .validation import Validation
 
 CALIBRATION_BATCHES = 8
@@ -58,20 +62,23 @@ class Trainer:
         self, config: TrainingConfig, accelerator: Accelerator | None = None, signals: StopSignals | None = None
     ):
         self.config = config
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or start()
+        self.processes = Processes(self.accelerator)
         self.output = Path(config.output_dir)
         self.folder = RunFolder(self.output, IMAGE_RUN)
         self.signals = signals or StopSignals()
         self.signals.say = self.say
         self.step, self.seconds = 0, 0.0
         use_all_cores(self.accelerator)
+        if (told := launch_note(self.accelerator)) is not None:
+            self.say(told)
         check_hardware(config, self.accelerator.device, self.say)
         check_folders(config)
         self.checkpoint = find_checkpoint(config)
         if self.is_main:
             self.folder.claim(config.overwrite_output_dir, self.checkpoint)
         try:
-            self.accelerator.wait_for_everyone()
+            self.processes.wait_for_everyone()
             self._prepare()
         except BaseException:
             self.folder.release()
@@ -83,9 +90,10 @@ class Trainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.parts = parts = build(config, accelerator, self.say)
+        self.config = config = parts.config
         self.family, self.objective, self.adapter = parts.family, parts.objective, parts.adapter
         self.steps = parts.steps
-        self.say("\n".join(dry_run_report(parts, accelerator.num_processes).lines()))
+        self.say("\n".join(report_lines(parts, accelerator.num_processes)))
         prior = self._class_images()
         self.batches = self._cache(prior)
         place(self.family.model, accelerator.device)
@@ -106,7 +114,7 @@ class Trainer:
             config.gradient_accumulation_steps,
             config.max_grad_norm,
             self._choose_blocks,
-            self._average if accelerator.num_processes > 1 else None,
+            self.processes.average if accelerator.num_processes > 1 else None,
             torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
             lambda batch: f"images {', '.join(batch.names[:4])}",
         )
@@ -122,13 +130,11 @@ class Trainer:
             tqdm.write(text)
 
     def _class_images(self) -> list[Example]:
-        c = self.config
-        if not c.with_prior_preservation:
+        if self.parts.classes is None:
             return []
         self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
-        model = self.parts.base["base_hash"] or str(c.pretrained_model_name_or_path)  # a quantised model has no hash
-        folder = ClassFolder(Path(str(c.class_data_dir)), c.class_prompt, c.num_class_images, c.seed, model)
-        examples = class_examples(folder, sampler(c, self.family), self.say, self.accelerator)
+        draw = sampler(self.config, self.family)
+        examples = class_examples(self.parts.classes, draw, self.say, self.processes)
         self.adapter.enabled = True
         return examples
 
@@ -157,10 +163,12 @@ class Trainer:
 
                 def after_step(done: int, figures: dict[str, float]) -> None:
                     self.step, self.seconds = done, before + time.time() - began
+                    figures["loss"], stop = self.processes.share(figures["loss"], self.signals.asked())
                     self._record(figures, bar)
-                    if self.signals.code:
+                    if stop:
+                        self.signals.code = stop  # another process may have got the signal
                         how = f"; continue with --resume_from_checkpoint latest ({self._checkpoint()})"
-                        raise Interrupted(self.signals.code, how)
+                        raise Interrupted(stop, how)
                     if self.step % self.config.checkpointing_steps == 0 and self.step < self.steps:
                         self._checkpoint()
                     self._validate()
@@ -179,6 +187,8 @@ class Trainer:
         if state.scaler:
             self.loop.scaler.load_state_dict(state.scaler)
         self.say(f"resumed from {checkpoint} at step {self.step}")
+        if (told := split_note(state.fingerprint, self.fingerprint)) is not None:
+            self.say(told)
         if self.step > self.steps or (self.step == self.steps and self.folder.finished):
             raise EffiLoRAError(
                 f"the checkpoint is at step {self.step}, max_train_steps is {self.steps}: nothing to do"
@@ -197,7 +207,7 @@ class Trainer:
             self.adapter.enabled = False  # a resumed run shows the base before training, too
             self.validation.draw(0)
             self.adapter.enabled = True
-        self.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
 
     def _choose_blocks(self, step: int) -> None:
         """Let the Reducer measure importance when it is due, and freeze the blocks that ``step`` does not train."""
@@ -214,10 +224,6 @@ class Trainer:
             torch.manual_seed(counter_seed(c.seed, "dropout", index))
         return batch
 
-    def _average(self, gradient: torch.Tensor) -> torch.Tensor:
-        averaged: Any = self.accelerator.reduce(gradient, "mean")
-        return averaged
-
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self.accelerator.device
         return batch_loss(self.family, self.objective, batch, device, self.config.prior_loss_weight)
@@ -227,7 +233,7 @@ class Trainer:
         self.adapter.eval()
         loss = float(self._loss(self.batches.validation(step)))
         self.adapter.train()
-        return loss
+        return self.processes.of_main(loss)  # rounding may differ between machines, the chosen blocks must not
 
     def _record(self, metrics: dict[str, float], bar: Any) -> None:
         if not self.is_main:
@@ -251,7 +257,7 @@ class Trainer:
             folder = save_checkpoint(
                 self.output, self.adapter, self.optimizer, state, self.config.checkpoints_total_limit
             )
-        self.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
         return folder
 
     def _validate(self) -> None:
@@ -259,18 +265,21 @@ class Trainer:
         every = c.validation_steps
         if every is None and c.validation_epochs is not None:
             every = c.validation_epochs * self.parts.steps_per_epoch
-        if self.is_main and self.step < self.steps and every and self.step % every == 0:
-            self.adapter.eval()
-            self.validation.draw(self.step)
-            self.adapter.train()
+        if self.step < self.steps and every and self.step % every == 0:
+            if self.is_main:
+                self.adapter.eval()
+                self.validation.draw(self.step)
+                self.adapter.train()
+            self.processes.wait_for_everyone()
 
     def _finish(self) -> Summary:
         """Write the output folder; refuses to call a run that changed nothing a success."""
         self.adapter.eval()
-        if not any(heads.detach().any() for heads in self.adapter.B):
+        if not has_learned(self.adapter, self.parts.initial):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
         self._checkpoint()
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
+        summary.prompt = trigger_prompt(self.parts)
         summary.loader = hasattr(self.family.pipe, "load_lora_weights")
         summary.comfyui = self.family.comfyui
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
@@ -278,15 +287,18 @@ class Trainer:
         if self.is_main:
             calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
             content = AdapterFile(self.adapter, self._metadata(summary), calibration)
-            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content)
+            dtype = getattr(torch, SAVED[self.config.save_precision])
+            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
             self.folder.forget_earlier()
-            export(content, self.folder.own(LORA_FILE), "diffusers")
+            export(content, self.folder.own(LORA_FILE), "diffusers", dtype=dtype)
+            if has_kohya_form(content):
+                self._show(KOHYA_FILE, lambda: export(content, self.folder.own(KOHYA_FILE), "kohya", dtype=dtype))
             self._show("the last images", lambda: self.validation.draw(self.steps))
             images = [example.path for example in self.parts.examples]
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
             self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
             self.folder.finish()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
         return summary
 
     def _show(self, what: str, write: Callable[[], object]) -> None:
@@ -307,7 +319,10 @@ class Trainer:
             **self.parts.base,
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
-            "trigger_prompt": self.config.instance_prompt or self.parts.examples[0].caption,
+            "architecture": self.family.architecture,
+            "prediction_type": self.family.pipe.scheduler.config.get("prediction_type"),
+            "resolution": self.config.resolution,
+            "trigger_prompt": summary.prompt,
             "steps": self.steps,
             "images": len(self.parts.examples),
             "export_error": summary.export_error,
@@ -328,7 +343,7 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
 
 def report_only(config: TrainingConfig) -> None:
     """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
-    accelerator = Accelerator()
+    accelerator = start()
 
     def say(text: str) -> None:
         if accelerator.is_main_process:
@@ -337,4 +352,10 @@ def report_only(config: TrainingConfig) -> None:
     check_hardware(config, accelerator.device, say)
     check_folders(config)
     RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
-    say("\n".join(dry_run_report(build(config, accelerator, say), accelerator.num_processes).lines()))
+    parts = build(config, accelerator, say)
+    say("\n".join([*caption_table(parts.examples), *report_lines(parts, accelerator.num_processes)]))
+
+
+def report_lines(parts: RunParts, processes: int) -> list[str]:
+    """What will be trained, and what is worth knowing about it."""
+    return [*dry_run_report(parts, processes).lines(), *(f"note: {note}" for note in notes(parts))]

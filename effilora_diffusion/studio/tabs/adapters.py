@@ -18,7 +18,8 @@ from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
 from ...core.load import host_model
-from ...core.run_folder import COMPARISON_FILE, LORA_FILE, SAMPLE_FILE
+from ...core.names import name_fault
+from ...core.run_folder import COMPARISON_FILE, KOHYA_FILE, LORA_FILE, SAMPLE_FILE
 from ...core.writing import write_atomic
 from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
@@ -177,10 +178,10 @@ class AdaptersTab(DrawingTab):
             check_sites(host_model(self.session.pipe), content.adapter.sites)
             facts = content.metadata
         stem = file.stem
-        if file.name in (ADAPTER_FILE, LORA_FILE):  # every run's files have these names, which say nothing
+        if file.name in (ADAPTER_FILE, LORA_FILE, KOHYA_FILE):  # every run's files have these names, which say nothing
             stem = str(facts.get("trigger_prompt") or "adapter")
         stem = "".join(letter if letter.isalnum() or letter in " _-" else "-" for letter in stem)[:60].strip(" -")
-        stem = stem if NAME.fullmatch(stem) else "adapter"
+        stem = stem if NAME.fullmatch(stem) and not name_fault(stem) else "adapter"
         name, number = stem, 2
         while name in self.session.adapters() or (self.session.uploads / f"{name}.safetensors").exists():
             name, number = f"{stem} {number}", number + 1
@@ -228,7 +229,9 @@ class AdaptersTab(DrawingTab):
             if not brought and Run(self.session.outputs, path.parent.name).running:
                 raise EffiLoRAError("it is being trained: stop that first")
             path.unlink()
-            (path.with_suffix(".png") if brought else path.parent / LORA_FILE).unlink(missing_ok=True)
+            also = [path.with_suffix(".png")] if brought else [path.parent / LORA_FILE, path.parent / KOHYA_FILE]
+            for file in also:
+                file.unlink(missing_ok=True)
         except (EffiLoRAError, OSError) as error:
             return gr.update(), False, refusal(error, "Not deleted")
         names = list(self.session.adapters())
