@@ -26,7 +26,8 @@ ODD = {
     "direction": "a\u202ecba\u2066", "lines": "a\n# b\r\n\u2028c",
     "400 digits": int("9" * 400), "minus 400 digits": -int("9" * 400),
     "list": ["a", {"b": [None]}], "dictionary": {"a": {"b": 1}},
-    "true": True, "none": None, "number": 1e308, "long": "x" * 100_000, "markup": "<img src=x onerror=alert(1)> **a** ![b](http://c.example/d)",
+    "true": True, "none": None, "number": 1e308, "long": "x" * 100_000, "500 letters": "x" * 500,
+    "markup": "<img src=x onerror=alert(1)> **a** ![b](http://c.example/d)",
     "formula": "$$\\frac{1}{2}$$ $a$", "address": "www.evil.example a@evil.example https://evil.example/x", "empty": "",
 }  # fmt: skip
 
@@ -119,7 +120,8 @@ def test_odd_metadata_end_no_call(place, tmp_path):
         assert set(found) == {*ODD, "cat"}
         assert found["control"]["trigger_prompt"] == clean(ODD["control"]) == "a[31mred2J"
         assert found["none"]["trigger_prompt"] is None
-        assert len(found["400 digits"]["trigger_prompt"]) == 300
+        assert found["400 digits"]["trigger_prompt"] is None  # no text
+        assert len(found["500 letters"]["trigger_prompt"]) == 300
     finally:
         page.close()
 

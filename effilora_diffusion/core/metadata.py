@@ -45,6 +45,7 @@ _FACTS: dict[str, Callable[[Any], bool]] = {
     "base_dtype": _text(40),
     "base_class": _text(200),
     "architecture": _text(100),
+    "layers_per_block": lambda value: isinstance(value, int) and 1 <= value <= 100,
     "prediction_type": _text(40),
     "resolution": _count,
     "component": lambda value: isinstance(value, str) and len(value) <= 40 and value.isidentifier(),

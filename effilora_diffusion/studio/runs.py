@@ -141,12 +141,11 @@ class Run:
         Raises :class:`EffiLoRAError` if it runs where it can't be reached.
         """
         state = self._state()
-        if state is None or not self._supervised():
-            pid = self._writer()
-            if state is not None and pid is not None:
-                self._write_state({**state, "asked": True})  # nobody is left to write the exit code
-        else:
-            pid = state["pid"]
+        pid = state["pid"] if state is not None and self._supervised() else self._writer()
+        if state is not None and pid is not None:
+            self._write_state(
+                {**state, "asked": True}
+            )  # for when nobody is left, or not yet there, to write the exit code
         try:
             if pid is not None:
                 psutil.Process(pid).send_signal(processes.STOP)

@@ -11,6 +11,9 @@ import gradio as gr
 JOINERS = "\u200c\u200d"
 """Letters that can't be seen, but that scripts and emoji are written with."""
 
+GONE = "\N{REPLACEMENT CHARACTER}"
+"""What stands in metadata where something was that is no letter."""
+
 PATH = re.compile(r"(?<![\w./:])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+")
 """The folders of an absolute path."""
 
@@ -30,14 +33,14 @@ Markdown = functools.partial(gr.Markdown, latex_delimiters=[])
 
 
 def clean(value: Any, most: int = 300) -> str:
-    """A value of a file or an error in one line, without what is no letter: control characters, halves of letters."""
+    """A value of a file or an error in one line, without what is no letter: controls, halves of letters, their marks."""
     text = " ".join(str(value).split())
     return "".join(letter for letter in text if is_text(letter))[:most]
 
 
 def is_text(text: str) -> bool:
     """Whether a page can show all of ``text``, and a program can be told."""
-    return all(letter.isprintable() or letter in JOINERS for letter in text)
+    return all((letter.isprintable() and letter != GONE) or letter in JOINERS for letter in text)
 
 
 def plain_words(text: object, most: int = 300) -> str:

@@ -109,7 +109,8 @@ def kohya_tensors(factors: dict[str, PlainLoRA], content: AdapterFile) -> dict[s
     Layers have the names of the original model where that differs from diffusers' (SDXL, Lumina 2).
     """
     tensors = {}
-    for path, pair in original_factors(factors, _architecture(content)).items():
+    layers = content.metadata.get("layers_per_block", 2)
+    for path, pair in original_factors(factors, _architecture(content), layers).items():
         name = f"lora_unet_{path.replace('.', '_')}"
         tensors[f"{name}.lora_down.weight"] = pair.down
         tensors[f"{name}.lora_up.weight"] = pair.up

@@ -36,27 +36,33 @@ _LUMINA_NAMES = (
 _QKV = ("to_q", "to_k", "to_v")
 
 
-def original_factors(factors: dict[str, PlainLoRA], architecture: str) -> dict[str, PlainLoRA]:
+def original_factors(
+    factors: dict[str, PlainLoRA], architecture: str, layers_per_block: int = 2
+) -> dict[str, PlainLoRA]:
     """Plain LoRA factors under the original model's names; diffusers' own for architectures that keep them.
+
+    Args:
+        factors: pairs by diffusers' names of the layers.
+        architecture: modelspec's name.
+        layers_per_block: of the UNet, which the original counts its blocks by: 2 in SDXL, 1 in models distilled from it.
 
     Raises:
         EffiLoRAError: a layer that is part of a fused one of the original, whose other parts the adapter does not have.
     """
     if architecture == SDXL:
-        return {_sdxl_name(path): pair for path, pair in factors.items()}
+        return {_sdxl_name(path, layers_per_block): pair for path, pair in factors.items()}
     if architecture == LUMINA:
         return _lumina_factors(factors)
     return factors
 
 
-def _sdxl_name(path: str) -> str:
+def _sdxl_name(path: str, layers: int) -> str:
     match = _SDXL_BLOCK.fullmatch(path)
     if match is None:
         return _renamed(path, _SDXL_NAMES)
     side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    index = (
-        3 * block + layer + (side == "down")
-    )  # a block is two layers and a resampling on the way down, three on the way up
+    # A block is its layers and a resampling on the way down, one layer more on the way up.
+    index = (layers + 1) * block + layer + (side == "down")
     inner = f"1.{rest}" if kind == "attentions" else rest.replace("time_emb_proj", "0.emb_layers.1")
     return f"{'input' if side == 'down' else 'output'}_blocks.{index}.{inner}"
 

@@ -320,6 +320,7 @@ class Trainer:
             "base_class": type(self.family.model).__name__,
             "component": self.family.component,
             "architecture": self.family.architecture,
+            "layers_per_block": self.family.model.config.get("layers_per_block"),
             "prediction_type": self.family.pipe.scheduler.config.get("prediction_type"),
             "resolution": self.config.resolution,
             "trigger_prompt": summary.prompt,
