@@ -12,8 +12,8 @@ DEFAULTS = {
 """Environment variables and their values, where the user has not set them."""
 
 
-QUIET = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
-"""Loggers of libraries that warn on every import of torchao, of things that concern their developers."""
+QUIET = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "bitsandbytes.backends.cpu.ops")
+"""Loggers of libraries that warn whenever they are imported, of things that concern their developers."""
 
 
 def prepare() -> None:
