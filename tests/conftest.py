@@ -5,7 +5,7 @@ import shutil
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve whatever else runs
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin while they wait starve whatever else runs
 
 import pytest
 import torch

@@ -63,17 +63,21 @@ import os, sys
 from effilora_diffusion.cli import train
 assert "torch" not in sys.modules
 train.main(["--nothing"])
-print(os.environ["OMP_WAIT_POLICY"])
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_sleep_while_they_wait_unless_the_user_chose_otherwise(chosen):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [({}, "None 1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"), ({"GOMP_SPINCOUNT": "7"}, "None 7")],
+)
+def test_threads_soon_sleep_while_they_wait_unless_the_user_chose_otherwise(chosen, found):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     words = [sys.executable, "-c", WAITING]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == f"{chosen or 'PASSIVE'}\n"
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment | chosen)
+    assert done.stdout == f"{found}\n"
 
 
 def test_a_command_starts_without_the_warnings_of_libraries():
