@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -17,23 +21,41 @@ from effilora_diffusion.diffusion.training.build import load_base, make_objectiv
 from effilora_diffusion.diffusion.training.loop import Loop
 from effilora_diffusion.diffusion.training.loss import batch_loss
 from effilora_diffusion.diffusion.training.optim import learning_rates
+from effilora_diffusion.diffusion.training.preservation import preservation
 
 
 def inject(
-    model: torch.nn.Module, rank: int, alpha: float | None = None, targets: list[str] | None = None
+    model: torch.nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: list[str] | None = None,
+    init: bool | str = True,
 ) -> list[torch.nn.Parameter]:
-    """Add a PEFT LoRA on ``targets`` (default: a UNet's attention projections); returns what it trains."""
+    """Add a PEFT LoRA on ``targets`` (default: a UNet's attention projections); returns what it trains.
+
+    ``init`` is PEFT's ``init_lora_weights``: its usual rule (Kaiming), or ``"gaussian"`` as in diffusers' scripts.
+    """
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or rank,
         target_modules=targets or ["to_q", "to_k", "to_v", "to_out.0"],
-        init_lora_weights="gaussian",
+        init_lora_weights=init,
     )
     model.add_adapter(config)  # type: ignore[operator]
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()  # as ours, also on a half-precision base
     return trained
+
+
+@contextmanager
+def _disabled(model: Any) -> Iterator[None]:
+    """The model without its LoRA in this context."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
 
 
 def train(config: TrainingConfig) -> Family:
@@ -43,21 +65,21 @@ def train(config: TrainingConfig) -> Family:
     family = make_family(load_base(config), device)
     objective = make_objective(config, family)
     examples, _ = scan_images(Path(str(config.instance_data_dir)), config.instance_prompt)
-    prior = []
-    if config.with_prior_preservation:
+    classes, prior = [], preservation(config, config.train_batch_size)
+    if prior is not None:
         folder = ClassFolder(
             Path(str(config.class_data_dir)), config.class_prompt, config.num_class_images, config.seed
         )
-        prior = class_examples(folder, sampler(config, family), print)
+        classes = class_examples(folder, sampler(config, family), print)
     sources = [
         ExampleSource(family, group, preparation(config), purpose) if group else None
-        for group, purpose in ((examples, "instance"), (prior, "class"))
+        for group, purpose in ((examples, "instance"), (classes, "class"))
     ]
     for source in sources:
         if source is not None:
             source.fill()
     assert sources[0] is not None
-    drawer = BatchDrawer(family, objective, sources[0], sources[1])
+    drawer = BatchDrawer(family, objective, sources[0], sources[1], prior)
     parameters = inject(family.model, config.rank, config.lora_alpha)
     optimizer = torch.optim.AdamW(
         parameters,
@@ -73,7 +95,7 @@ def train(config: TrainingConfig) -> Family:
         optimizer,
         learning_rates(config, config.max_train_steps, config.learning_rate),
         lambda step, micro: drawer.draw(step * size, size),
-        lambda batch: batch_loss(family, objective, batch, device, config.prior_loss_weight),
+        lambda batch: batch_loss(family, objective, batch, device, prior, partial(_disabled, family.model)),
         max_grad_norm=config.max_grad_norm,
     ).run(0, config.max_train_steps)
     return family

@@ -313,7 +313,7 @@ def test_only_usable_class_images_count_and_bad_ones_are_named(family, tmp_path)
 def test_class_images_stand_behind_the_instances_with_their_own_prompt(model, tmp_path):
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
     subject = make_subject(tmp_path / "s")
-    run = trainer(model, subject, tmp_path / "out", **prior, num_class_images=2, train_batch_size=2)
+    run = trainer(model, subject, tmp_path / "out", **prior, num_class_images=2, train_batch_size=2, prior_interval=1)
     batch = run.batches.draw(0, 2)
     assert batch.instances == 2
     assert len(batch.names) == len(batch.latents) == len(batch.noise) == len(batch.timesteps) == 4
@@ -332,7 +332,13 @@ def test_class_images_stand_behind_the_instances_with_their_own_prompt(model, tm
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_prior_preservation_adds_the_weighted_class_loss(model, tmp_path, gamma):
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
-    options = {"num_class_images": 2, "train_batch_size": 2, "prior_loss_weight": 0.3, "snr_gamma": gamma}
+    options = {
+        "num_class_images": 2,
+        "train_batch_size": 2,
+        "prior_loss_weight": 0.3,
+        "snr_gamma": gamma,
+        "prior_target": "images",
+    }
     run = trainer(model, make_subject(tmp_path / "s"), tmp_path / "out", **prior, **options)
     batch = run.batches.draw(0, 2)
     losses = []

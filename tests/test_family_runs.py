@@ -20,6 +20,25 @@ NOT_PREDICTED = ("lumina2", "qwen-image", "z-image", "cogview4")
 SHORT = {"resolution": 64, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
 
 
+def check_class_rows(run):
+    """What an adapter does to its class rows alone costs as much as it moved the base's prediction; then undo it."""
+    batch, before = run.batches.draw(0, 2), [heads.detach().clone() for heads in run.adapter.B]
+    assert (batch.instances, len(batch.latents)) == (2, 3)
+    with torch.no_grad():
+        for heads in run.adapter.B:
+            heads.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.05)
+        noisy = run.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+        moved = run.family.predict(noisy, batch.timesteps, batch.conditions)
+        with run.adapter.disabled():
+            base = run.family.predict(noisy, batch.timesteps, batch.conditions)
+        target = torch.cat([run.objective.target(batch.latents, batch.noise, batch.timesteps)[:2], base[2:]])
+        losses = (moved - target).square().flatten(1).mean(1) * run.objective.weights(batch.timesteps)
+        assert losses[2] > 0
+        assert float(run._loss(batch)) == pytest.approx(float(losses[:2].mean() + 3 * 2 * losses[2]), rel=1e-3)
+        for heads, value in zip(run.adapter.B, before, strict=True):
+            heads.copy_(value)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_with_class_images_and_validation_grids(name, tmp_path):
     build(name).save_pretrained(tmp_path / "model")
@@ -35,6 +54,7 @@ def test_a_run_with_class_images_and_validation_grids(name, tmp_path):
         "train_batch_size": 2,
     }
     run = trainer(tmp_path / "model", subject, tmp_path / "out", **options, random_flip=True)
+    check_class_rows(run)
     run.run()
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
     sizes = {Image.open(file).size for file in (tmp_path / "class").glob("*.png")}

@@ -34,7 +34,6 @@ DIFFUSERS_DEFAULTS = {
     "adam_weight_decay": 1e-2,
     "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
-    "prior_loss_weight": 1.0,
     "num_class_images": 100,
     "num_validation_images": 4,
     "center_crop": False,
@@ -204,7 +203,7 @@ def test_unreadable_config_file_is_refused_by_name(tmp_path):
         {"reducer_active": 0.0},
         {"with_prior_preservation": True},
         {"with_prior_preservation": True, "class_data_dir": "x"},
-        {"with_prior_preservation": True, "class_prompt": "x"},
+        {"with_prior_preservation": True, "class_prompt": "x", "prior_target": "images"},
     ],
     ids=str,
 )

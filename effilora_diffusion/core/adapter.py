@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,15 @@ class EffiLoRA(nn.Module):
     def blocks(self) -> tuple[str, ...]:
         """The Reducer's units in model order."""
         return tuple(dict.fromkeys(site.block for site in self.sites))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Leave the model as the base is in this context."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     @property
     def acts(self) -> bool:

@@ -29,6 +29,9 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 """Densities and weightings of flow matching, by diffusers' names."""
 
+PRIOR_TARGETS = ("base", "images")
+"""What class rows are held to."""
+
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
 """Forms the frozen base can be loaded in, by the library that does it."""
 
@@ -94,15 +97,39 @@ class TrainingConfig(AdapterOptions):
         None, "longest prompt in tokens (default: what the pipeline samples with)", DATA, bounds=COUNT, fixed=True
     )
     class_data_dir: str | None = option(
-        None, "folder with class images for prior preservation; filled up if needed", PRIOR, usual=True, form=False
+        None,
+        "folder with class images, filled up if needed (default: none, the class prompts go with the instance images)",
+        PRIOR,
+        usual=True,
+        form=False,
     )
     class_prompt: list[str] = option(
         [], "prompt of the class, e.g. 'a cat'; class images are shared out among several prompts", PRIOR, usual=True
     )
     with_prior_preservation: bool = option(
-        False, "also train on images of the class, so that it is not forgotten", PRIOR, usual=True
+        False, "also train on the class, so that the model does not forget what it knows of it", PRIOR, usual=True
     )
-    prior_loss_weight: float = option(1.0, "weight of the prior preservation loss", PRIOR, bounds=NATURAL, fixed=True)
+    prior_target: str = option(
+        "base",
+        "what the class is held to: the frozen base's own prediction, or the class images themselves as in diffusers",
+        PRIOR,
+        choices=PRIOR_TARGETS,
+        fixed=True,
+    )
+    prior_interval: int | None = option(
+        None,
+        "instance images per class image (default: about one class image a step with prior_target base, else 1)",
+        PRIOR,
+        bounds=COUNT,
+        fixed=True,
+    )
+    prior_loss_weight: float | None = option(
+        None,
+        "weight of the prior preservation loss (default: 3 with prior_target base, else 1)",
+        PRIOR,
+        bounds=NATURAL,
+        fixed=True,
+    )
     num_class_images: int = option(100, "number of class images used; missing ones are drawn", PRIOR, bounds=COUNT)
     train_batch_size: int = option(
         4, "images per micro-batch and process", LENGTH, bounds=COUNT, usual=True, fixed=True
@@ -217,9 +244,15 @@ class TrainingConfig(AdapterOptions):
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
-        if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
-            raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")
+        if self.with_prior_preservation:
+            self._check_prior()
         self.adapter_config()
+
+    def _check_prior(self) -> None:
+        if not self.class_prompt:
+            raise EffiLoRAError("--with_prior_preservation needs --class_prompt")
+        if self.prior_target == "images" and not self.class_data_dir:
+            raise EffiLoRAError("--prior_target images needs --class_data_dir, the folder with the class images")
 
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""

@@ -9,6 +9,7 @@ from ...core.rng import draw_normal, draw_uniform
 from ..data.latents import Batch, ExampleSource, Row
 from ..models import Family
 from .loss import Objective
+from .preservation import Preservation
 
 
 class BatchDrawer:
@@ -19,19 +20,22 @@ class BatchDrawer:
         family: Family,
         objective: Objective,
         instance: ExampleSource,
-        prior: ExampleSource | None = None,
+        classes: ExampleSource | None = None,
+        prior: Preservation | None = None,
     ):
-        self.family, self.objective, self.instance, self.prior = family, objective, instance, prior
+        self.family, self.objective, self.instance = family, objective, instance
+        self.classes, self.prior = classes, prior
         self.seed = instance.preparation.seed
 
     def draw(self, first: int, count: int) -> Batch:
-        """The micro-batch of instance positions ``first`` to ``first + count``."""
-        rows = [self.instance.draw(position) for position in range(first, first + count)]
-        if self.prior is not None:
-            rows += [self.prior.draw(position) for position in range(first, first + count)]
+        """The micro-batch of instance positions ``first`` to ``first + count``, and the class images that go with them."""
+        keys = [("instance", position) for position in range(first, first + count)]
+        rows = [self.instance.draw(position) for _, position in keys]
+        if self.classes is not None and self.prior is not None:
+            positions = self.prior.positions(first, count)
+            rows += [self.classes.draw(position) for position in positions]
+            keys += [("class", position) for position in positions]
         shape = tuple(rows[0][0].shape)
-        kinds = ["instance"] * count + ["class"] * (len(rows) - count)
-        keys = [(kind, first + index % count) for index, kind in enumerate(kinds)]
         noise = torch.stack([draw_normal(shape, self.seed, f"{kind} noise", position) for kind, position in keys])
         uniform = torch.cat([draw_uniform(1, self.seed, f"{kind} timestep", position) for kind, position in keys])
         return self._batch(rows, noise, uniform, count)

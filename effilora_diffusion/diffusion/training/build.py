@@ -26,6 +26,7 @@ from ..models import Family, make_family
 from ..models.pipelines import load_pipeline, quantization
 from ..sampling.generate import Sampler
 from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
+from .preservation import Preservation, preservation
 
 
 @dataclass
@@ -45,6 +46,11 @@ class RunParts:
     images_per_step: int
     classes: ClassFolder | None = None
     initial: AdapterFile | None = None
+
+    @property
+    def prior(self) -> Preservation | None:
+        """The class term of the loss."""
+        return preservation(self.config, self.images_per_step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,10 +96,10 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
 
 def class_folder(config: TrainingConfig, base: dict[str, Any]) -> ClassFolder | None:
     """The folder of class images, if the run has any; raises :class:`EffiLoRAError` for images of another class or model."""
-    if not config.with_prior_preservation:
+    if not config.with_prior_preservation or not config.class_data_dir:
         return None
     model = base["base_hash"] or str(config.pretrained_model_name_or_path)  # a quantised model has no hash
-    path = Path(str(config.class_data_dir))
+    path = Path(config.class_data_dir)
     folder = ClassFolder(path, config.class_prompt, config.num_class_images, config.seed, model)
     folder.check(config.resolution)
     return folder

@@ -194,6 +194,16 @@ def _comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, A
     return tuple({name: value for name, value in one.items() if name not in free} for one in (saved, now))  # type: ignore[return-value]
 
 
+def _as_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint as this version writes it: class images had one meaning only, and their weight always stood there."""
+    found = {_RENAMED.get(name, name): value for name, value in saved.items()}
+    if "prior_loss_weight" in found and "prior_target" not in found:
+        weight = found.pop("prior_loss_weight")
+        if found.get("class images"):
+            found |= {"prior_target": "images", "prior_interval": 1, "prior_loss_weight": weight}
+    return found
+
+
 def split_note(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What to tell of a run that goes on with its steps divided differently among micro-batches and processes."""
     changed = [f"{name} {saved.get(name)} to {now[name]}" for name in SPLIT if saved.get(name) != now[name]]
@@ -233,8 +243,7 @@ def load_checkpoint(
             changed then.
     """
     state = read_state(folder, adapter)
-    earlier = {_RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
-    different = _differences(*_comparable(earlier, json.loads(json.dumps(fingerprint))))
+    different = _differences(*_comparable(_as_today(state.fingerprint), json.loads(json.dumps(fingerprint))))
     if different:
         raise EffiLoRAError(
             f"{folder} belongs to another run: {printable('; '.join(different))[:2000]}. Continue with what it was trained with, "
@@ -363,7 +372,10 @@ def _identity(example: Example) -> list[str]:
 def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     config, family = parts.config, parts.family
-    found: dict[str, Any] = {name: getattr(config, name) for name in _fixed()}
+    found: dict[str, Any] = {name: getattr(config, name) for name in _fixed() if not name.startswith("prior_")}
+    if (held := parts.prior) is not None:
+        target = "base" if held.from_base else "images"
+        found |= {"prior_target": target, "prior_interval": held.interval, "prior_loss_weight": held.weight}
     # the denoiser's timestep range follows from the base, and was never part of it
     found["adapter"] = replace(parts.adapter.config, timestep_range=EffiLoRAConfig.timestep_range).to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]

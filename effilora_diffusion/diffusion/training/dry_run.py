@@ -75,7 +75,7 @@ def _size(count: float) -> str:
 def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
     """Gather the report; nothing is computed and nothing moves to the device."""
     family, adapter, c = parts.family, parts.adapter, parts.config
-    own = {id(parameter) for parameter in adapter.parameters()}
+    own, prior = {id(parameter) for parameter in adapter.parameters()}, parts.prior
     others = [part for part in family.parts() if part is not family.model]
     precision = f"{PRECISIONS[c.mixed_precision]}{f', {c.quantization}' if c.quantization else ''}"
     longest = max(
@@ -97,21 +97,25 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         processes=processes,
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
-        activations=activation_bytes(c, family, longest),
+        activations=activation_bytes(c, family, longest, len(prior.positions(0, c.train_batch_size)) if prior else 0),
         classes=_class_images(parts),
     )
 
 
 def _class_images(parts: RunParts) -> str | None:
-    """What the class folder holds, and what is still to be drawn."""
-    wanted = parts.classes
-    if wanted is None:
+    """What the class is held to, what the class folder holds, and what is still to be drawn."""
+    wanted, prior = parts.classes, parts.prior
+    if prior is None:
         return None
+    held = "the base's own prediction" if prior.from_base else "their images"
+    term = f"held to {held}, weight {prior.weight:g}, one to {prior.interval} of the images"
+    if wanted is None:
+        return f"no images, {len(parts.config.class_prompt)} prompts with the instance images, {term}"
     prompts = repr(wanted.caption) if wanted.caption is not None else f"{len(wanted.prompts)} prompts"
     there = len(wanted.scan()[0])
     missing = max(0, wanted.count - there)
     left = f", {there - wanted.count} more are there and not used" if there > wanted.count else ""
-    return f"{wanted.count} images of {prompts} in {wanted.path}, {missing} of them to be drawn first{left}"
+    return f"{wanted.count} images of {prompts} in {wanted.path}, {missing} of them to be drawn first{left}; {term}"
 
 
 def _shortened(caption: str, family: Family) -> str:
@@ -128,8 +132,10 @@ def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
 
 
-def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> int | None:
+def activation_bytes(config: TrainingConfig, family: Family, caption: str, classes: int = 0) -> int | None:
     """Memory of what a forward pass keeps for the backward pass, found by running it on shapes without values.
+
+    A micro-batch has ``classes`` class images beside its instance images.
 
     ``None`` for models whose shapes depend on values (prompts of free length, some masks), and for quantised ones:
     their layers keep tensors from one call to the next, which must not be without values.
@@ -147,7 +153,7 @@ def activation_bytes(config: TrainingConfig, family: Family, caption: str) -> in
         alive.append(value)  # so that no other storage gets the same address
 
     alive: list[Tensor] = []
-    rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    rows = config.train_batch_size + classes
     edge = config.resolution
     try:
         with mode:

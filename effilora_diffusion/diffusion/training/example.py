@@ -37,9 +37,7 @@ def example_settings() -> dict[str, Any]:
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "with_prior_preservation": True,
-        "class_data_dir": "outputs/example_class",
         "class_prompt": list(EXAMPLE_CLASS_PROMPTS),
-        "num_class_images": 48,
         "validation_prompt": [
             "an emoji of sks cat",
             "an emoji of sks cat on a blue background",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from ...core import EffiLoRAError
 from ..data.latents import Batch
 from ..models import Family
+from .preservation import Preservation
 
 PIXELS_PER_TOKEN = 16
 """Edge of the square of pixels that one image token stands for, in every family with a resolution-dependent shift."""
@@ -169,15 +172,34 @@ def denoising_losses(predicted: Tensor, target: Tensor, weights: Tensor) -> Tens
 
 
 def batch_loss(
-    family: Family, objective: Objective, batch: Batch, device: torch.device, prior_loss_weight: float = 1.0
+    family: Family,
+    objective: Objective,
+    batch: Batch,
+    device: torch.device,
+    prior: Preservation | None = None,
+    base: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
-    """Mean loss of the instance images plus the weighted mean of the class images, a scalar on ``device``."""
+    """Mean loss of the instance rows plus the weighted mean of the class rows, a scalar on ``device``.
+
+    Args:
+        family: of the model, with whatever adapts it.
+        objective: what the model is trained for.
+        batch: instance rows, and class rows behind them.
+        device: where the model is.
+        prior: what class rows are held to, and how strongly; needed where there are any.
+        base: context in which the model is the frozen base.
+    """
     latents, noise, timesteps = (value.to(device) for value in (batch.latents, batch.noise, batch.timesteps))
     conditions = {name: value.to(device) for name, value in batch.conditions.items()}
-    noisy = objective.add_noise(latents, noise, timesteps)
-    predicted = family.predict(noisy, timesteps, conditions)
-    losses = denoising_losses(predicted, objective.target(latents, noise, timesteps), objective.weights(timesteps))
-    loss = losses[: batch.instances].mean()
-    if len(losses) > batch.instances:
-        loss = loss + prior_loss_weight * losses[batch.instances :].mean()
+    noisy, count = objective.add_noise(latents, noise, timesteps), batch.instances
+    target = objective.target(latents, noise, timesteps)
+    if prior is not None and prior.from_base and len(noisy) > count:
+        with base(), torch.no_grad():  # first: recomputation in the backward pass must find the adapter as it was
+            known = {name: value[count:] for name, value in conditions.items()}
+            own = family.predict(noisy[count:], timesteps[count:], known)
+        target = torch.cat([target[:count], own.to(target.dtype)])
+    losses = denoising_losses(family.predict(noisy, timesteps, conditions), target, objective.weights(timesteps))
+    loss = losses[:count].mean()
+    if prior is not None and len(losses) > count:
+        loss = loss + prior.factor(len(losses) - count, count) * losses[count:].mean()
     return loss

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,14 @@ class Trainer:
             tqdm.write(text)
 
     def _class_images(self) -> list[Example]:
-        if self.parts.classes is None:
+        """Images of the class, or the instance images under the class prompts where there are to be none."""
+        if self.parts.prior is None:
             return []
-        self.adapter.enabled = False  # fresh, so it changes nothing; but it would cost time
+        if self.parts.classes is None:
+            return [replace(one, caption=prompt) for one in self.parts.examples for prompt in self.config.class_prompt]
         draw = sampler(self.config, self.family)
-        examples = class_examples(self.parts.classes, draw, self.say, self.processes)
-        self.adapter.enabled = True
-        return examples
+        with self.adapter.disabled():  # fresh, so it changes nothing; but it would cost time
+            return class_examples(self.parts.classes, draw, self.say, self.processes)
 
     def _cache(self, prior: list[Example]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
@@ -145,7 +147,7 @@ class Trainer:
         with self.family.encoders():
             for source in filter(None, (instance, classes)):
                 source.fill(everything=self.accelerator.device.type != "cpu")
-        return BatchDrawer(self.family, self.objective, instance, classes)
+        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior)
 
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
@@ -204,9 +206,8 @@ class Trainer:
                 self.folder.own(REDUCER_FILE)
             trim_log(self.output / METRICS_FILE, self.step + 1)
             trim_log(self.output / REDUCER_FILE, self.step)
-            self.adapter.enabled = False  # a resumed run shows the base before training, too
-            self.validation.draw(0)
-            self.adapter.enabled = True
+            with self.adapter.disabled():  # a resumed run shows the base before training, too
+                self.validation.draw(0)
         self.processes.wait_for_everyone()
 
     def _choose_blocks(self, step: int) -> None:
@@ -226,7 +227,7 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self.accelerator.device
-        return batch_loss(self.family, self.objective, batch, device, self.config.prior_loss_weight)
+        return batch_loss(self.family, self.objective, batch, device, self.parts.prior, self.adapter.disabled)
 
     @torch.no_grad()
     def _validation_loss(self, step: int) -> float:
