@@ -14,7 +14,7 @@ from peft import LoraConfig
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.data.folder import scan_images
 from effilora_diffusion.diffusion.data.latents import ExampleSource
-from effilora_diffusion.diffusion.data.prior import ClassFolder, class_examples
+from effilora_diffusion.diffusion.data.prior import ClassFolder, class_examples, without_images
 from effilora_diffusion.diffusion.models import Family, make_family
 from effilora_diffusion.diffusion.training.batches import BatchDrawer
 from effilora_diffusion.diffusion.training.build import load_base, make_objective, preparation, sampler
@@ -66,7 +66,9 @@ def train(config: TrainingConfig) -> Family:
     objective = make_objective(config, family)
     examples, _ = scan_images(Path(str(config.instance_data_dir)), config.instance_prompt)
     classes, prior = [], preservation(config, config.train_batch_size)
-    if prior is not None:
+    if prior is not None and config.class_data_dir is None:
+        classes = without_images(examples, config.class_prompt)
+    elif prior is not None:
         folder = ClassFolder(
             Path(str(config.class_data_dir)), config.class_prompt, config.num_class_images, config.seed
         )

@@ -232,7 +232,7 @@ def test_train_the_example_reload_and_use_it(visit, served):
     expect(page.locator("#train-prompt textarea, #train-prompt input").first).to_have_value("an emoji of sks cat")
     one.fill("#train-name", "my cat")
     page.locator("#train-advanced > button").click()
-    settings = {"num_class_images": "4", "max_train_steps": "30", "validation_inference_steps": "4", "num_validation_images": "1",
+    settings = {"max_train_steps": "30", "validation_inference_steps": "4", "num_validation_images": "1",
                 "train_batch_size": "2"}  # fmt: skip
     for name, value in settings.items():
         one.fill(f"#train-{name}", value)

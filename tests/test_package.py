@@ -67,7 +67,7 @@ def trained(installed, tmp_path_factory):
     """An empty folder in which the installed command has trained the example for two steps."""
     folder = tmp_path_factory.mktemp("empty")
     run(
-        installed, folder, "effilora", "train", "--max_train_steps", "2", "--num_class_images", "2",
+        installed, folder, "effilora", "train", "--max_train_steps", "2",
         "--num_validation_images", "1", "--validation_inference_steps", "2",
     )  # fmt: skip
     return folder

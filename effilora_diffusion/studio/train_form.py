@@ -101,11 +101,12 @@ def run_settings(session: Session, prompt: str, preset: str, folder: Path, advan
         ("validation_prompt", [prompt]),
     ):
         chosen[name] = value if chosen[name] is None else chosen[name]
+    drawn = chosen["with_prior_preservation"] and chosen["prior_target"] == "images"
     classes = str(session.outputs / "datasets" / "class images")
     return {
         **chosen,
         "pretrained_model_name_or_path": session.model,
         "instance_prompt": prompt,
         "instance_data_dir": str(folder),
-        "class_data_dir": classes if chosen["with_prior_preservation"] else None,
+        "class_data_dir": classes if drawn else None,
     }

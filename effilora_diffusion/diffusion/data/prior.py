@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ class ClassFolder:
                     f"--class_data_dir {self.path} holds images that were drawn for something else ({path.name}: "
                     f"{', '.join(different)}): give another folder, or delete them"
                 )
+
+
+def without_images(examples: list[Example], prompts: list[str]) -> list[Example]:
+    """Class rows where there are no class images: each of the ``examples`` under each of the class ``prompts``."""
+    return [replace(example, caption=prompt) for example in examples for prompt in prompts]
 
 
 def class_examples(

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from ..adapters.export import export, has_kohya_form
 from ..config import SAVED, TrainingConfig
 from ..data.folder import Example
 from ..data.latents import ExampleSource
-from ..data.prior import class_examples
+from ..data.prior import class_examples, without_images
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
 from .build import RunParts, build, check_folders, check_hardware, place, preparation, sampler
@@ -135,7 +134,7 @@ class Trainer:
         if self.parts.prior is None:
             return []
         if self.parts.classes is None:
-            return [replace(one, caption=prompt) for one in self.parts.examples for prompt in self.config.class_prompt]
+            return without_images(self.parts.examples, self.config.class_prompt)
         draw = sampler(self.config, self.family)
         with self.adapter.disabled():  # fresh, so it changes nothing; but it would cost time
             return class_examples(self.parts.classes, draw, self.say, self.processes)
