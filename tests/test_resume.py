@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -209,7 +210,9 @@ def test_killed_process_s_wreck_is_resumed_from_its_newest_whole_checkpoint(shor
 def test_missing_checkpoint_is_an_error_and_no_fresh_start(short, tmp_path, capsys, wanted):
     words = [*arguments(short), f"--output_dir={tmp_path / 'out'}", f"--resume_from_checkpoint={wanted}"]
     assert launch.main(words) == 2
-    assert f"--resume_from_checkpoint {wanted}: no" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(rf"--resume_from_checkpoint {wanted}: (no such checkpoint|there is no whole checkpoint)", said)
+    assert (wanted != "latest") or "leave it out to start from the beginning" in said
     assert files_in(tmp_path / "out") == {}
 
 
@@ -224,6 +227,7 @@ def test_missing_checkpoint_is_an_error_and_no_fresh_start(short, tmp_path, caps
         ("--train_batch_size=2", "train_batch_size was 1 and is 2"),
         ("--instance_prompt=a toy", "the caption of 0.png was 'a sks cat' and is 'a toy'"),
         ("--instance_data_dir={other}", "the images have changed (removed: 0.png, 1.png"),
+        ("--instance_data_dir={twice}", "the images have changed (added: 9.png)"),
         ("--lr_scheduler=cosine", "lr_scheduler was 'constant' and is 'cosine'"),
     ],
 )
@@ -232,8 +236,10 @@ def test_checkpoint_of_another_run_is_refused_and_nothing_changes(short, tmp_pat
     shutil.copytree(short.output_dir, output)
     before = files_in(output)
     other = make_subject(tmp_path / "other", 5, first=9)
+    twice = make_subject(tmp_path / "twice", 3)
+    shutil.copy(twice / "0.png", twice / "9.png")
     words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
-    assert launch.main([*words, options.format(other=other)]) == 2
+    assert launch.main([*words, options.format(other=other, twice=twice)]) == 2
     error = capsys.readouterr().err
     assert "belongs to another run" in error
     assert named in error

@@ -195,7 +195,14 @@ class RunFolder:
         if wanted.lower() in ("latest", "true"):  # the latter as in transformers' examples
             whole = [path for path in there if self.layout.finished(path)]
             if not whole:
-                raise EffiLoRAError(f"{flag}: no whole checkpoint among {len(there)} in {self.path}")
+                found = (
+                    f"none of the {len(there)} checkpoints in {self.path} is whole"
+                    if there
+                    else f"there is no whole checkpoint in {self.path}"
+                )
+                raise EffiLoRAError(
+                    f"{flag}: {found}; leave it out to start from the beginning, with --overwrite_output_dir"
+                )
             folder = whole[-1]
         else:
             folder = Path(wanted) if Path(wanted).is_dir() else self.path / wanted

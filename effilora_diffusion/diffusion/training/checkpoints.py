@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -220,13 +221,22 @@ def _changed_files(kind: str, old: list[Any], new: list[Any]) -> list[str]:
     if [entry[:2] for entry in old] == [entry[:2] for entry in new]:
         return []
     before, after = ({entry[0]: entry for entry in entries} for entries in (old, new))
-    gone = [_name(entry) for sha, entry in before.items() if sha not in after]
-    added = [_name(entry) for sha, entry in after.items() if sha not in before]
+    gone, added = _without(old, new), _without(new, old)
     words = [f"{word} {', '.join(names[:5])}" for word, names in (("removed:", gone), ("added:", added)) if names]
     for sha, entry in after.items():
         if sha in before and before[sha][1] != entry[1]:
             words.append(f"the caption of {_name(entry)} was {before[sha][1]!r} and is {entry[1]!r}"[:200])
     return [f"the {kind} have changed ({'; '.join(words[:5]) or 'their order or number'})"]
+
+
+def _without(entries: list[Any], others: list[Any]) -> list[str]:
+    """Names of the entries that have no counterpart among the others; one content may lie in several files."""
+    left, found = Counter(entry[0] for entry in others), []
+    for entry in entries:
+        left[entry[0]] -= 1
+        if left[entry[0]] < 0:
+            found.append(_name(entry))
+    return found
 
 
 def _name(entry: list[str]) -> str:
