@@ -236,7 +236,7 @@ def test_checkpoint_of_another_run_is_refused_and_nothing_changes(short, tmp_pat
     shutil.copytree(short.output_dir, output)
     before = files_in(output)
     other = make_subject(tmp_path / "other", 5, first=9)
-    twice = make_subject(tmp_path / "twice", 3)
+    twice = shutil.copytree(short.instance_data_dir, tmp_path / "twice")
     shutil.copy(twice / "0.png", twice / "9.png")
     words = [*arguments(short), f"--output_dir={output}", "--resume_from_checkpoint=checkpoint-2"]
     assert launch.main([*words, options.format(other=other, twice=twice)]) == 2
