@@ -12,12 +12,15 @@ A step's cost at every cut is measured once. Every finished run is a line of ``W
 not run again, so the command can be stopped and repeated. Judged by
 
 - loss: denoising loss on the four held-out images x 24 noise levels with the same noise for every run;
-- rise / gap and drift as ``benchmarks.subject`` defines them.
+- change: mean squared difference to the base's own predictions for the base's images of 16 prompts without the subject;
+  more training moves every method along one line of loss and change, so that runs are compared at equal change;
+- with ``--images`` rise / gap and drift as ``benchmarks.subject`` defines them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -28,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.depth import DepthPlan, execution_order, fixed_plan
 from effilora_diffusion.core.rng import draw_normal
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.data.folder import scan_images
-from effilora_diffusion.diffusion.data.images import Preparation
+from effilora_diffusion.diffusion.data.images import Preparation, prepare_image
 from effilora_diffusion.diffusion.data.latents import Batch, ExampleSource
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training.budget import step_times, trial
@@ -43,10 +47,13 @@ from effilora_diffusion.diffusion.training.loss import batch_loss
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .features import load_judge
-from .subject import HELD_OUT, Reference, draw_all
+from .subject import HELD_OUT, OTHER_PROMPTS, Reference, draw, draw_all
 
 LEVELS = 24
 """Noise levels at which every held-out image's loss is taken."""
+
+OTHER_LEVELS = 8
+"""Noise levels at which every other image's prediction is compared."""
 
 
 @dataclass(frozen=True)
@@ -94,33 +101,63 @@ def plans(order: tuple[str, ...], times: Sequence[float], budget: float, steps: 
 
 def settings(args: argparse.Namespace, seed: int, steps: int, **changes: Any) -> TrainingConfig:
     """The example's settings with the benchmark's length and rate; no images are drawn while training."""
-    own = {"max_train_steps": steps, "learning_rate": args.rate, "train_batch_size": args.batch, "seed": seed}
+    own = {"max_train_steps": steps, "train_batch_size": args.batch, "seed": seed}
     paths = {"output_dir": str(args.work / "run"), "class_data_dir": str(args.work / "class")}
     quiet = {"num_validation_images": 0, "overwrite_output_dir": True, "checkpointing_steps": 10**6}
     return TrainingConfig(**{**example_settings(), **own, **paths, **quiet, **changes})
 
 
-def held_out_loss(trainer: Trainer) -> float:
-    """Mean denoising loss on images of the subject that nobody trained on; the noise is the same in every call."""
-    examples, _ = scan_images(HELD_OUT, example_settings()["instance_prompt"])
-    source = ExampleSource(trainer.family, examples, Preparation(64, True, False, "lanczos", 0), "held out")
-    source.fill()
-    losses = []
-    trainer.adapter.eval()
-    for index in range(len(examples)):
-        latents, conditions, name = source.draw(index)
-        noise = draw_normal((LEVELS, *latents.shape), 0, "held-out noise", index)
-        batch = Batch(
-            latents.expand(LEVELS, *latents.shape),
-            trainer.family.collate([conditions] * LEVELS),
-            noise,
-            trainer.objective.timesteps((torch.arange(LEVELS) + 0.5) / LEVELS),
-            [name] * LEVELS,
-            LEVELS,
+class Probes:
+    """Fixed noisy latents to judge a trained model by: of the subject's held-out images, and of the base's other images.
+
+    Args:
+        trainer: any run on the base; what it has trained has no influence.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.family, self.objective = trainer.family, trainer.objective
+        found, _ = scan_images(HELD_OUT, example_settings()["instance_prompt"])
+        source = ExampleSource(self.family, found, Preparation(64, True, False, "lanczos", 0), "held out")
+        source.fill()
+        self.subject = [self._levels(*source.draw(index), index, LEVELS) for index in range(len(found))]
+        trainer.adapter.enabled = False
+        images = draw(trainer.family.pipe, list(OTHER_PROMPTS))
+        self.others = []
+        for index, (prompt, image) in enumerate(zip(OTHER_PROMPTS, images, strict=True)):
+            mean = self.family.encode_image(prepare_image(image, image.width, True))[0]
+            self.others.append(
+                self._levels(mean, self.family.encode_prompt(prompt), prompt, 100 + index, OTHER_LEVELS)
+            )
+        self.base = [self.predict(batch) for batch in self.others]
+        trainer.adapter.enabled = True
+
+    def _levels(self, latents: Tensor, conditions: Any, name: str, index: int, levels: int) -> Batch:
+        """One image at ``levels`` noise levels."""
+        return Batch(
+            latents.expand(levels, *latents.shape),
+            self.family.collate([conditions] * levels),
+            draw_normal((levels, *latents.shape), 0, "held-out noise", index),
+            self.objective.timesteps((torch.arange(levels) + 0.5) / levels),
+            [name] * levels,
+            levels,
         )
-        with torch.no_grad():
-            losses.append(float(batch_loss(trainer.family, trainer.objective, batch, torch.device("cpu"))))
-    return statistics.mean(losses)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, family: Any = None) -> Tensor:
+        """The prediction of ``family``'s denoiser, the probes' own by default."""
+        noisy = self.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+        found: Tensor = (family or self.family).predict(noisy, batch.timesteps, batch.conditions)
+        return found
+
+    @torch.no_grad()
+    def figures(self, trainer: Trainer) -> dict[str, float]:
+        """Loss and change of a trained model."""
+        trainer.adapter.eval()
+        cpu = torch.device("cpu")
+        losses = [float(batch_loss(trainer.family, self.objective, batch, cpu)) for batch in self.subject]
+        pairs = zip(self.others, self.base, strict=True)
+        moved = [float((self.predict(batch, trainer.family) - base).square().mean()) for batch, base in pairs]
+        return {"loss": statistics.mean(losses), "change": statistics.mean(moved)}
 
 
 class Bench:
@@ -131,7 +168,7 @@ class Bench:
         args.work.mkdir(parents=True, exist_ok=True)
         self.rows = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
         torch.manual_seed(0)
-        self.reference = Reference(load_judge(), *draw_all(load_pipeline(None)))
+        self.reference = Reference(load_judge(), *draw_all(load_pipeline(None))) if args.images else None
         self.order, self.times = self.costs()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -143,46 +180,50 @@ class Bench:
     def costs(self) -> tuple[tuple[str, ...], list[float]]:
         """The blocks as they run, and the time of a step by cut; measured once."""
         found = next((row for row in self.rows if "times" in row), None)
+        trainer = Trainer(settings(self.args, 0, self.args.steps))
+        self.probes = Probes(trainer)
         if found is None:
-            trainer = Trainer(settings(self.args, 0, self.args.steps))
             order = execution_order(
                 trainer.family.model, trainer.adapter, lambda: trainer._loss(trainer.batches.draw(0, self.args.batch))
             )
             with trial(trainer.loop, trainer.adapter):
                 times, seconds = step_times(trainer.loop, trainer.adapter, order, range(len(order)), 15)
-            loss = held_out_loss(trainer)
-            trainer.folder.release()
+            loss = self.probes.figures(trainer)["loss"]
             found = {"order": order, "times": list(times.values()), "seconds": seconds, "base loss": loss}
             self.write(found)
+        trainer.folder.release()
         return tuple(found["order"]), found["times"]
 
-    def run(self, name: str, budget: float, seed: int, steps: int, plan: DepthPlan) -> None:
+    def run(self, name: str, budget: float, seed: int, rate: float, steps: int, plan: DepthPlan) -> None:
         """Train by one plan, unless the log has it."""
-        key = {"plan": name, "budget": budget, "seed": seed, "steps": steps, "rate": self.args.rate}
-        if any(all(row.get(part) == value for part, value in key.items()) for row in self.rows):
+        key = {"plan": name, "budget": budget, "seed": seed, "steps": steps, "rate": rate}
+        found = [row for row in self.rows if all(row.get(part) == value for part, value in key.items())]
+        if any("drift" in row or not self.args.images for row in found):
             return
-        trainer = Trainer(settings(self.args, seed, steps, reducer="depth", reducer_depth=1.0))
+        trainer = Trainer(settings(self.args, seed, steps, learning_rate=rate, reducer="depth", reducer_depth=1.0))
         trainer.reducer.plan = plan
         began, cpu = time.time(), time.process_time()
         trainer.run()
         spent = {"seconds": time.time() - began, "cpu": time.process_time() - cpu}
-        figures = self.reference.figures(*draw_all(trainer.family.pipe))
+        figures = self.reference.figures(*draw_all(trainer.family.pipe)) if self.reference is not None else {}
         cost = plan.mean(dict(enumerate(self.times))) * steps / self.args.steps
-        self.write({**key, "cost": cost, "loss": held_out_loss(trainer), **figures, **spent})
+        self.write({**key, "cost": cost, **self.probes.figures(trainer), **figures, **spent})
         print(json.dumps(self.rows[-1]), flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and range over the seeds of every plan and budget."""
     runs = [row for row in rows if "plan" in row]
-    lines = ["| time | plan | runs | loss | rise / gap | drift |", "|---|---|---|---|---|---|"]
-    for budget, name in sorted({(-row["budget"], row["plan"]) for row in runs}):
-        found = [row for row in runs if (-row["budget"], row["plan"]) == (budget, name)]
+    lines = ["| time | plan | rate | runs | loss | change | rise / gap | drift |", "|---|---|---|---|---|---|---|---|"]
+    for group in sorted({(-row["budget"], row["plan"], row["rate"]) for row in runs}):
+        budget, name, rate = group
+        same = [row for row in runs if (-row["budget"], row["plan"], row["rate"]) == group]
+        found = list({row["seed"]: row for row in sorted(same, key=lambda row: "drift" in row)}.values())
         cells = []
-        for figure in ("loss", "rise_of_gap", "drift"):
-            values = [row[figure] for row in found]
+        for figure in ("loss", "change", "rise_of_gap", "drift"):
+            values = [row[figure] for row in found if figure in row] or [float("nan")]
             cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
-        lines.append(f"| {-budget:g} | {name} | {len(found)} | {' | '.join(cells)} |")
+        lines.append(f"| {-budget:g} | {name} | {rate:g} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -194,21 +235,24 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3])
+    parser.add_argument(
+        "--images", action="store_true", help="also draw images, for likeness and drift: twice the time"
+    )
     parser.add_argument("--plans", nargs="+", help="only these")
     args = parser.parse_args()
     bench = Bench(args)
     print(f"a full step takes {bench.rows[0]['seconds']:.3f} s, by cut: {', '.join(f'{t:.3f}' for t in bench.times)}")
     wanted: Callable[[str], bool] = lambda name: args.plans is None or name in args.plans  # noqa: E731
     full = fixed_plan(bench.order, 0)
-    for seed in args.seeds:
-        bench.run("full", 1.0, seed, args.steps, full)
+    for seed, rate in itertools.product(args.seeds, args.rates):
+        bench.run("full", 1.0, seed, rate, args.steps, full)
         for budget in args.budgets:
             if wanted("fewer full steps"):
-                bench.run("fewer full steps", budget, seed, round(budget * args.steps), full)
+                bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)
             for name, plan in plans(bench.order, bench.times, budget, args.steps).items():
                 if wanted(name):
-                    bench.run(name, budget, seed, args.steps, plan)
+                    bench.run(name, budget, seed, rate, args.steps, plan)
     print(table(bench.rows))
 
 

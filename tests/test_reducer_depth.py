@@ -69,7 +69,8 @@ def test_a_plan_is_repeated_from_its_text_and_its_state():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("deep", "no list of CUT:SHARE"), ("0:x", "no list of CUT:SHARE"), ("6:1", "must cut at 0 to 5"), ("-1:1", "must cut at 0 to 5"),
+        ("deep", "no list of CUT:SHARE"), ("0:x", "no list of CUT:SHARE"),
+        ("6:1", "must cut at 0 to 5"), ("-1:1", "must cut at 0 to 5"),
         ("0:0.5", "sum to 1"), ("0:0.5,1:0.5,2:0", "above 0"), ("0:nan", "above 0"), ("3:0.5,0:0.5", "rising order"),
         ("0:0.5,0:0.5", "once each"),
     ],
@@ -82,7 +83,8 @@ def test_a_plan_that_can_t_be_followed_is_refused(text, reason):
 def test_a_damaged_plan_in_a_checkpoint_is_refused():
     good = PLAN.to_dict()
     bad = [
-        None, [], {}, {**good, "more": 1}, {**good, "order": None}, {**good, "order": [*NAMES[:5], "x"]}, {**good, "order": [[0]]},
+        None, [], {}, {**good, "more": 1}, {**good, "order": None}, {**good, "order": [*NAMES[:5], "x"]},
+        {**good, "order": [[0]]},
         {**good, "shares": []}, {**good, "shares": [[0]]}, {**good, "shares": [[0, 2.0]]}, {**good, "shares": [["0", 1.0]]},
         {**good, "seconds": "1"}, {**good, "kept": float("nan")}, {**good, "time": -1},
     ]  # fmt: skip
@@ -194,7 +196,7 @@ def test_in_every_family_nothing_before_the_cut_needs_gradients_and_all_after_it
     inputs = example(family, name)
     config = EffiLoRAConfig(alpha=8.0, dropout=0.2, target_modules=("attention", "feed_forward"))
     adapter = attach(family.model, randomise(create_adapter(family.model, config), heads=0.4))
-    if checkpointing:
+    if checkpointing and family.model._supports_gradient_checkpointing:
         family.enable_gradient_checkpointing()
 
     def loss():
@@ -204,7 +206,6 @@ def test_in_every_family_nothing_before_the_cut_needs_gradients_and_all_after_it
     order = execution_order(family.model, adapter, loss)
     assert sorted(order) == sorted(adapter.blocks)
     loss().backward()
-    learning = {site.block for site, heads in zip(adapter.sites, adapter.B, strict=True) if heads.grad is not None}
     full = [heads.grad for heads in adapter.B]
     kept = kept_bytes(family.model, loss)
     seen = Kinds(family.model, adapter)
@@ -212,7 +213,8 @@ def test_in_every_family_nothing_before_the_cut_needs_gradients_and_all_after_it
         adapter.zero_grad(set_to_none=True)
         adapter.set_active(order[cut:], train_shared=False)
         less = kept_bytes(family.model, loss)
-        assert less < kept or order[0] not in learning
+        assert less <= kept
+        assert less < kept or cut < len(order) - 1
         seen.needs.clear()
         loss().backward()
         assert not any(seen.needs[block] for block in order[:cut] if block in seen.needs)
@@ -453,7 +455,7 @@ def train_measured(folder, config):
     """Process of a run whose processes measure different costs."""
     accelerator = start()
     rank = accelerator.process_index
-    budget.step_times = lambda loop, adapter, order, cuts, rounds: ({0: 1.0, 3: 0.4 + 0.2 * rank}, 1.0 + rank)
+    budget.step_times = lambda loop, adapter, order, cuts, rounds: ({0: 1.0, 1: 0.9, 3: 0.4 + 0.2 * rank}, 1.0 + rank)
     kept = budget.kept_bytes
     budget.kept_bytes = lambda model, run: kept(model, run) * (1 + rank)
     run = Trainer(config)
