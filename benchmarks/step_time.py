@@ -3,7 +3,7 @@
 All adapters have the same targets and rank, on copies of one denoiser that share its weights; their steps are taken in
 turn, so that whatever else the machine does meets all of them. Prints the median of the paired ratios and its
 quartiles, what the largest step keeps for the backward pass, and with ``--memory`` the peak memory of each alone, in a
-process of its own. With a budget of time steps are of two depths: their ratio is the mean over the depths' medians.
+process of its own. With a budget of time, steps are of two depths: the mean of both medians, by their number of steps.
 """
 
 from __future__ import annotations
@@ -129,13 +129,13 @@ class Taken:
     depths: list[int] = field(default_factory=list)
     kept: float = 0.0
 
-    def mean(self) -> float:
-        """Seconds of a step: the mean over the depths' medians."""
+    def mean(self, values: list[float]) -> float:
+        """The mean over the steps of ``values``, one a step: of the medians of each depth, weighted by its steps."""
         groups = {
-            depth: [seconds for seconds, other in zip(self.seconds, self.depths, strict=True) if other == depth]
+            depth: [value for value, other in zip(values, self.depths, strict=True) if other == depth]
             for depth in self.depths
         }
-        return sum(len(group) * statistics.median(group) for group in groups.values()) / len(self.seconds)
+        return sum(len(group) * statistics.median(group) for group in groups.values()) / len(values)
 
 
 def built(args: argparse.Namespace, device: torch.device) -> Built:
@@ -189,12 +189,16 @@ def measured_apart(args: argparse.Namespace, name: str) -> float:
 
 def row(found: Taken, peft: Taken) -> dict[str, Any]:
     """The figures of one method beside PEFT's."""
-    figures: dict[str, Any] = {"ms": 1000 * found.mean(), "kept_mb": found.kept, "kept_ratio": found.kept / peft.kept}
-    if len(set(found.depths)) > 1:
-        return {**figures, "ratio": found.mean() / peft.mean(), "between": "(two depths)"}
     ratios = [ours / theirs for ours, theirs in zip(found.seconds, peft.seconds, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {**figures, "ratio": middle, "between": f"({low:.3f} to {high:.3f})"}
+    low, _, high = statistics.quantiles(ratios, n=4)
+    between = "(two depths)" if len(set(found.depths)) > 1 else f"({low:.3f} to {high:.3f})"
+    return {
+        "ms": 1000 * found.mean(found.seconds),
+        "ratio": found.mean(ratios),
+        "between": between,
+        "kept_mb": found.kept,
+        "kept_ratio": found.kept / peft.kept,
+    }
 
 
 def main() -> None:
