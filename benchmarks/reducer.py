@@ -89,11 +89,9 @@ def plans(order: tuple[str, ...], times: Sequence[float], budget: float, steps: 
     """Every way to spend the budget that is compared."""
     last = len(order) - 1
     drawn = two(times, budget, 0, last)
-    middle = neighbours(times, budget)[1]
     return {
         "fixed cut": DepthPlan(order, two(times, budget, *neighbours(times, budget))),
         "drawn cut": DepthPlan(order, drawn),
-        "drawn cut, near": DepthPlan(order, two(times, budget, 0, min(last, middle + 1))),
         "widened": Ordered(order, drawn, steps=steps, widen=True),
         "narrowed": Ordered(order, drawn, steps=steps),
     }
