@@ -230,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the log and the class images")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.7], help="shares of a full step's time")
+    parser.add_argument("--cuts", nargs="*", type=int, default=[], help="also every step cut here, at what that costs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=3)
@@ -245,6 +246,10 @@ def main() -> None:
     full = fixed_plan(bench.order, 0)
     for seed, rate in itertools.product(args.seeds, args.rates):
         bench.run("full", 1.0, seed, rate, args.steps, full)
+        for cut in args.cuts:
+            budget = round(bench.times[cut], 4)
+            bench.run(f"cut at {cut}", budget, seed, rate, args.steps, fixed_plan(bench.order, cut))
+            bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)
         for budget in args.budgets:
             if wanted("fewer full steps"):
                 bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)
