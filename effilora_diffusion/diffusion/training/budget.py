@@ -92,14 +92,14 @@ def measured_plan(config: TrainingConfig, rounds: int, order: tuple[str, ...], r
 def describe(plan: DepthPlan, config: TrainingConfig) -> str:
     """One line for the report."""
     count = len(plan.order)
-    parts = [f"{share:.0%} of the steps train the last {count - cut} of {count} blocks" for cut, share in plan.shares]
+    parts = [f"{share:.0%} of the steps train {f'the last {count - cut}' if cut else 'all'}" for cut, share in plan.shares]
     found = []
     if plan.time is not None and plan.seconds is not None:
         found.append(f"{plan.time:.2f} of the time of a full step ({plan.seconds:.3f} s) on average")
     if plan.kept is not None:
         found.append(f"{plan.kept:.2f} of its activations")
     how = "taken over from --reducer_plan" if config.reducer_plan is not None else ", ".join(found)
-    return f"reducer     {', '.join(parts)}{f': {how}' if how else ''}"
+    return f"reducer     {', '.join(parts)} of {count} blocks{f': {how}' if how else ''}"
 
 
 def check_resumed(config: TrainingConfig, plan: DepthPlan | None, checkpoint: Path) -> None:
