@@ -92,7 +92,9 @@ def measured_plan(config: TrainingConfig, rounds: int, order: tuple[str, ...], r
 def describe(plan: DepthPlan, config: TrainingConfig) -> str:
     """One line for the report."""
     count = len(plan.order)
-    parts = [f"{share:.0%} of the steps train {f'the last {count - cut}' if cut else 'all'}" for cut, share in plan.shares]
+    parts = [
+        f"{share:.0%} of the steps train {f'the last {count - cut}' if cut else 'all'}" for cut, share in plan.shares
+    ]
     found = []
     if plan.time is not None and plan.seconds is not None:
         found.append(f"{plan.time:.2f} of the time of a full step ({plan.seconds:.3f} s) on average")
