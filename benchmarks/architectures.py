@@ -58,15 +58,25 @@ def sdxl(batch: int, resolution: int) -> Built:
 
 def flux(batch: int, resolution: int) -> Built:
     """FLUX.1's transformer at full size: 12 billion parameters."""
-    model = FluxTransformer2DModel(guidance_embeds=True)
+    return _flux(batch, resolution, 512)
+
+
+def flux_small(batch: int, resolution: int) -> Built:
+    """FLUX.1's transformer with 4 double and 8 single blocks of width 512: 52 million parameters."""
+    sizes = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 8, "attention_head_dim": 64}
+    return _flux(batch, resolution, 208, **sizes, axes_dims_rope=(16, 24, 24))
+
+
+def _flux(batch: int, resolution: int, prompt: int, **options: Any) -> Built:
+    model = FluxTransformer2DModel(guidance_embeds=True, **options)
     tokens = (resolution // 16) ** 2
     return model, {
         "hidden_states": torch.randn(batch, tokens, 64),
         "timestep": torch.rand(batch),
         "guidance": torch.full((batch,), 3.5),
         "pooled_projections": torch.randn(batch, 768),
-        "encoder_hidden_states": torch.randn(batch, 512, 4096),
-        "txt_ids": torch.zeros(512, 3),
+        "encoder_hidden_states": torch.randn(batch, prompt, 4096),
+        "txt_ids": torch.zeros(prompt, 3),
         "img_ids": torch.zeros(tokens, 3),
     }
 
@@ -86,6 +96,7 @@ ARCHITECTURES: dict[str, Callable[[int, int], Built]] = {
     "sd15": sd15,
     "sdxl": sdxl,
     "flux": flux,
+    "flux-small": flux_small,
     "smollm2": smollm2,
 }
 

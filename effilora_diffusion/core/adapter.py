@@ -82,7 +82,7 @@ class EffiLoRA(nn.Module):
         self.enabled = True
         self.merged = False
         self.block_strength: dict[str, float] = {}
-        self.cut_blocks: frozenset[str] = frozenset()
+        self.cut_sites = [False] * len(self.sites)
         self.noise_features: Tensor | None = None
         self.attached = False
         self.A = nn.ParameterDict()
@@ -136,7 +136,7 @@ class EffiLoRA(nn.Module):
         """
         if not len(self.G):
             return None
-        router = self.G[index].detach() if self.sites[index].block in self.cut_blocks else self.G[index]
+        router = self.G[index].detach() if self.cut_sites[index] else self.G[index]
         if self.config.routing == "token":
             assert h is not None
             return torch.mm(router, h).softmax(0)
@@ -154,7 +154,7 @@ class EffiLoRA(nn.Module):
         """
         site = self.sites[index]
         shared = self.shared_a(site)
-        if site.block in self.cut_blocks:
+        if self.cut_sites[index]:
             shared = shared.detach()
         x = x.to(shared.dtype)
         if self.config.dropout and self.training:
@@ -211,14 +211,20 @@ class EffiLoRA(nn.Module):
             heads.requires_grad_(site.block in active)
             if site.block not in active:
                 heads.grad = None
-        self.cut_blocks = frozenset() if train_shared else frozenset(known - active)
+        # By site, in place: what torch.compile has made of a block depends on that block's entry alone.
+        self.cut_sites[:] = [not train_shared and site.block not in active for site in self.sites]
+
+    @property
+    def cut_blocks(self) -> frozenset[str]:
+        """The blocks that give no gradient to A and routers."""
+        return frozenset(site.block for site, cut in zip(self.sites, self.cut_sites, strict=True) if cut)
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
         stored = sum(p.numel() for p in self.parameters())
         active = sum(p.numel() for p in self.parameters() if p.requires_grad)
         for index, site in enumerate(self.sites):  # what only cut layers use asks for gradients, but none reaches it
-            if site.block in self.cut_blocks:
+            if self.cut_sites[index]:
                 active -= self.G[index].numel() if len(self.G) else 0
                 active -= self.shared_a(site).numel() if self.config.a_sharing == "none" else 0
         return {"trained_per_step": active, "trained_ever": stored, "stored": stored}

@@ -15,7 +15,8 @@ FORMAT_VERSION = 1
 ROUTINGS = ("token", "static", "timestep")
 A_SHARINGS = ("width", "slice", "none")
 SCALINGS = ("standard", "rslora")
-REDUCER_MODES = ("importance", "random", "off")
+PAPER_MODES = ("importance", "random", "off")
+REDUCER_MODES = (*PAPER_MODES, "depth")
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0", "to_out", "to_gate"),
@@ -68,7 +69,8 @@ class ReducerConfig:
     """Selection of the blocks whose heads are trained (paper section 3.2; constants from IST, arXiv 2410.11772).
 
     Args:
-        mode: ``"importance"``, ``"random"`` (as many blocks, drawn uniformly) or ``"off"``.
+        mode: ``"importance"``, ``"random"`` (as many blocks, drawn uniformly), ``"depth"`` (all blocks after a cut in the
+            order of execution, see :class:`.DepthPlan`; not in the paper) or ``"off"``.
         active: share of the blocks trained per step.
         interval: optimizer steps between importance evaluations.
         warmup: optimizer steps before the first evaluation, in which all blocks are trained.
@@ -107,6 +109,10 @@ class ReducerConfig:
         _check(
             isinstance(self.train_shared, bool),
             f"reducer train_shared must be true or false, not {self.train_shared!r}",
+        )
+        _check(
+            not (self.mode == "depth" and self.train_shared),
+            "reducer train_shared makes blocks before a cut keep their activations, so that mode depth would save nothing",
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .config import A_SHARINGS, REDUCER_MODES, ROUTINGS, EffiLoRAConfig, ReducerConfig
+from .config import A_SHARINGS, PAPER_MODES, ROUTINGS, EffiLoRAConfig, ReducerConfig
 from .errors import EffiLoRAError
 
 ADAPTER = "Adapter"
@@ -196,7 +196,7 @@ class AdapterOptions:
         ["attention"], "groups (attention, feed_forward) and name endings of the linears to adapt", ADAPTER, fixed=True
     )
     adapt_feed_forward: bool = option(False, "adapt the feed-forward linears too", ADAPTER, fixed=True)
-    reducer: str = option("off", "which blocks' heads are trained", REDUCER, choices=REDUCER_MODES, fixed=True)
+    reducer: str = option("off", "which blocks' heads are trained", REDUCER, choices=PAPER_MODES, fixed=True)
     reducer_active: float = option(0.5, "share of the blocks trained per step", REDUCER, bounds=SHARE, fixed=True)
     reducer_interval: int = option(
         10, "optimizer steps between two measurements of importance", REDUCER, bounds=COUNT, fixed=True

@@ -16,6 +16,7 @@ from typing import Any
 
 from .adapter import EffiLoRA
 from .config import is_number
+from .depth import DepthPlan
 from .errors import EffiLoRAError
 from .writing import append_line
 
@@ -41,6 +42,9 @@ class Reducer:
         seed: of the samples.
         log: JSONL file for the importance evaluations (``scores``, ``suppressed``, ``losses``) and the changes of the
             active blocks; ``None`` writes nothing.
+
+    Attributes:
+        plan: what mode ``depth`` follows; it must be set before the first step.
     """
 
     def __init__(self, adapter: EffiLoRA, seed: int = 0, log: Path | None = None):
@@ -53,6 +57,7 @@ class Reducer:
         self.deviation = 0.0
         self.active: tuple[str, ...] = self.blocks
         self.ever_active: set[str] = set()
+        self.plan: DepthPlan | None = None
 
     @property
     def count(self) -> int:
@@ -60,13 +65,21 @@ class Reducer:
         return max(1, round(self.config.active * len(self.blocks)))
 
     def select(self, step: int) -> tuple[str, ...]:
-        """Return the blocks that ``step`` trains: all during warm-up, then K sampled with weights sigmoid(-s)."""
+        """Return the blocks that ``step`` trains: all during warm-up, then K sampled with weights sigmoid(-s).
+
+        In mode ``depth`` they are the plan's from the first step on.
+        """
+        if self.config.mode == "depth":
+            if self.plan is None:
+                raise EffiLoRAError("a Reducer of mode depth needs a plan: set Reducer.plan to a DepthPlan first")
+            chosen = self.plan.active(step, self.seed)
+            return tuple(block for block in self.blocks if block in chosen)
         if self.config.mode == "off" or step < self.config.warmup or self.count == len(self.blocks):
             return self.blocks
         random_mode = self.config.mode == "random"
         weights = [1.0 if random_mode else sigmoid(-score) for score in self.scores]
-        chosen = weighted_sample(weights, self.count, random.Random(f"select {self.seed} {step}"))
-        return tuple(self.blocks[index] for index in chosen)
+        drawn = weighted_sample(weights, self.count, random.Random(f"select {self.seed} {step}"))
+        return tuple(self.blocks[index] for index in drawn)
 
     def begin_step(self, step: int) -> None:
         """Freeze the heads of all blocks but the active ones of ``step``."""
@@ -155,6 +168,7 @@ class Reducer:
             "deviation": self.deviation,
             "active": list(self.active),
             "ever_active": sorted(self.ever_active),
+            **({"plan": self.plan.to_dict()} if self.plan is not None else {}),
         }
 
     def load_state_dict(self, state: Any) -> None:
@@ -164,6 +178,7 @@ class Reducer:
         self.deviation = float(state["deviation"])
         self.active = tuple(state["active"])
         self.ever_active = set(state["ever_active"])
+        self.plan = DepthPlan.from_dict(state["plan"], self.blocks) if "plan" in state else None
         self.adapter.set_active(self.active, self.config.train_shared)
 
     def _write(self, event: dict[str, Any]) -> None:
@@ -173,7 +188,7 @@ class Reducer:
 
 def check_state(state: Any, blocks: Sequence[str]) -> None:
     """Raise :class:`EffiLoRAError` for what is no state of the Reducer of an adapter with these ``blocks``."""
-    if not isinstance(state, dict) or set(state) != {"scores", "deviation", "active", "ever_active"}:
+    if not isinstance(state, dict) or set(state) - {"plan"} != {"scores", "deviation", "active", "ever_active"}:
         raise EffiLoRAError("the checkpoint's Reducer state is damaged: it has other entries than it must have")
     scores, active, ever = state["scores"], state["active"], state["ever_active"]
     if not isinstance(scores, dict) or set(scores) != set(blocks):
@@ -187,3 +202,5 @@ def check_state(state: Any, blocks: Sequence[str]) -> None:
             raise EffiLoRAError("the checkpoint's active blocks are other blocks than this adapter's")
     if not active:
         raise EffiLoRAError("the checkpoint's Reducer has no active block")
+    if "plan" in state:
+        DepthPlan.from_dict(state["plan"], blocks)

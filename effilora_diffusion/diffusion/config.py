@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from ..core.config import REDUCER_MODES
 from ..core.errors import EffiLoRAError
-from ..core.options import COUNT, NATURAL, POSITIVE, AdapterOptions, Bounds, check_options, option
+from ..core.options import COUNT, NATURAL, POSITIVE, REDUCER, SHARE, AdapterOptions, Bounds, check_options, option
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
@@ -37,6 +38,9 @@ QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
 
 ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
 """What is meant for one start of a run, and is no part of it."""
+
+BUDGETS = ("reducer_time", "reducer_memory", "reducer_depth", "reducer_plan")
+"""Settings that each choose a plan for ``--reducer depth``."""
 
 PATHS = (
     "pretrained_model_name_or_path",
@@ -64,6 +68,39 @@ VALIDATION = "Validation"
 class TrainingConfig(AdapterOptions):
     """All settings of one training run."""
 
+    reducer: str = option(
+        "off",
+        "which blocks' heads are trained; depth: those after a cut, chosen by a budget",
+        REDUCER,
+        choices=REDUCER_MODES,
+        fixed=True,
+    )
+    reducer_time: float | None = option(
+        None,
+        "share of a full step's time that steps may take on average (measured at the start)",
+        REDUCER,
+        bounds=SHARE,
+        usual=True,
+        fixed=True,
+    )
+    reducer_memory: float | None = option(
+        None,
+        "share of a full step's activations that a step may keep (measured at the start)",
+        REDUCER,
+        bounds=SHARE,
+        usual=True,
+        fixed=True,
+    )
+    reducer_depth: float | None = option(
+        None,
+        "share of the blocks, counted from the last one, that every step trains",
+        REDUCER,
+        bounds=SHARE,
+        fixed=True,
+    )
+    reducer_plan: str | None = option(
+        None, "an earlier run's plan, as CUT:SHARE,CUT:SHARE, instead of measuring", REDUCER, form=False
+    )
     pretrained_model_name_or_path: str | None = option(
         None,
         "model folder, hub id or .safetensors checkpoint (default: the embedded base)",
@@ -246,6 +283,7 @@ class TrainingConfig(AdapterOptions):
             setattr(self, name, value and os.path.expanduser(value))
         if self.with_prior_preservation:
             self._check_prior()
+        self._choose_mode()
         self.adapter_config()
 
     def _check_prior(self) -> None:
@@ -253,6 +291,23 @@ class TrainingConfig(AdapterOptions):
             raise EffiLoRAError("--with_prior_preservation needs --class_prompt")
         if self.prior_target == "images" and not self.class_data_dir:
             raise EffiLoRAError("--prior_target images needs --class_data_dir, the folder with the class images")
+
+    def _choose_mode(self) -> None:
+        """A budget means ``--reducer depth``, which needs one."""
+        named = [name for name in BUDGETS if getattr(self, name) is not None]
+        if named and self.reducer not in ("off", "depth"):
+            raise EffiLoRAError(f"--{named[0]} is for --reducer depth, not {self.reducer}: leave one of them out")
+        if self.reducer == "depth" and not named:
+            raise EffiLoRAError(
+                "--reducer depth needs a budget: --reducer_time 0.7, --reducer_memory or --reducer_depth"
+            )
+        if self.reducer_depth is not None and len(named) > 1:
+            raise EffiLoRAError(
+                f"--reducer_depth fixes what {'--' + (set(named) - {'reducer_depth'}).pop()} would choose: "
+                "leave one of them out"
+            )
+        if named:
+            self.reducer = "depth"
 
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""

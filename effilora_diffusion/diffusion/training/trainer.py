@@ -38,6 +38,7 @@ from ..data.latents import ExampleSource
 from ..data.prior import class_examples, without_images
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
+from .budget import Measured, check_resumed, choose_plan, spent, with_plan
 from .build import RunParts, build, check_folders, check_hardware, place, preparation, sampler
 from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint, split_note
 from .dry_run import dry_run_report
@@ -118,6 +119,15 @@ class Trainer:
             torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
             lambda batch: f"images {', '.join(batch.names[:4])}",
         )
+        if config.reducer == "depth" and self.checkpoint is None:
+            self._plan_depth()
+
+    def _plan_depth(self) -> None:
+        """Choose how deep backpropagation goes, once; whoever repeats or continues the run takes over what was chosen."""
+        parts, batch = self.parts, self._batch(0, 0)
+        run = Measured(parts.family.model, parts.adapter, self.loop, lambda: self._loss(batch), self.processes.of_main)
+        self.reducer.plan, told = choose_plan(self.config, self.steps, run)
+        self.say(told)
 
     @property
     def is_main(self) -> bool:
@@ -185,6 +195,7 @@ class Trainer:
         state = load_checkpoint(checkpoint, self.adapter, self.optimizer, self.fingerprint)
         self.step, self.seconds = state.step, state.seconds
         self.reducer.load_state_dict(state.reducer)
+        check_resumed(self.config, self.reducer.plan, checkpoint)
         if state.scaler:
             self.loop.scaler.load_state_dict(state.scaler)
         self.say(f"resumed from {checkpoint} at step {self.step}")
@@ -199,7 +210,7 @@ class Trainer:
         """Begin to write: settings, logs without the steps that are done again, images of the base before training."""
         if self.is_main:
             self.folder.open(self.checkpoint)
-            write_text(self.folder.own(CONFIG_FILE), self.config.to_yaml())
+            write_text(self.folder.own(CONFIG_FILE), with_plan(self.config, self.reducer.plan).to_yaml())
             self.folder.own(METRICS_FILE)
             if self.reducer.log is not None:
                 self.folder.own(REDUCER_FILE)
@@ -278,6 +289,8 @@ class Trainer:
         if not has_learned(self.adapter, self.parts.initial):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
         self._checkpoint()
+        if self.is_main and (told := spent(self.output / METRICS_FILE, self.reducer.plan)) is not None:
+            self.say(told)
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
         summary.prompt = trigger_prompt(self.parts)
         summary.loader = hasattr(self.family.pipe, "load_lora_weights")

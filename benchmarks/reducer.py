@@ -1,0 +1,263 @@
+"""What is backpropagation's depth worth at equal time? ``python -m benchmarks.reducer --work WORK``.
+
+The example subject on the embedded base, by plans that spend the same share of a full step in different ways, and by
+fewer full steps that take as long:
+
+- fewer full steps: every step trains all blocks, there are fewer of them;
+- fixed cut: all steps are cut at the same place (two neighbouring ones, to meet the budget);
+- drawn cut: some steps train all blocks, the others the last one only, in turn;
+- widened: the same steps, the shallow ones first;  narrowed: the same steps, the deep ones first.
+
+A step's cost at every cut is measured once. Every finished run is a line of ``WORK/reducer_runs.jsonl``; what is there is
+not run again, so the command can be stopped and repeated. Judged by
+
+- loss: denoising loss on the four held-out images x 24 noise levels with the same noise for every run;
+- change: mean squared difference to the base's own predictions for the base's images of 16 prompts without the subject;
+  more training moves every method along one line of loss and change, so that runs are compared at equal change;
+- with ``--images`` rise / gap and drift as ``benchmarks.subject`` defines them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effilora_diffusion.core import exit_code
+from effilora_diffusion.core.depth import DepthPlan, execution_order, fixed_plan
+from effilora_diffusion.core.rng import draw_normal
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.data.folder import scan_images
+from effilora_diffusion.diffusion.data.images import Preparation, prepare_image
+from effilora_diffusion.diffusion.data.latents import Batch, ExampleSource
+from effilora_diffusion.diffusion.models.pipelines import load_pipeline
+from effilora_diffusion.diffusion.training.budget import step_times, trial
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.loss import batch_loss
+from effilora_diffusion.diffusion.training.trainer import Trainer
+
+from .features import load_judge
+from .subject import HELD_OUT, OTHER_PROMPTS, Reference, draw, draw_all
+
+LEVELS = 24
+"""Noise levels at which every held-out image's loss is taken."""
+
+OTHER_LEVELS = 8
+"""Noise levels at which every other image's prediction is compared."""
+
+
+@dataclass(frozen=True)
+class Ordered(DepthPlan):
+    """A plan whose cuts come one after the other instead of in turn: ``widen`` the shallow ones first, else the deep ones."""
+
+    steps: int = 1
+    widen: bool = False
+
+    def cut(self, step: int, seed: int = 0) -> int:
+        """The number of blocks that ``step`` freezes."""
+        position = (step + 0.5) / self.steps
+        for cut, share in reversed(self.shares) if self.widen else self.shares:
+            position -= share
+            if position < 0:
+                return cut
+        return self.shares[0 if self.widen else -1][0]
+
+
+def two(times: Sequence[float], budget: float, deep: int, shallow: int) -> tuple[tuple[int, float], ...]:
+    """Shares of two cuts whose mean time is ``budget``."""
+    share = round((budget - times[shallow]) / (times[deep] - times[shallow]), 4)
+    return ((deep, share), (shallow, round(1 - share, 4)))
+
+
+def neighbours(times: Sequence[float], budget: float) -> tuple[int, int]:
+    """The two cuts next to each other between whose times ``budget`` lies."""
+    shallow = next(cut for cut, cost in enumerate(times) if cost <= budget)
+    return shallow - 1, shallow
+
+
+def plans(order: tuple[str, ...], times: Sequence[float], budget: float, steps: int) -> dict[str, DepthPlan]:
+    """Every way to spend the budget that is compared."""
+    last = len(order) - 1
+    drawn = two(times, budget, 0, last)
+    return {
+        "fixed cut": DepthPlan(order, two(times, budget, *neighbours(times, budget))),
+        "drawn cut": DepthPlan(order, drawn),
+        "widened": Ordered(order, drawn, steps=steps, widen=True),
+        "narrowed": Ordered(order, drawn, steps=steps),
+    }
+
+
+def settings(args: argparse.Namespace, seed: int, steps: int, **changes: Any) -> TrainingConfig:
+    """The example's settings with the benchmark's length and rate; no images are drawn while training."""
+    own = {"max_train_steps": steps, "train_batch_size": args.batch, "seed": seed}
+    paths = {"output_dir": str(args.work / "run"), "class_data_dir": str(args.work / "class")}
+    quiet = {"num_validation_images": 0, "overwrite_output_dir": True, "checkpointing_steps": 10**6}
+    return TrainingConfig(**{**example_settings(), **own, **paths, **quiet, **changes})
+
+
+class Probes:
+    """Fixed noisy latents to judge a trained model by: of the subject's held-out images, and of the base's other images.
+
+    Args:
+        trainer: any run on the base; what it has trained has no influence.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.family, self.objective = trainer.family, trainer.objective
+        found, _ = scan_images(HELD_OUT, example_settings()["instance_prompt"])
+        source = ExampleSource(self.family, found, Preparation(64, True, False, "lanczos", 0), "held out")
+        source.fill()
+        self.subject = [self._levels(*source.draw(index), index, LEVELS) for index in range(len(found))]
+        trainer.adapter.enabled = False
+        images = draw(trainer.family.pipe, list(OTHER_PROMPTS))
+        self.others = []
+        for index, (prompt, image) in enumerate(zip(OTHER_PROMPTS, images, strict=True)):
+            mean = self.family.encode_image(prepare_image(image, image.width, True))[0]
+            self.others.append(
+                self._levels(mean, self.family.encode_prompt(prompt), prompt, 100 + index, OTHER_LEVELS)
+            )
+        self.base = [self.predict(batch) for batch in self.others]
+        trainer.adapter.enabled = True
+
+    def _levels(self, latents: Tensor, conditions: Any, name: str, index: int, levels: int) -> Batch:
+        """One image at ``levels`` noise levels."""
+        return Batch(
+            latents.expand(levels, *latents.shape),
+            self.family.collate([conditions] * levels),
+            draw_normal((levels, *latents.shape), 0, "held-out noise", index),
+            self.objective.timesteps((torch.arange(levels) + 0.5) / levels),
+            [name] * levels,
+            levels,
+        )
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, family: Any = None) -> Tensor:
+        """The prediction of ``family``'s denoiser, the probes' own by default."""
+        noisy = self.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+        found: Tensor = (family or self.family).predict(noisy, batch.timesteps, batch.conditions)
+        return found
+
+    @torch.no_grad()
+    def figures(self, trainer: Trainer) -> dict[str, float]:
+        """Loss and change of a trained model."""
+        trainer.adapter.eval()
+        cpu = torch.device("cpu")
+        losses = [float(batch_loss(trainer.family, self.objective, batch, cpu)) for batch in self.subject]
+        pairs = zip(self.others, self.base, strict=True)
+        moved = [float((self.predict(batch, trainer.family) - base).square().mean()) for batch, base in pairs]
+        return {"loss": statistics.mean(losses), "change": statistics.mean(moved)}
+
+
+class Bench:
+    """The log, the costs of the cuts, and the base's images."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.log = args, args.work / "reducer_runs.jsonl"
+        args.work.mkdir(parents=True, exist_ok=True)
+        self.rows = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
+        torch.manual_seed(0)
+        self.reference = Reference(load_judge(), *draw_all(load_pipeline(None))) if args.images else None
+        self.order, self.times = self.costs()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line to the log."""
+        self.rows.append(row)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def costs(self) -> tuple[tuple[str, ...], list[float]]:
+        """The blocks as they run, and the time of a step by cut; measured once."""
+        found = next((row for row in self.rows if "times" in row), None)
+        trainer = Trainer(settings(self.args, 0, self.args.steps))
+        self.probes = Probes(trainer)
+        if found is None:
+            order = execution_order(
+                trainer.family.model, trainer.adapter, lambda: trainer._loss(trainer.batches.draw(0, self.args.batch))
+            )
+            with trial(trainer.loop, trainer.adapter):
+                times, seconds = step_times(trainer.loop, trainer.adapter, order, range(len(order)), 15)
+            loss = self.probes.figures(trainer)["loss"]
+            found = {"order": order, "times": list(times.values()), "seconds": seconds, "base loss": loss}
+            self.write(found)
+        trainer.folder.release()
+        return tuple(found["order"]), found["times"]
+
+    def run(self, name: str, budget: float, seed: int, rate: float, steps: int, plan: DepthPlan) -> None:
+        """Train by one plan, unless the log has it."""
+        key = {"plan": name, "budget": budget, "seed": seed, "steps": steps, "rate": rate}
+        found = [row for row in self.rows if all(row.get(part) == value for part, value in key.items())]
+        if any("drift" in row or not self.args.images for row in found):
+            return
+        trainer = Trainer(settings(self.args, seed, steps, learning_rate=rate, reducer="depth", reducer_depth=1.0))
+        trainer.reducer.plan = plan
+        began, cpu = time.time(), time.process_time()
+        trainer.run()
+        spent = {"seconds": time.time() - began, "cpu": time.process_time() - cpu}
+        figures = self.reference.figures(*draw_all(trainer.family.pipe)) if self.reference is not None else {}
+        cost = plan.mean(dict(enumerate(self.times))) * steps / self.args.steps
+        self.write({**key, "cost": cost, **self.probes.figures(trainer), **figures, **spent})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and range over the seeds of every plan and budget."""
+    runs = [row for row in rows if "plan" in row]
+    lines = ["| time | plan | rate | runs | loss | change | rise / gap | drift |", "|---|---|---|---|---|---|---|---|"]
+    for group in sorted({(-row["budget"], row["plan"], row["rate"]) for row in runs}):
+        budget, name, rate = group
+        same = [row for row in runs if (-row["budget"], row["plan"], row["rate"]) == group]
+        found = list({row["seed"]: row for row in sorted(same, key=lambda row: "drift" in row)}.values())
+        cells = []
+        for figure in ("loss", "change", "rise_of_gap", "drift"):
+            values = [row[figure] for row in found if figure in row] or [float("nan")]
+            cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+        lines.append(f"| {-budget:g} | {name} | {rate:g} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what the log does not have yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the log and the class images")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.7], help="shares of a full step's time")
+    parser.add_argument("--cuts", nargs="*", type=int, default=[], help="also every step cut here, at what that costs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3])
+    parser.add_argument(
+        "--images", action="store_true", help="also draw images, for likeness and drift: twice the time"
+    )
+    parser.add_argument("--plans", nargs="+", help="only these")
+    args = parser.parse_args()
+    bench = Bench(args)
+    print(f"a full step takes {bench.rows[0]['seconds']:.3f} s, by cut: {', '.join(f'{t:.3f}' for t in bench.times)}")
+    wanted: Callable[[str], bool] = lambda name: args.plans is None or name in args.plans  # noqa: E731
+    full = fixed_plan(bench.order, 0)
+    for seed, rate in itertools.product(args.seeds, args.rates):
+        bench.run("full", 1.0, seed, rate, args.steps, full)
+        for cut in args.cuts:
+            budget = round(bench.times[cut], 4)
+            bench.run(f"cut at {cut}", budget, seed, rate, args.steps, fixed_plan(bench.order, cut))
+            bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)
+        for budget in args.budgets:
+            if wanted("fewer full steps"):
+                bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)
+            for name, plan in plans(bench.order, bench.times, budget, args.steps).items():
+                if wanted(name):
+                    bench.run(name, budget, seed, rate, args.steps, plan)
+    print(table(bench.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
