@@ -100,12 +100,13 @@ def detach(pipeline_or_model: Any, name: str | None = None) -> None:
     core.detach(host_model(pipeline_or_model), name)
 
 
-def merge(pipeline_or_model: Any, name: str = "default") -> None:
+def merge(pipeline_or_model: Any, name: str = "default", concept: str | None = None) -> None:
     """Add an attached adapter's update to the base weights, so that it costs nothing more.
 
     Args:
         pipeline_or_model: what the adapter is attached to.
         name: of the adapter.
+        concept: which one, of an adapter with several.
 
     Raises:
         EffiLoRAError: the update is no fixed matrix (several heads with token or timestep routing), or a weight is
@@ -115,7 +116,7 @@ def merge(pipeline_or_model: Any, name: str = "default") -> None:
         >>> load_adapter(pipe, "outputs/my-dog", name="dog")
         >>> merge(pipe, "dog")
     """
-    core.merge(host_model(pipeline_or_model), name)
+    core.merge(host_model(pipeline_or_model), name, concept)
 
 
 def unmerge(pipeline_or_model: Any, name: str = "default") -> None:
