@@ -217,7 +217,8 @@ def test_gates_follow_the_batch_wherever_it_stands_in_an_input():
     gates = torch.tensor([[1.0, 0.0, 1.0]])
     assert per_row(gates, torch.zeros(3, 5)).tolist() == [[1, 0, 1]]
     assert per_row(gates, torch.zeros(3, 2, 5)).tolist() == [[1, 1, 0, 0, 1, 1]]
-    assert per_row(gates, torch.zeros(2, 3, 5)).tolist() == [[1, 0, 1, 1, 0, 1]]
+    assert per_row(gates, torch.zeros(3, 3, 5), tokens_first=True).tolist() == [[1, 1, 1, 0, 0, 0, 1, 1, 1]]
+    assert per_row(gates, torch.zeros(2, 3, 5), tokens_first=True).tolist() == [[1, 0, 1, 1, 0, 1]]
     assert per_row(gates, torch.zeros(6, 2, 5)).tolist() == [[1] * 4 + [0] * 4 + [1] * 4]
     with pytest.raises(EffiLoRAError, match="7 rows of a batch of 3"):
         per_row(gates, torch.zeros(7, 5))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .concept_gates import ConceptGates, per_row
-from .concepts import Concept, number_of
+from .concepts import Concept, find_concepts, number_of
 from .config import EffiLoRAConfig
 from .errors import EffiLoRAError
 from .sites import Site
@@ -72,6 +72,7 @@ class EffiLoRA(nn.Module):
         strength: factor on the whole adapter; 0 leaves the base's computation untouched, bit for bit.
         enabled: switch with the same effect as strength 0.
         routed: gates of the rows that the model runs now (concept routing only); ``None``: nobody has said.
+        tokens_first: whether the model hands some linears its tokens before its batch, see :func:`.per_row`.
         chosen: those that :meth:`set_concept` or :meth:`set_concepts` named, which prompts do not change.
     """
 
@@ -90,6 +91,7 @@ class EffiLoRA(nn.Module):
         self.routed: ConceptGates | None = None
         self.chosen: ConceptGates | None = None
         self.row_gates: Tensor | None = None
+        self.tokens_first = False
         self.attached = False
         self.A = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
@@ -161,6 +163,10 @@ class EffiLoRA(nn.Module):
         """The gates of rows that are given by the numbers of their concepts; the common head acts on each."""
         return ConceptGates.of(rows, [len(self.concepts)] if self.config.common_head else ())
 
+    def prompt_gates(self, prompts: Iterable[str]) -> ConceptGates:
+        """The gates of the concepts that each of these prompts names."""
+        return self.concept_gates([find_concepts(prompt, self.concepts) for prompt in prompts])
+
     def route(self, gates: ConceptGates | None) -> None:
         """Let ``gates`` decide about the next forward passes; raises :class:`EffiLoRAError` while the adapter is merged."""
         if self.merged:
@@ -211,7 +217,7 @@ class EffiLoRA(nn.Module):
         heads = self.mixed_heads(index)
         weights = None if self.config.routing == "static" else self.gates(index, h)
         if weights is not None:
-            weights = per_row(weights.to(h), x)
+            weights = per_row(weights.to(h), x, self.tokens_first)
             h = (weights.unsqueeze(1) * h).flatten(0, 1)
         return h.t(), heads.split([width for _, width in site.linears])
 

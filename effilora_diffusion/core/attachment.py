@@ -7,9 +7,10 @@ Everything that attaching adds is owned by one object on the model, :class:`Adap
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -173,6 +174,20 @@ def adapters_of(model: nn.Module) -> dict[str, EffiLoRA]:
     """The adapters attached to ``model`` by name, in the order they were attached."""
     host = getattr(unwrap(model), HOST_ATTRIBUTE, None)
     return dict(host.items()) if isinstance(host, AdapterHost) else {}  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def for_rows(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Call ``model`` on the rows of a batch that ``mask`` ``(n,)`` marks: concept gates are narrowed to those in this context."""
+    routing = [adapter for adapter in adapters_of(model).values() if adapter.concepts and not adapter.merged]
+    routed = [(adapter, adapter.routed) for adapter in routing if adapter.routed is not None]
+    try:
+        for adapter, gates in routed:
+            adapter.route(gates.taken(mask))
+        yield
+    finally:
+        for adapter, gates in routed:
+            adapter.route(gates)
 
 
 def host_of(model: nn.Module) -> AdapterHost:

@@ -57,8 +57,10 @@ class ConceptGates:
         return self.rows.repeat(1, size // count)
 
 
-def per_row(gates: Tensor, x: Tensor) -> Tensor:
-    """Gates of the rows of x: ``(k, batch)`` to ``(k, rows)`` for x ``(batch, ..., d_in)`` or ``(tokens, batch, d_in)``.
+def per_row(gates: Tensor, x: Tensor, tokens_first: bool = False) -> Tensor:
+    """Gates of the rows of x: ``(k, batch)`` to ``(k, rows)`` for x ``(batch, ..., d_in)`` or ``(batch x n, ..., d_in)``.
+
+    With ``tokens_first`` x may also be ``(tokens, batch, d_in)``: which of both it is can't be told from its shape.
 
     Raises:
         EffiLoRAError: x has not the same number of rows for each item of the batch.
@@ -66,7 +68,7 @@ def per_row(gates: Tensor, x: Tensor) -> Tensor:
     batch, rows = gates.shape[1], x.numel() // x.shape[-1]
     if rows == batch:
         return gates
-    if x.ndim == 3 and x.shape[0] != batch and x.shape[1] == batch:
+    if tokens_first and x.ndim == 3 and x.shape[0] != batch and x.shape[1] == batch:
         return gates.repeat(1, x.shape[0])
     if rows % batch:
         raise EffiLoRAError(

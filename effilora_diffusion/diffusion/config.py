@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from ..core.concepts import Concept
 from ..core.errors import EffiLoRAError
 from ..core.options import COUNT, NATURAL, POSITIVE, AdapterOptions, Bounds, check_options, option
+from .concepts_list import ConceptData, read_concepts
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
@@ -42,6 +44,7 @@ PATHS = (
     "output_dir",
     "resume_from_checkpoint",
     "init_from",
+    "concepts_list",
 )
 """Settings that may name a file or folder, ``~`` included."""
 
@@ -78,6 +81,14 @@ class TrainingConfig(AdapterOptions):
     )
     instance_prompt: str | None = option(
         None, "prompt that names the subject, for images without a caption of their own", DATA, usual=True, form=False
+    )
+    concepts_list: str | None = option(
+        None,
+        "JSON list of several subjects, each with instance_data_dir and instance_prompt, and if needed class_data_dir, "
+        "class_prompt, trigger, name and weight",
+        DATA,
+        usual=True,
+        form=False,
     )
     resolution: int = option(
         512,
@@ -217,9 +228,26 @@ class TrainingConfig(AdapterOptions):
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
-        if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
+        own = bool(self.class_data_dir and self.class_prompt)
+        entries = self.concept_data()
+        if entries and (self.instance_data_dir or self.instance_prompt):
+            raise EffiLoRAError(
+                "--concepts_list names folders and prompts: leave --instance_data_dir and --instance_prompt out"
+            )
+        if self.with_prior_preservation and not own and not entries:
             raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")
-        self.adapter_config()
+        lacking = [entry for entry in entries if not (entry.class_data_dir and entry.class_prompt)]
+        if self.with_prior_preservation and not own and lacking:
+            raise EffiLoRAError(
+                f"--with_prior_preservation needs class_data_dir and class_prompt of {lacking[0].instance_data_dir} in "
+                "--concepts_list, or --class_data_dir and --class_prompt for all"
+            )
+        # what names them is found with the model's tokenizer, how many they are decides about the adapter
+        self.adapter_config([Concept(f"concept-{number}", (str(number),)) for number, _ in enumerate(entries)])
+
+    def concept_data(self) -> list[ConceptData]:
+        """The subjects of ``concepts_list``; none where the run has a single one."""
+        return read_concepts(self.concepts_list) if self.concepts_list else []
 
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""

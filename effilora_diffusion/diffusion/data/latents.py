@@ -16,8 +16,8 @@ CROP_PLACES = 4
 """Random crops come from this many places per image, so that their latents can be cached."""
 
 
-Row = tuple[Tensor, Conditions, str]
-"""Latents ``(c, h, w)``, conditions and file name of one image."""
+Row = tuple[Tensor, Conditions, str, str]
+"""Latents ``(c, h, w)``, conditions, file name and caption of one image."""
 
 
 class ExampleSource:
@@ -58,7 +58,7 @@ class ExampleSource:
         mean, deviation = self._latents_of(example, crop, flip)
         noise = draw_normal(tuple(mean.shape), seed, f"{self.purpose} posterior", position)
         conditions = {**self._prompts[example.caption], IMAGE: self._image_condition(example, crop, flip)}
-        return mean + deviation * noise, conditions, example.path.name
+        return mean + deviation * noise, conditions, example.path.name, example.caption
 
     def _crop_at(self, example: Example, crop: int) -> tuple[float, float]:
         across, down = draw_uniform(2, self.preparation.seed, f"place {example.sha256}", crop).tolist()
@@ -83,7 +83,8 @@ class ExampleSource:
 @dataclass
 class Batch:
     """One micro-batch: ``latents`` ``(n, c, h, w)`` float32 on the CPU, the ``conditions`` of its n rows,
-    ``noise`` like latents, ``timesteps`` ``(n,)``, ``names`` of the images, and how many of the n are instances."""
+    ``noise`` like latents, ``timesteps`` ``(n,)``, ``names`` of the images, how many of the n are instances, and the
+    ``captions`` by which concepts are found: a class row has that of the instance it goes with."""
 
     latents: Tensor
     conditions: Conditions
@@ -91,3 +92,4 @@ class Batch:
     timesteps: Tensor
     names: list[str]
     instances: int
+    captions: list[str]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.rng import draw_normal, draw_uniform
+from ..data.concepts import ConceptSource
 from ..data.latents import Batch, ExampleSource, Row
 from ..models import Family
 from .loss import Objective
@@ -18,8 +19,8 @@ class BatchDrawer:
         self,
         family: Family,
         objective: Objective,
-        instance: ExampleSource,
-        prior: ExampleSource | None = None,
+        instance: ExampleSource | ConceptSource,
+        prior: ExampleSource | ConceptSource | None = None,
     ):
         self.family, self.objective, self.instance, self.prior = family, objective, instance, prior
         self.seed = instance.preparation.seed
@@ -50,4 +51,5 @@ class BatchDrawer:
             timesteps=self.objective.timesteps(uniform),
             names=[row[2] for row in rows],
             instances=instances,
+            captions=[rows[index % instances][3] for index in range(len(rows))],
         )

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...core.run_folder import (
     CARD_FILE,
     CHECKPOINT_ADAPTER,
     COMPARISON_FILE,
+    CONCEPT_FILES,
     CONFIG_FILE,
     KOHYA_FILE,
     LORA_FILE,
@@ -149,6 +150,7 @@ IMAGE_RUN = Layout(
     names=(
         LORA_FILE,
         KOHYA_FILE,
+        CONCEPT_FILES,
         REDUCER_FILE,
         CONFIG_FILE,
         CARD_FILE,
@@ -360,7 +362,7 @@ def _identity(example: Example) -> list[str]:
     return [example.sha256[:16], example.caption, example.path.name]
 
 
-def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[str, Any]:
+def fingerprint(parts: RunParts, prior: list[list[Example]], processes: int) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
     config, family = parts.config, parts.family
     found: dict[str, Any] = {name: getattr(config, name) for name in _fixed()}
@@ -372,7 +374,11 @@ def fingerprint(parts: RunParts, prior: list[Example], processes: int) -> dict[s
     found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
     found["processes"] = processes
     found["images"] = [_identity(example) for example in parts.examples]
-    found["class images"] = [_identity(example) for example in prior]
+    found["class images"] = [_identity(example) for examples in prior for example in examples]
+    if parts.concepts:  # with routing concept the adapter names them
+        found["concepts"] = [asdict(concept) for concept in parts.concepts]
+        found["weights"] = list(parts.weights)
+        found["images of each"] = [sum(one.concept == each.name for one in parts.examples) for each in parts.concepts]
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
         found["max_train_steps"] = parts.steps  # the schedule depends on it; a constant rate may be trained longer
     return found
