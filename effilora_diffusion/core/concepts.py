@@ -78,8 +78,6 @@ def check_concepts(concepts: Sequence[Concept]) -> None:
     """Raise :class:`EffiLoRAError` where two concepts have one name, or one's trigger is found in another's."""
     for index, one in enumerate(concepts):
         for other in concepts[:index]:
-            if _folded(one.name) == _folded(other.name):
-                raise EffiLoRAError(f"two concepts are named {one.name}: give each a name of its own")
             for first in one.triggers:
                 for second in other.triggers:
                     if contains(second, first) or contains(first, second):
@@ -87,6 +85,8 @@ def check_concepts(concepts: Sequence[Concept]) -> None:
                             f"the concepts {other.name} and {one.name} share a trigger ({second!r}, {first!r}): a prompt with it "
                             "would mean both, so give each a word of its own"
                         )
+            if _folded(one.name) == _folded(other.name):
+                raise EffiLoRAError(f"two concepts are named {one.name}: give each a name of its own")
 
 
 def contains(prompt: str, trigger: str) -> bool:

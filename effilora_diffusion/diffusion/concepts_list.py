@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class ConceptData:
         instance_prompt: for images without a caption of their own.
         class_data_dir, class_prompt: of its class images; empty: those of the run.
         name: of the concept; empty: made of its trigger.
-        triggers: words that name it; none: the rarest word of ``instance_prompt``.
+        triggers: words that name it; none: the rarest of the words that only its ``instance_prompt`` has.
         weight: its share of the rows, relative to the others'.
     """
 
@@ -42,10 +41,10 @@ class ConceptData:
     triggers: tuple[str, ...] = ()
     weight: float = 1.0
 
-    def concept(self, rarest_word: Callable[[str], str]) -> Concept:
-        """What the adapter keeps of it; ``rarest_word`` finds the trigger where none is given."""
+    def concept(self, rarest_word: str) -> Concept:
+        """What the adapter keeps of it; ``rarest_word`` is the trigger where none is given."""
         prompt = str(self.instance_prompt)
-        triggers = self.triggers or (rarest_word(prompt),)
+        triggers = self.triggers or (rarest_word,)
         name = self.name or re.sub(r"[^\w-]+", "-", triggers[0]).strip("-")[:80]
         if not any(contains(prompt, trigger) for trigger in triggers):
             raise EffiLoRAError(

@@ -34,7 +34,9 @@ def name_concepts(
     Raises:
         EffiLoRAError: two concepts can't be told apart, or a caption does not name its own.
     """
-    concepts = tuple(entry.concept(rarest_word) for entry in entries)
+    prompts = [str(entry.instance_prompt) for entry in entries]
+    own = [own_words(prompt, [other for other in prompts if other != prompt]) for prompt in prompts]
+    concepts = tuple(entry.concept(rarest_word(words)) for entry, words in zip(entries, own, strict=True))
     check_concepts(concepts)
     named = []
     for concept, examples in zip(concepts, groups, strict=True):
@@ -46,6 +48,12 @@ def name_concepts(
                 )
             named.append(replace(example, concept=concept.name))
     return concepts, named
+
+
+def own_words(prompt: str, others: Iterable[str]) -> str:
+    """The words of ``prompt`` that none of the ``others`` has; the whole prompt where there are none."""
+    known = {word.casefold() for other in others for word in other.split()}
+    return " ".join(word for word in prompt.split() if word.casefold() not in known) or prompt
 
 
 class ConceptSource:
