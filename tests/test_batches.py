@@ -87,7 +87,7 @@ def test_two_files_of_one_name_in_different_folders_do_not_mix(family, tmp_path)
     source = filled(family, first + second)
     found = {}
     for position in range(2):
-        latents, conditions, name, _ = source.draw(position)
+        latents, conditions, name = source.draw(position)
         assert name == "0.png"
         states = conditions["encoder_hidden_states"]
         caption = next(c for c in ("red", "blue") if torch.equal(states, text_states(family, c)))

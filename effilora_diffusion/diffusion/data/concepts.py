@@ -91,6 +91,11 @@ class ConceptSource:
             self._counts[number] += 1
         return self._turns[position]
 
+    def caption(self, position: int) -> str:
+        """The caption of the row at ``position``."""
+        number, own = self.turn(position)
+        return self.sources[number].caption(own)
+
     def draw(self, position: int) -> Row:
         """The row at ``position``."""
         number, own = self.turn(position)

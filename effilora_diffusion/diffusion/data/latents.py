@@ -16,8 +16,8 @@ CROP_PLACES = 4
 """Random crops come from this many places per image, so that their latents can be cached."""
 
 
-Row = tuple[Tensor, Conditions, str, str]
-"""Latents ``(c, h, w)``, conditions, file name and caption of one image."""
+Row = tuple[Tensor, Conditions, str]
+"""Latents ``(c, h, w)``, conditions and file name of one image."""
 
 
 class ExampleSource:
@@ -48,17 +48,23 @@ class ExampleSource:
     def _crops(self, example: Example) -> int:
         return 1 if self.preparation.center_crop or example.size[0] == example.size[1] else CROP_PLACES
 
+    def _example(self, position: int) -> Example:
+        return self.examples[draw_item(position, len(self.examples), self.preparation.seed, self.purpose)]
+
+    def caption(self, position: int) -> str:
+        """The caption of the image at ``position``."""
+        return self._example(position).caption
+
     def draw(self, position: int) -> Row:
         """The image at ``position`` of the shuffled epochs."""
-        seed = self.preparation.seed
-        example = self.examples[draw_item(position, len(self.examples), seed, self.purpose)]
+        seed, example = self.preparation.seed, self._example(position)
         place, mirror = draw_uniform(2, seed, f"{self.purpose} crop", position).tolist()
         crop = int(place * self._crops(example))
         flip = self.preparation.random_flip and mirror < 0.5
         mean, deviation = self._latents_of(example, crop, flip)
         noise = draw_normal(tuple(mean.shape), seed, f"{self.purpose} posterior", position)
         conditions = {**self._prompts[example.caption], IMAGE: self._image_condition(example, crop, flip)}
-        return mean + deviation * noise, conditions, example.path.name, example.caption
+        return mean + deviation * noise, conditions, example.path.name
 
     def _crop_at(self, example: Example, crop: int) -> tuple[float, float]:
         across, down = draw_uniform(2, self.preparation.seed, f"place {example.sha256}", crop).tolist()
@@ -84,7 +90,7 @@ class ExampleSource:
 class Batch:
     """One micro-batch: ``latents`` ``(n, c, h, w)`` float32 on the CPU, the ``conditions`` of its n rows,
     ``noise`` like latents, ``timesteps`` ``(n,)``, ``names`` of the images, how many of the n are instances, and the
-    ``captions`` by which concepts are found: a class row has that of the instance it goes with."""
+    ``captions`` by which concepts are found: a class row has that of the instance at its own position."""
 
     latents: Tensor
     conditions: Conditions
