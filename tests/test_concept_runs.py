@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
@@ -42,7 +43,11 @@ def write_list(folder, **changes):
 
 def settings(model, concepts, output, **options):
     shared = {key: value for key, value in QUICK.items() if key != "instance_prompt"}
-    named = {"pretrained_model_name_or_path": str(model), "concepts_list": str(concepts), "output_dir": str(output)}
+    named = {
+        "pretrained_model_name_or_path": str(model),
+        "concepts_list": concepts and str(concepts),
+        "output_dir": str(output),
+    }
     return TrainingConfig(**{**shared, "routing": "concept", "train_batch_size": 2, **named, **options})
 
 
@@ -292,3 +297,49 @@ def test_a_common_head_learns_from_every_row(tiny_pipeline, tmp_path):
     training.run()
     assert training.adapter.config.heads == 3
     assert all(heads[:, 2].any() for heads in training.adapter.B)
+
+
+def test_concepts_are_added_to_a_finished_adapter_and_the_others_keep_their_bits(run, tiny_pipeline, tmp_path):
+    images = make_subject(tmp_path / "ohwx", 2, first=50)
+    path = tmp_path / "more.json"
+    path.write_text(
+        json.dumps([{"instance_data_dir": str(images), "instance_prompt": "a photo of ohwx fox", "trigger": "ohwx"}])
+    )
+    options = {"init_from": str(run), "learning_rate": 0.1, "max_train_steps": 3, "num_validation_images": 0}
+    training = trainer(tiny_pipeline, path, tmp_path / "out", **options, checkpointing_steps=1)
+    counts = training.adapter.parameter_counts()
+    training.run()
+    old, new = (load_adapter_file(folder / "effilora.safetensors").adapter for folder in (run, tmp_path / "out"))
+    assert [concept.name for concept in new.concepts] == ["sks", "zwx", "ohwx"]
+    assert all(torch.equal(old.A[key], new.A[key]) for key in old.A)
+    for before, after in zip(old.B, new.B, strict=True):
+        assert torch.equal(before, after[:, :2])
+        assert after[:, 2].any()
+    assert counts["trained_per_step"] == sum(heads.numel() for heads in new.B) // 3
+    again = {**options, "resume_from_checkpoint": "checkpoint-1"}
+    trainer(tiny_pipeline, path, tmp_path / "out", **again, checkpointing_steps=1).run()
+    resumed = load_adapter_file(tmp_path / "out" / "effilora.safetensors").adapter
+    assert all(torch.equal(one, other) for one, other in zip(new.B, resumed.B, strict=True))
+
+
+def test_training_on_all_concepts_of_an_adapter_trains_everything(run, tiny_pipeline, tmp_path):
+    concepts = write_list(tmp_path, sks={"trigger": ["sks", "tom"]})
+    options = {"init_from": str(run), "learning_rate": 0.1, "max_train_steps": 2, "num_validation_images": 0}
+    training = trainer(tiny_pipeline, concepts, tmp_path / "out", **options)
+    assert training.adapter.kept_heads == ()
+    training.run()
+    old, new = (load_adapter_file(folder / "effilora.safetensors").adapter for folder in (run, tmp_path / "out"))
+    assert new.concepts[0].triggers == ("sks", "tom")
+    assert not any(torch.equal(old.A[key], new.A[key]) for key in old.A)
+
+
+def test_training_on_from_several_concepts_needs_to_know_which(run, tiny_pipeline, tmp_path):
+    images = make_subject(tmp_path / "s", 2)
+    options = {
+        "concepts_list": None,
+        "instance_data_dir": str(images),
+        "instance_prompt": "a sks cat",
+        "routing": "token",
+    }
+    with pytest.raises(EffiLoRAError, match=r"several concepts \(sks, zwx\).*--concepts_list"):
+        trainer(tiny_pipeline, None, tmp_path / "out", **{"init_from": str(run), **options})

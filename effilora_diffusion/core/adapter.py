@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,7 @@ class EffiLoRA(nn.Module):
         strength: factor on the whole adapter; 0 leaves the base's computation untouched, bit for bit.
         enabled: switch with the same effect as strength 0.
         routed: gates of the rows that the model runs now (concept routing only); ``None``: nobody has said.
+        kept_heads: numbers of heads that training leaves as they are, see :meth:`keep_heads`.
         tokens_first: whether the model hands some linears its tokens before its batch, see :func:`.per_row`.
         chosen: those that :meth:`set_concept` or :meth:`set_concepts` named, which prompts do not change.
     """
@@ -92,6 +94,7 @@ class EffiLoRA(nn.Module):
         self.chosen: ConceptGates | None = None
         self.row_gates: Tensor | None = None
         self.tokens_first = False
+        self.kept_heads: tuple[int, ...] = ()
         self.attached = False
         self.A = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
@@ -274,10 +277,26 @@ class EffiLoRA(nn.Module):
                 heads.grad = None
         self.cut_blocks = frozenset() if train_shared else frozenset(known - active)
 
+    def keep_heads(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put :attr:`kept_heads` back after each of the optimizer's steps: decay moves what has no gradient, too."""
+        kept = list(self.kept_heads)
+        if not kept:
+            return
+        before = [heads.detach()[:, kept].clone() for heads in self.B]
+
+        def restore(*_: Any) -> None:
+            with torch.no_grad():
+                for heads, value in zip(self.B, before, strict=True):
+                    heads[:, kept] = value
+
+        optimizer.register_step_post_hook(restore)
+
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
         stored = sum(p.numel() for p in self.parameters())
         active = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        share = len(self.kept_heads) / self.config.heads
+        active -= round(sum(heads.numel() * share for heads in self.B if heads.requires_grad))
         for index, site in enumerate(self.sites):  # what only cut layers use asks for gradients, but none reaches it
             if site.block in self.cut_blocks:
                 active -= self.G[index].numel() if len(self.G) else 0

@@ -86,7 +86,7 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
     else:
         source = initial_file(config.init_from)
         initial = read_initial(source, family.pipe, family.component, adapter_config)
-        config, adapter = start_from(initial.adapter, config, source)
+        config, adapter = start_from(initial.adapter, config, source, concepts)
     config = replace(config, heads=adapter.config.heads)
     attach(family.model, adapter)
     follow_prompts(family.pipe)

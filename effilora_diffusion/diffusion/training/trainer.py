@@ -104,6 +104,7 @@ class Trainer:
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
         self.optimizer = make_optimizer(config, self.adapter, factor)
+        self.adapter.keep_heads(self.optimizer)
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
