@@ -111,7 +111,9 @@ def has_trigger(example: Example, prompt: str, family: Family) -> bool:
 
 
 def trigger_prompt(parts: RunParts) -> str:
-    """The prompt that the adapter was trained with: the instance prompt, if any image teaches it."""
+    """The prompt that the adapter was trained with: the instance prompt, if any image teaches it; of several, the first."""
+    if parts.concepts:
+        return parts.concepts[0].prompt
     prompt = parts.config.instance_prompt
     if prompt and any(has_trigger(example, prompt, parts.family) for example in parts.examples):
         return prompt
