@@ -228,26 +228,24 @@ class TrainingConfig(AdapterOptions):
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
-        own = bool(self.class_data_dir and self.class_prompt)
-        entries = self.concept_data()
-        if entries and (self.instance_data_dir or self.instance_prompt):
+        if self.concepts_list and (self.instance_data_dir or self.instance_prompt):
             raise EffiLoRAError(
                 "--concepts_list names folders and prompts: leave --instance_data_dir and --instance_prompt out"
             )
-        if self.with_prior_preservation and not own and not entries:
+        if self.with_prior_preservation and not (self.concepts_list or (self.class_data_dir and self.class_prompt)):
             raise EffiLoRAError("--with_prior_preservation needs --class_data_dir and --class_prompt")
+        self.adapter_config([Concept("any", ("any",))] if self.concepts_list else [])
+
+    def concept_data(self) -> list[ConceptData]:
+        """Read the subjects of ``concepts_list``; none where the run has a single one."""
+        entries = read_concepts(self.concepts_list) if self.concepts_list else []
         lacking = [entry for entry in entries if not (entry.class_data_dir and entry.class_prompt)]
-        if self.with_prior_preservation and not own and lacking:
+        if self.with_prior_preservation and lacking and not (self.class_data_dir and self.class_prompt):
             raise EffiLoRAError(
                 f"--with_prior_preservation needs class_data_dir and class_prompt of {lacking[0].instance_data_dir} in "
                 "--concepts_list, or --class_data_dir and --class_prompt for all"
             )
-        # what names them is found with the model's tokenizer, how many they are decides about the adapter
-        self.adapter_config([Concept(f"concept-{number}", (str(number),)) for number, _ in enumerate(entries)])
-
-    def concept_data(self) -> list[ConceptData]:
-        """The subjects of ``concepts_list``; none where the run has a single one."""
-        return read_concepts(self.concepts_list) if self.concepts_list else []
+        return entries
 
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""
