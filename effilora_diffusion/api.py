@@ -29,6 +29,14 @@ def _attach_of(model: nn.Module) -> Attach:
     return core.attach
 
 
+def _follow_prompts(pipeline_or_model: Any, adapter: EffiLoRA) -> None:
+    """Let an adapter of several concepts find them in the prompts of a diffusers pipeline."""
+    if adapter.concepts and not isinstance(pipeline_or_model, nn.Module):
+        from .diffusion.adapters.prompts import follow_prompts
+
+        follow_prompts(pipeline_or_model)
+
+
 def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None, seed: int = 0) -> EffiLoRA:
     """Create an adapter to be trained; until then it changes nothing.
 
@@ -81,7 +89,9 @@ def attach(pipeline_or_model: Any, adapter: EffiLoRA, name: str = "default") -> 
         >>> adapter.strength = 0.5
     """
     model = host_model(pipeline_or_model)
-    return _attach_of(model)(model, adapter, name)
+    _attach_of(model)(model, adapter, name)
+    _follow_prompts(pipeline_or_model, adapter)
+    return adapter
 
 
 def detach(pipeline_or_model: Any, name: str | None = None) -> None:
@@ -100,12 +110,13 @@ def detach(pipeline_or_model: Any, name: str | None = None) -> None:
     core.detach(host_model(pipeline_or_model), name)
 
 
-def merge(pipeline_or_model: Any, name: str = "default") -> None:
+def merge(pipeline_or_model: Any, name: str = "default", concept: str | None = None) -> None:
     """Add an attached adapter's update to the base weights, so that it costs nothing more.
 
     Args:
         pipeline_or_model: what the adapter is attached to.
         name: of the adapter.
+        concept: which one, of an adapter with several.
 
     Raises:
         EffiLoRAError: the update is no fixed matrix (several heads with token or timestep routing), or a weight is
@@ -115,7 +126,7 @@ def merge(pipeline_or_model: Any, name: str = "default") -> None:
         >>> load_adapter(pipe, "outputs/my-dog", name="dog")
         >>> merge(pipe, "dog")
     """
-    core.merge(host_model(pipeline_or_model), name)
+    core.merge(host_model(pipeline_or_model), name, concept)
 
 
 def unmerge(pipeline_or_model: Any, name: str = "default") -> None:
@@ -150,7 +161,9 @@ def load_adapter(
         >>> image = pipe("a photo of sks dog").images[0]
     """
     model = host_model(pipeline_or_model)
-    return load(model, path, scale, name, _attach_of(model))
+    adapter = load(model, path, scale, name, _attach_of(model))
+    _follow_prompts(pipeline_or_model, adapter)
+    return adapter
 
 
 def remove_adapter(pipeline_or_model: Any, name: str | EffiLoRA | None = None) -> None:
@@ -222,6 +235,7 @@ def export_lora(
     format: str | None = None,
     model: str | None = None,
     single_file_config: str | None = None,
+    concept: str | None = None,
 ) -> float:
     """Write an adapter as plain LoRA, or its base model with the update merged in.
 
@@ -232,12 +246,14 @@ def export_lora(
             language models) or ``merged``.
         model: for ``merged``: folder or hub id of the base; default: the one that the adapter names.
         single_file_config: configuration and tokenizers of the base if it is one checkpoint file.
+        concept: which one, of an adapter with several: a plain LoRA acts on every prompt, so it can hold one only.
 
     Returns:
-        Relative output error of the plain LoRA: 0 where it is exact (one head, static gates).
+        Relative output error of the plain LoRA: 0 where it is exact (one head, static gates, a concept).
 
     Raises:
-        EffiLoRAError: the format does not suit the model, or the output can't be written.
+        EffiLoRAError: the format does not suit the model, the adapter has several concepts and none of them is named, or
+            the output can't be written.
 
     Example:
         >>> export_lora("outputs/my-dog", "dog.safetensors", format="kohya")
@@ -248,10 +264,12 @@ def export_lora(
     if content.metadata.get("component") == LANGUAGE:
         from .language.export import export as export_language_adapter
 
+        if concept is not None:
+            raise EffiLoRAError("adapters of language models have no concepts: leave the concept out")
         return export_language_adapter(content, Path(output), format, model)
     from .diffusion.adapters.export import export as export_image_adapter
 
-    return export_image_adapter(content, Path(output), format, model, single_file_config)
+    return export_image_adapter(content, Path(output), format, model, single_file_config, concept=concept)
 
 
 def default_format(content: AdapterFile) -> str:

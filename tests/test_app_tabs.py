@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
-from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
-from effilora_diffusion.core.run_folder import trim_log
+from effilora_diffusion.core import AdapterFile, EffiLoRA, load_adapter_file, save_adapter_file
+from effilora_diffusion.core.concepts import Concept
+from effilora_diffusion.core.run_folder import plain_names, trim_log
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.studio.adapter_row import AdapterRow
 from effilora_diffusion.studio.server import make_page
@@ -393,3 +395,29 @@ def test_an_adapter_of_another_base_is_explained(place, tmp_path):
         assert text.startswith("**Not taken:**")
         assert "made for another base" in text
     assert not tab.session.adapters()
+
+
+def two_concepts(session, folder):
+    """A run's folder with an adapter of two concepts and its plain LoRAs; returns its name."""
+    content = load_adapter_file(session.outputs / "cat" / "effilora.safetensors")
+    concepts = (Concept("cat", ("sks", "tom")), Concept("dog", ("zwx",)))
+    config = replace(content.adapter.config, routing="concept", heads=2, concepts=concepts)
+    facts = {**content.metadata, "trigger_prompt": "a sks cat"}
+    folder.mkdir()
+    save_adapter_file(folder / "effilora.safetensors", AdapterFile(EffiLoRA(config, content.adapter.sites), facts))
+    for concept in concepts:
+        for name in plain_names(concept.name):
+            (folder / name).write_bytes(b"")
+    (folder / "pytorch_lora_weights_mine.safetensors").write_bytes(b"")
+    return folder.name
+
+
+def test_an_adapter_of_several_concepts_shows_what_a_prompt_may_name(session):
+    name = two_concepts(session, session.outputs / "two")
+    slot, tab = AdapterRow(session, 1), built(AdaptersTab, session)
+    assert slot.chosen(name)[1] == "A prompt may name: **sks, tom** (cat), **zwx** (dog)"
+    assert slot.fill("", name) == "a sks cat"
+    assert "cat: sks, tom; dog: zwx" in tab.show(name)[0]
+    assert "several concepts (cat, dog)" in tab.write(name, "diffusers")[1]
+    assert tab.remove(name, True)[2] == "two is deleted."
+    assert [path.name for path in (session.outputs / "two").iterdir()] == ["pytorch_lora_weights_mine.safetensors"]

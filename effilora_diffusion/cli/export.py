@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: diffusers, of language models peft",
     )
     parser.add_argument("--model", help="base model for --format merged (default: the adapter's own)")
+    parser.add_argument("--concept", help="which concept, of an adapter with several")
     parser.add_argument("--single_file_config", help="configuration and tokenizers, if the base model is one file")
 
 
@@ -27,5 +28,5 @@ def run(args: argparse.Namespace) -> None:
 
     content = load_adapter_file(adapter_file(args.adapter))
     format = args.format or default_format(content)
-    error = export_lora(content, args.output, format, args.model, args.single_file_config)
+    error = export_lora(content, args.output, format, args.model, args.single_file_config, args.concept)
     print(f"{args.output} ({format}, {describe_export_error(error or None)})")

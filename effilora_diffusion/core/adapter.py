@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .concept_gates import ConceptGates, per_row
+from .concepts import Concept, find_concepts, number_of
 from .config import EffiLoRAConfig
 from .errors import EffiLoRAError
 from .sites import Site
@@ -59,8 +62,8 @@ class EffiLoRA(nn.Module):
     start at random: from equal gates all heads would receive the same gradient and stay copies of one another.
 
     Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the heads of all maps of the site stacked;
-    ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head; ``A`` maps the keys of
-    :func:`a_widths` to ``(r, width)``.
+    ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head and concept routing; ``A``
+    maps the keys of :func:`a_widths` to ``(r, width)``.
 
     Args:
         config: the adapter's configuration.
@@ -70,6 +73,10 @@ class EffiLoRA(nn.Module):
     Attributes:
         strength: factor on the whole adapter; 0 leaves the base's computation untouched, bit for bit.
         enabled: switch with the same effect as strength 0.
+        routed: gates of the rows that the model runs now (concept routing only); ``None``: nobody has said.
+        kept_heads: numbers of heads that training leaves as they are, see :meth:`keep_heads`.
+        tokens_first: whether the model hands some linears its tokens before its batch, see :func:`.per_row`.
+        chosen: those that :meth:`set_concept` or :meth:`set_concepts` named, which prompts do not change.
     """
 
     def __init__(self, config: EffiLoRAConfig, sites: Iterable[Site], seed: int = 0):
@@ -84,6 +91,11 @@ class EffiLoRA(nn.Module):
         self.block_strength: dict[str, float] = {}
         self.cut_sites = [False] * len(self.sites)
         self.noise_features: Tensor | None = None
+        self.routed: ConceptGates | None = None
+        self.chosen: ConceptGates | None = None
+        self.row_gates: Tensor | None = None
+        self.tokens_first = False
+        self.kept_heads: tuple[int, ...] = ()
         self.attached = False
         self.A = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
@@ -94,9 +106,10 @@ class EffiLoRA(nn.Module):
         self.B = nn.ParameterList(
             nn.Parameter(torch.zeros(site.out_features, config.heads, config.rank)) for site in self.sites
         )
-        shape = router_shape(config)
-        routed = self.sites if config.heads > 1 else ()
-        self.G = nn.ParameterList(nn.Parameter(torch.randn(*shape, generator=generator)) for _ in routed)
+        routed = self.sites if config.has_routers else ()
+        self.G = nn.ParameterList(
+            nn.Parameter(torch.randn(*router_shape(config), generator=generator)) for _ in routed
+        )
 
     def shared_a(self, site: Site) -> Tensor:
         """The A that reads this site's input, ``(r, in_features)``; with ``slice`` the first columns of the only one."""
@@ -122,7 +135,56 @@ class EffiLoRA(nn.Module):
     @property
     def acts(self) -> bool:
         """Whether the adapter changes anything in a forward pass."""
+        if self.routed is not None and not len(self.routed.heads):
+            return False
         return self.enabled and not self.merged and self.strength != 0
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """The concepts that the adapter tells apart, in the order of their heads; empty but for concept routing."""
+        return self.config.concepts
+
+    def set_concept(self, *names: str) -> None:
+        """Let the heads of these concepts act from now on, whatever prompts say; without a name: the base.
+
+        Raises:
+            EffiLoRAError: an unknown name, or the adapter is merged.
+
+        Example:
+            >>> adapter.set_concept("cat")
+            >>> images = pipe(prompt_embeds=states).images
+        """
+        self.set_concepts([names])
+
+    def set_concepts(self, rows: Sequence[Sequence[str]]) -> None:
+        """:meth:`set_concept` for a batch of several prompts: the names of the concepts of each, none for the base.
+
+        Example:
+            >>> adapter.set_concepts([["cat"], [], ["cat", "dog"]])
+        """
+        if self.config.routing != "concept":
+            raise EffiLoRAError("the adapter has no concepts: its routing is not 'concept'")
+        self.chosen = self.concept_gates([[number_of(self.concepts, name) for name in row] for row in rows])
+        self.route(self.chosen)
+
+    def clear_concept(self) -> None:
+        """Forget :meth:`set_concept`: prompts decide again."""
+        self.chosen = None
+        self.route(None)
+
+    def concept_gates(self, rows: Sequence[Sequence[int]]) -> ConceptGates:
+        """The gates of rows that are given by the numbers of their concepts; the common head acts on each."""
+        return ConceptGates.of(rows, [len(self.concepts)] if self.config.common_head else ())
+
+    def prompt_gates(self, prompts: Iterable[str]) -> ConceptGates:
+        """The gates of the concepts that each of these prompts names."""
+        return self.concept_gates([find_concepts(prompt, self.concepts) for prompt in prompts])
+
+    def route(self, gates: ConceptGates | None) -> None:
+        """Let ``gates`` decide about the next forward passes; raises :class:`EffiLoRAError` while the adapter is merged."""
+        if self.merged:
+            raise EffiLoRAError("a concept of the adapter is merged into the model: call unmerge first")
+        self.routed, self.row_gates = gates, None
 
     def site_scale(self, site: Site) -> float:
         """Everything the site's update is multiplied with."""
@@ -132,8 +194,11 @@ class EffiLoRA(nn.Module):
         """Softmax gates of site ``index``, heads first; ``None`` with one head.
 
         ``h`` is ``(r, rows)``; the result is ``(N, rows)`` for token routing, ``(N,)`` for static routing and
-        ``(N, batch or 1)`` for timestep routing.
+        ``(N, batch or 1)`` for timestep routing. With concept routing it is ``(k, batch)`` for the k heads that act on a part
+        of the batch, and ``None`` where the same act on all of it.
         """
+        if self.config.routing == "concept":
+            return self.row_gates
         if not len(self.G):
             return None
         router = self.G[index].detach() if self.cut_sites[index] else self.G[index]
@@ -150,7 +215,7 @@ class EffiLoRA(nn.Module):
         """What the linears of site ``index`` share for x ``(..., d_in)``: low-rank activations and each linear's heads.
 
         The activations are ``(rows, K)``, a linear's heads ``(d_out, K)``: K is r where heads are mixed before they are applied
-        (one head, static gates), else N r, the gated activations of all heads side by side for one product.
+        (one head, static gates, one concept), else N r, the gated activations of all heads side by side for one product.
         """
         site = self.sites[index]
         shared = self.shared_a(site)
@@ -163,17 +228,26 @@ class EffiLoRA(nn.Module):
         # several times faster than along the short one.
         h = torch.mm(x.flatten(0, -2), shared.t()).t()
         heads = self.mixed_heads(index)
-        if heads.shape[1] != self.config.rank:
-            weights = self.gates(index, h)
-            assert weights is not None
-            if weights.shape[1] != h.shape[1]:  # one gate for all rows of a batch item
-                weights = weights.repeat_interleave(h.shape[1] // weights.shape[1], 1)
+        weights = None if self.config.routing == "static" else self.gates(index, h)
+        if weights is not None:
+            weights = per_row(weights.to(h), x, self.tokens_first)
             h = (weights.unsqueeze(1) * h).flatten(0, 1)
         return h.t(), heads.split([width for _, width in site.linears])
 
     def mixed_heads(self, index: int) -> Tensor:
-        """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``."""
+        """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``.
+
+        With concept routing only the heads that act are computed: their sum, or ``(.., k r)`` where they differ by row.
+        """
         heads = self.B[index]
+        if self.config.routing == "concept":
+            if self.routed is None:
+                raise EffiLoRAError(
+                    "which concept is meant is not known: call the pipeline with a prompt that names it, or first "
+                    f"adapter.set_concept({self.concepts[0].name!r})"
+                )
+            acting = heads.index_select(1, self.routed.heads.to(heads.device))
+            return acting.sum(1) if self.row_gates is None else acting.flatten(1)
         if self.config.heads > 1 and self.config.routing == "static":
             gates = self.gates(index)
             assert gates is not None
@@ -219,10 +293,26 @@ class EffiLoRA(nn.Module):
         """The blocks that give no gradient to A and routers."""
         return frozenset(site.block for site, cut in zip(self.sites, self.cut_sites, strict=True) if cut)
 
+    def keep_heads(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put :attr:`kept_heads` back after each of the optimizer's steps: decay moves what has no gradient, too."""
+        kept = list(self.kept_heads)
+        if not kept:
+            return
+        before = [heads.detach()[:, kept].clone() for heads in self.B]
+
+        def restore(*_: Any) -> None:
+            with torch.no_grad():
+                for heads, value in zip(self.B, before, strict=True):
+                    heads[:, kept] = value
+
+        optimizer.register_step_post_hook(restore)
+
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: ``trained_per_step`` now, ``trained_ever`` and ``stored``."""
         stored = sum(p.numel() for p in self.parameters())
         active = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        share = len(self.kept_heads) / self.config.heads
+        active -= round(sum(heads.numel() * share for heads in self.B if heads.requires_grad))
         for index, site in enumerate(self.sites):  # what only cut layers use asks for gradients, but none reaches it
             if self.cut_sites[index]:
                 active -= self.G[index].numel() if len(self.G) else 0

@@ -7,15 +7,17 @@ Everything that attaching adds is owned by one object on the model, :class:`Adap
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import EffiLoRA, SharedActivations, timestep_features
+from .concepts import number_of
 from .errors import EffiLoRAError
 from .sites import check_sites, is_transposed, linears_of
 
@@ -122,6 +124,23 @@ class TimestepHook:
         self.adapter.noise_features = timestep_features(scaled)
 
 
+class ConceptHook:
+    """Forward pre-hook of the model that lays an adapter's concept gates out for the call's batch.
+
+    With gradient checkpointing, run the backward pass before the next forward pass: recomputation sees the last one's.
+    """
+
+    def __init__(self, adapter: EffiLoRA, model: nn.Module):
+        self.adapter = adapter
+        self.first = list(inspect.signature(type(model).forward).parameters)[1]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the gates of the call, ``(k, batch)``; the batch is that of the model's first argument."""
+        gates = self.adapter.routed
+        if self.adapter.acts and gates is not None:
+            self.adapter.row_gates = gates.for_batch(len(args[0] if args else kwargs[self.first]))
+
+
 class SaveBase:
     """Stands in for the model's ``save_pretrained`` while adapters are attached: writes the base alone, with a warning."""
 
@@ -155,6 +174,20 @@ def adapters_of(model: nn.Module) -> dict[str, EffiLoRA]:
     """The adapters attached to ``model`` by name, in the order they were attached."""
     host = getattr(unwrap(model), HOST_ATTRIBUTE, None)
     return dict(host.items()) if isinstance(host, AdapterHost) else {}  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def for_rows(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Call ``model`` on the rows of a batch that ``mask`` ``(n,)`` marks: concept gates are narrowed to those in this context."""
+    routing = [adapter for adapter in adapters_of(model).values() if adapter.concepts and not adapter.merged]
+    routed = [(adapter, adapter.routed) for adapter in routing if adapter.routed is not None]
+    try:
+        for adapter, gates in routed:
+            adapter.route(gates.taken(mask))
+        yield
+    finally:
+        for adapter, gates in routed:
+            adapter.route(gates)
 
 
 def host_of(model: nn.Module) -> AdapterHost:
@@ -208,6 +241,8 @@ def _add_hooks(model: nn.Module, host: AdapterHost, adapter: EffiLoRA) -> list[A
             handles.append(linears[path].register_forward_hook(LinearHook(adapter, index, path, scope)))
     if adapter.config.routing == "timestep" and adapter.config.heads > 1:
         handles.append(model.register_forward_pre_hook(TimestepHook(adapter), with_kwargs=True))
+    if adapter.config.routing == "concept":
+        handles.append(model.register_forward_pre_hook(ConceptHook(adapter, model), with_kwargs=True))
     return handles
 
 
@@ -238,6 +273,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for handle in host.handles.pop(key):
             handle.remove()
         adapter.attached, adapter.noise_features = False, None
+        adapter.clear_concept()
         del host[key]
     if attached and not adapters_of(model):
         _close(model)
@@ -264,10 +300,11 @@ def named(model: nn.Module, name: str) -> EffiLoRA:
     return attached[name]
 
 
-def merge(model: nn.Module, name: str = "default") -> None:
+def merge(model: nn.Module, name: str = "default", concept: str | None = None) -> None:
     """Add an adapter's update to the base weights, so that it costs nothing more; :func:`unmerge` restores the bits.
 
-    The strength at this moment is merged: set it before, changes while merged have no effect.
+    The strength at this moment is merged: set it before, changes while merged have no effect. Of an adapter with several
+    concepts one is merged, ``concept``.
 
     Raises:
         EffiLoRAError: the update is no fixed matrix (token and timestep routing with several heads), a base weight is
@@ -277,7 +314,9 @@ def merge(model: nn.Module, name: str = "default") -> None:
     adapter = named(model, name)
     if adapter.merged:
         return
-    if adapter.config.heads > 1 and adapter.config.routing != "static":
+    if adapter.config.routing == "concept":
+        number_of(adapter.concepts, concept)
+    elif adapter.config.heads > 1 and adapter.config.routing != "static":
         raise EffiLoRAError(
             f"{adapter.config.routing} routing mixes the heads differently for every input, so it can't be merged: "
             "keep the adapter attached, or export it as plain LoRA (least squares) and merge that"
@@ -291,12 +330,15 @@ def merge(model: nn.Module, name: str = "default") -> None:
             raise EffiLoRAError(f"{path} is quantised: dequantise the model before merging, or keep it attached")
     for path, weight in weights.items():
         originals.setdefault(path, weight.detach().clone())
+    if concept is not None and adapter.config.routing == "concept":
+        adapter.set_concept(concept)
     adapter.merged = True
     try:
         _rebuild(model)
     except EffiLoRAError:
         adapter.merged = False
         _rebuild(model)
+        adapter.clear_concept()
         raise
 
 
@@ -307,6 +349,7 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
     if adapter.merged:
         adapter.merged = False
         _rebuild(model)
+        adapter.clear_concept()
 
 
 @torch.no_grad()

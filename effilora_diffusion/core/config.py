@@ -7,12 +7,13 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .concepts import Concept, check_concepts
 from .errors import EffiLoRAError
 
 FORMAT_VERSION = 1
 """Version of the configuration as JSON, and of the native file that contains it."""
 
-ROUTINGS = ("token", "static", "timestep")
+ROUTINGS = ("token", "static", "timestep", "concept")
 A_SHARINGS = ("width", "slice", "none")
 SCALINGS = ("standard", "rslora")
 PAPER_MODES = ("importance", "random", "off")
@@ -125,7 +126,7 @@ class EffiLoRAConfig:
         alpha: the update is scaled by ``alpha / rank`` (or ``alpha / sqrt(rank)``); ``None`` means ``rank``.
         heads: N, number of B matrices per adapted linear layer.
         routing: ``"token"`` gates softmax(G A x) per token (the paper), ``"static"`` learned constant gates,
-            ``"timestep"`` gates from the timestep only.
+            ``"timestep"`` gates from the timestep only, ``"concept"`` one head per concept, which acts where the prompt names it.
         a_sharing: ``"width"`` one A per input width, ``"slice"`` one A of the largest width whose columns are sliced,
             ``"none"`` one A per site, shared only by its heads (HydraLoRA, arXiv 2404.19245).
         target_modules: groups of :data:`TARGET_GROUPS` and name suffixes of linear layers; ``*`` matches any part of a
@@ -134,6 +135,8 @@ class EffiLoRAConfig:
         timestep_range: the model's timestep argument at pure noise, for ``timestep`` routing.
         scaling: ``"standard"`` or ``"rslora"`` (arXiv 2312.03732).
         reducer: see :class:`ReducerConfig`.
+        concepts: of ``concept`` routing, in the order of their heads.
+        common_head: whether there is one more head, the last one, that acts always (``concept`` routing only).
     """
 
     rank: int = 4
@@ -146,6 +149,8 @@ class EffiLoRAConfig:
     timestep_range: float = 1000.0
     scaling: str = "standard"
     reducer: ReducerConfig = field(default_factory=ReducerConfig)
+    concepts: tuple[Concept, ...] = ()
+    common_head: bool = False
 
     def __post_init__(self) -> None:
         _check(_is_int(self.rank) and 1 <= self.rank <= 4096, f"rank must be 1 to 4096, not {self.rank!r}")
@@ -165,6 +170,23 @@ class EffiLoRAConfig:
             f"target_modules must name at least one linear layer, not {targets!r}",
         )
         object.__setattr__(self, "target_modules", tuple(targets))
+        _check(isinstance(self.common_head, bool), f"common_head must be true or false, not {self.common_head!r}")
+        if self.routing == "concept":
+            object.__setattr__(self, "concepts", tuple(self.concepts))
+            check_concepts(self.concepts)
+            needed = len(self.concepts) + self.common_head
+            _check(len(self.concepts) > 0, "concept routing needs the concepts that it tells apart")
+            _check(
+                self.heads == needed,
+                f"concept routing has a head per concept: heads must be {needed}, not {self.heads}",
+            )
+        else:
+            _check(not self.concepts and not self.common_head, "concepts and common_head are for concept routing")
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether the gates are learned: one head and concept routing need none."""
+        return self.heads > 1 and self.routing != "concept"
 
     @property
     def scale(self) -> float:
@@ -173,8 +195,14 @@ class EffiLoRAConfig:
         return alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serialisable dictionary with the format version."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """Return a JSON-serialisable dictionary with the format version.
+
+        Without what only concept routing has, where there is none: earlier versions read the others.
+        """
+        found = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.routing != "concept":
+            del found["concepts"], found["common_head"]
+        return found
 
     def to_json(self) -> str:
         """Return the configuration as JSON text."""
@@ -192,7 +220,10 @@ class EffiLoRAConfig:
         )
         data = _from_dict(cls, data, "the adapter's configuration")
         reducer = _from_dict(ReducerConfig, data.pop("reducer", {}), "the reducer's configuration")
-        return cls(**data, reducer=ReducerConfig(**reducer))
+        concepts = data.pop("concepts", ())
+        _check(isinstance(concepts, tuple | list), "the adapter's concepts must be a list")
+        found = tuple(Concept.from_dict(entry) for entry in concepts)
+        return cls(**data, reducer=ReducerConfig(**reducer), concepts=found)
 
     @classmethod
     def from_json(cls, text: str) -> EffiLoRAConfig:

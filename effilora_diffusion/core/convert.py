@@ -1,4 +1,4 @@
-"""Plain LoRA from an EffiLoRA adapter: exact for one head and static gates, else the least-squares fit of B.
+"""Plain LoRA from an EffiLoRA adapter: exact for one head, static gates and each concept, else the least-squares fit of B.
 
 With ``h = A x`` and gates ``w``, the best fixed ``B*`` for the same A minimises the mean squared output error:
 ``B* = s sum_i B_i C_i C^-1`` with ``C = E[h h^T]`` and ``C_i = E[w_i h h^T]``. Those r x r moments are the
@@ -8,12 +8,13 @@ calibration; the error itself needs ``E[w_i w_j h h^T]`` and is measured while t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import EffiLoRA, SharedActivations
+from .concepts import number_of
 from .errors import EffiLoRAError
 
 RIDGE = 1e-6
@@ -29,8 +30,25 @@ class PlainLoRA:
 
 
 def is_exact(adapter: EffiLoRA) -> bool:
-    """Whether the plain-LoRA form of ``adapter`` computes the same function."""
-    return adapter.config.heads == 1 or adapter.config.routing == "static"
+    """Whether the plain-LoRA form of ``adapter`` (of each concept, if it has several) computes the same function."""
+    return adapter.config.heads == 1 or adapter.config.routing in ("static", "concept")
+
+
+@torch.no_grad()
+def single_concept(adapter: EffiLoRA, name: str | None) -> EffiLoRA:
+    """One concept of ``adapter`` as an adapter with one head, which acts always: its own head and the common one, added.
+
+    Raises:
+        EffiLoRAError: ``name`` is no concept of the adapter, or ``None``.
+    """
+    number, config = number_of(adapter.concepts, name), adapter.config
+    single = EffiLoRA(replace(config, heads=1, routing="static", concepts=(), common_head=False), adapter.sites)
+    gates = adapter.concept_gates([[number]]).heads
+    for key, value in adapter.A.items():
+        single.A[key].copy_(value)
+    for target, heads in zip(single.B, adapter.B, strict=True):
+        target.copy_(heads.index_select(1, gates.to(heads.device)).sum(1, keepdim=True))
+    return single
 
 
 def describe_export_error(error: float | None) -> str:
@@ -116,11 +134,18 @@ def _output_error(adapter: EffiLoRA, index: int, moments: Moments) -> tuple[floa
 
 
 @torch.no_grad()
-def to_lora(adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None) -> dict[str, PlainLoRA]:
+def to_lora(
+    adapter: EffiLoRA, calibration: dict[str, Tensor] | None = None, concept: str | None = None
+) -> dict[str, PlainLoRA]:
     """Plain LoRA factors by module path, of rank r, the scale baked into ``up`` (so alpha = rank).
 
-    Raises :class:`EffiLoRAError` if the adapter routes by input and a site has no calibration, or a factor is not finite.
+    Of an adapter with several concepts one is converted, ``concept``; a plain LoRA can't tell prompts apart.
+
+    Raises :class:`EffiLoRAError` if the adapter routes by input and a site has no calibration, a factor is not finite, or
+    ``concept`` is not one of the adapter's.
     """
+    if concept is not None or adapter.config.routing == "concept":
+        adapter = single_concept(adapter, concept)
     factors = {}
     exact = is_exact(adapter)
     for index, site in enumerate(adapter.sites):

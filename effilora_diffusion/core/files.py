@@ -203,7 +203,7 @@ def tensor_shapes(
     }
     for site in sites:
         required |= {f"{path}.stacked_B": (width, config.heads, config.rank) for path, width in site.linears}
-        if config.heads > 1:
+        if config.has_routers:
             required[f"{site.name}.router"] = router_shape(config)
     size = (config.heads + 1, config.rank, config.rank)
     return required, {f"{site.name}.calibration": size for site in sites}

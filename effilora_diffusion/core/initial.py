@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from .adapter import EffiLoRA
+from .concepts import Concept
 from .config import EffiLoRAConfig
 from .errors import EffiLoRAError
 from .files import AdapterFile
@@ -26,13 +28,18 @@ def initial_file(text: str) -> Path:
         raise EffiLoRAError(f"--init_from {error}") from error
 
 
-def start_from(content: EffiLoRA, options: Options, source: Path) -> tuple[Options, EffiLoRA]:
+def start_from(
+    content: EffiLoRA, options: Options, source: Path, concepts: Sequence[Concept] = ()
+) -> tuple[Options, EffiLoRA]:
     """A new adapter with the weights of ``content``, to be trained by ``options``.
 
     Args:
         content: the existing adapter; it is not changed.
         options: the run's settings; those that shape the adapter are its own where the run leaves them at their defaults.
         source: its file, for messages.
+        concepts: the run's own. Those that an adapter of several concepts does not have get a head of their own behind its
+            others; those of its that the run does not have keep theirs, and A, as they are: see
+            :attr:`.EffiLoRA.kept_heads`.
 
     Returns:
         The settings with the adapter's shape, and the new adapter; dropout and Reducer are the run's.
@@ -41,7 +48,12 @@ def start_from(content: EffiLoRA, options: Options, source: Path) -> tuple[Optio
         EffiLoRAError: the run names another shape.
     """
     given = content.config
-    _check_agreement(options.adapter_config(), type(options)().adapter_config(), given, source)
+    if given.concepts and not concepts:
+        names = ", ".join(concept.name for concept in given.concepts)
+        raise EffiLoRAError(
+            f"--init_from {source} has several concepts ({names}): name those to be trained in --concepts_list"
+        )
+    _check_agreement(options.adapter_config(concepts), type(options)().adapter_config(), given, source)
     shaped = replace(
         options,
         rank=given.rank,
@@ -52,10 +64,35 @@ def start_from(content: EffiLoRA, options: Options, source: Path) -> tuple[Optio
         target_modules=list(given.target_modules),
         adapt_feed_forward=False,
     )
-    reducer = shaped.adapter_config().reducer
-    adapter = EffiLoRA(replace(given, dropout=shaped.lora_dropout, reducer=reducer), content.sites)
+    changes: dict[str, Any] = {"dropout": shaped.lora_dropout, "reducer": shaped.adapter_config(concepts).reducer}
+    if given.concepts:
+        return replace(shaped, common_head=given.common_head), _with_concepts(content, concepts, changes)
+    adapter = EffiLoRA(replace(given, **changes), content.sites)
     adapter.load_state_dict(content.state_dict())
     return shaped, adapter
+
+
+@torch.no_grad()
+def _with_concepts(content: EffiLoRA, concepts: Sequence[Concept], changes: dict[str, Any]) -> EffiLoRA:
+    """A copy of ``content`` with new heads, which are zero, for those of ``concepts`` that it does not have."""
+    given, trained = content.config, {concept.name: concept for concept in concepts}
+    known = [trained.get(concept.name, concept) for concept in given.concepts]
+    names = [concept.name for concept in known]
+    whole = tuple(known) + tuple(concept for concept in concepts if concept.name not in names)
+    config = replace(given, concepts=whole, heads=len(whole) + given.common_head, **changes)
+    adapter = EffiLoRA(config, content.sites)
+    for key, value in content.A.items():
+        adapter.A[key].copy_(value)
+    kept = list(range(len(known)))
+    for new, old in zip(adapter.B, content.B, strict=True):
+        new[:, kept] = old[:, kept]
+        if given.common_head:
+            new[:, -1] = old[:, -1]
+    if set(names) != set(trained):
+        common = [config.heads - 1] if given.common_head else []
+        adapter.kept_heads = tuple([number for number in kept if names[number] not in trained] + common)
+        adapter.A.requires_grad_(False)
+    return adapter
 
 
 def has_learned(adapter: EffiLoRA, initial: AdapterFile | None) -> bool:
@@ -63,12 +100,15 @@ def has_learned(adapter: EffiLoRA, initial: AdapterFile | None) -> bool:
     if initial is None:
         return any(bool(heads.detach().any()) for heads in adapter.B)
     pairs = zip(adapter.B, initial.adapter.B, strict=True)
+    if adapter.config.heads != initial.adapter.config.heads:
+        fresh = slice(len(initial.adapter.concepts), len(adapter.concepts))
+        return any(bool(new.detach()[:, fresh].any()) for new, _ in pairs)
     return any(not torch.equal(new.detach().cpu(), old) for new, old in pairs)
 
 
 def _check_agreement(chosen: EffiLoRAConfig, default: EffiLoRAConfig, given: EffiLoRAConfig, source: Path) -> None:
     """Raise :class:`EffiLoRAError` where the run names what the adapter has not."""
-    for name in ("rank", "heads", "routing", "a_sharing"):
+    for name in ("rank", "routing", "a_sharing", *(() if given.concepts else ("heads",))):
         wanted, has = getattr(chosen, name), getattr(given, name)
         if wanted not in (has, getattr(default, name)):
             raise EffiLoRAError(f"--{name} {wanted}, but --init_from {source} has {has}: leave --{name} out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,11 @@ def _is_event(event: Any) -> bool:
     return isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
 
 
+def concept_lines(concepts: Iterable[dict[str, Any]]) -> list[str]:
+    """A line per concept, in the order of their heads: its name and its triggers."""
+    return [f"concept         {one['name']}: {', '.join(map(repr, one['triggers']))}" for one in concepts]
+
+
 def describe(facts: dict[str, Any]) -> str:
     """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
@@ -202,6 +208,7 @@ def describe(facts: dict[str, Any]) -> str:
         if "prompt_template" in facts
         else f"trigger prompt  {facts.get('trigger_prompt', 'unknown')}",
         f"adapter         rank {config['rank']}, alpha {alpha}, {config['heads']} heads, {config['routing']} routing",
+        *concept_lines(config.get("concepts", ())),
         f"parameters      {facts['parameters']:,} in {facts['maps']} linear layers",
         f"heads used      {facts['heads_used']} of {facts['heads_total']}",
         f"plain LoRA      {export}",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from .concepts import Concept
 from .config import A_SHARINGS, PAPER_MODES, ROUTINGS, EffiLoRAConfig, ReducerConfig
 from .errors import EffiLoRAError
 
@@ -184,7 +185,16 @@ class AdapterOptions:
     heads: int = option(
         3, "B heads per adapted linear; 1 is plain LoRA with a shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True
     )
-    routing: str = option("token", "what the gates of the heads depend on", ADAPTER, choices=ROUTINGS, fixed=True)
+    routing: str = option(
+        "token",
+        "what the gates of the heads depend on; concept: one head per subject of --concepts_list",
+        ADAPTER,
+        choices=ROUTINGS,
+        fixed=True,
+    )
+    common_head: bool = option(
+        False, "with routing concept: one more head, which acts on every prompt", ADAPTER, fixed=True
+    )
     a_sharing: str = option(
         "width",
         "one A per input width, one sliced A, or one per linear (HydraLoRA)",
@@ -208,13 +218,18 @@ class AdapterOptions:
         False, "let frozen blocks train A and routers (as in the paper; saves less)", REDUCER, fixed=True
     )
 
-    def adapter_config(self) -> EffiLoRAConfig:
-        """The adapter these settings describe."""
+    def adapter_config(self, concepts: Sequence[Concept] = ()) -> EffiLoRAConfig:
+        """The adapter these settings describe, with routing ``concept`` that of ``concepts``."""
         extra = ("feed_forward",) if self.adapt_feed_forward else ()
+        by_concept = self.routing == "concept"
+        if by_concept and not concepts:
+            raise EffiLoRAError("--routing concept needs --concepts_list, which image runs have")
         return EffiLoRAConfig(
             rank=self.rank,
             alpha=self.lora_alpha,
-            heads=self.heads,
+            heads=len(concepts) + self.common_head if by_concept else self.heads,
+            concepts=tuple(concepts) if by_concept else (),
+            common_head=self.common_head,
             routing=self.routing,
             a_sharing=self.a_sharing,
             target_modules=tuple(dict.fromkeys((*self.target_modules, *extra))),

@@ -45,10 +45,20 @@ RECORD_FILE = ".run.json"
 EARLIER_FOLDER = ".earlier_run"
 """The run that is being replaced, until the new one has saved its adapter."""
 
+CONCEPT_FILES = "pytorch_lora_weights_*.safetensors"
+"""The plain LoRAs of a run with several concepts, see :func:`plain_names`."""
+
 _LEFT_BEHIND = (TEMPORARY, f"{SAMPLES_FOLDER}/{TEMPORARY}", ".checkpoint-*.tmp")
 """What killed processes were writing; the last are those of version 0.1.0."""
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def plain_names(concept: str | None) -> tuple[str, str]:
+    """Names of the plain LoRA that a run writes, by diffusers' and by kohya's names of layers, for one concept of several."""
+    if concept is None:
+        return LORA_FILE, KOHYA_FILE
+    return f"pytorch_lora_weights_{concept}.safetensors", f"pytorch_lora_weights_{concept}_kohya.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:

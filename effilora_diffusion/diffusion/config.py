@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from ..core.concepts import Concept
 from ..core.config import REDUCER_MODES
 from ..core.errors import EffiLoRAError
 from ..core.options import COUNT, NATURAL, POSITIVE, REDUCER, SHARE, AdapterOptions, Bounds, check_options, option
+from .concepts_list import ConceptData, read_concepts
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
@@ -49,6 +51,7 @@ PATHS = (
     "output_dir",
     "resume_from_checkpoint",
     "init_from",
+    "concepts_list",
 )
 """Settings that may name a file or folder, ``~`` included."""
 
@@ -118,6 +121,14 @@ class TrainingConfig(AdapterOptions):
     )
     instance_prompt: str | None = option(
         None, "prompt that names the subject, for images without a caption of their own", DATA, usual=True, form=False
+    )
+    concepts_list: str | None = option(
+        None,
+        "JSON list of several subjects, each with instance_data_dir and instance_prompt, and if needed class_data_dir, "
+        "class_prompt, trigger, name and weight",
+        DATA,
+        usual=True,
+        form=False,
     )
     resolution: int = option(
         512,
@@ -281,16 +292,29 @@ class TrainingConfig(AdapterOptions):
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
-        if self.with_prior_preservation:
-            self._check_prior()
+        if self.concepts_list and (self.instance_data_dir or self.instance_prompt):
+            raise EffiLoRAError(
+                "--concepts_list names folders and prompts: leave --instance_data_dir and --instance_prompt out"
+            )
+        if self.with_prior_preservation and not self.concepts_list:
+            self._check_prior("--with_prior_preservation", self.class_prompt, self.class_data_dir)
         self._choose_mode()
-        self.adapter_config()
+        self.adapter_config([Concept("any", ("any",))] if self.concepts_list else [])
 
-    def _check_prior(self) -> None:
-        if not self.class_prompt:
-            raise EffiLoRAError("--with_prior_preservation needs --class_prompt")
-        if self.prior_target == "images" and not self.class_data_dir:
-            raise EffiLoRAError("--prior_target images needs --class_data_dir, the folder with the class images")
+    def concept_data(self) -> list[ConceptData]:
+        """Read the subjects of ``concepts_list``; none where the run has a single one."""
+        entries = read_concepts(self.concepts_list) if self.concepts_list else []
+        if self.with_prior_preservation:
+            for entry in entries:
+                prompt, folder = entry.class_prompt or self.class_prompt, entry.class_data_dir or self.class_data_dir
+                self._check_prior(f"the entry of {entry.instance_data_dir} in --concepts_list", prompt, folder)
+        return entries
+
+    def _check_prior(self, what: str, prompt: str | list[str], folder: str | None) -> None:
+        if not prompt:
+            raise EffiLoRAError(f"{what} needs a class prompt, with prior preservation: give --class_prompt")
+        if self.prior_target == "images" and not folder:
+            raise EffiLoRAError(f"{what} needs class images, with --prior_target images: give --class_data_dir")
 
     def _choose_mode(self) -> None:
         """A budget means ``--reducer depth``, which needs one."""

@@ -66,7 +66,12 @@ class AdapterRow:
     def chosen(self, name: str | None) -> tuple[Any, str]:
         """The row with the trigger prompt, shown if there is one."""
         trigger = self.trigger(name)
-        return gr.update(visible=bool(trigger)), f"Trained with: **{plain_words(trigger)}**" if trigger else ""
+        words = f"Trained with: **{plain_words(trigger)}**" if trigger else ""
+        concepts = self.session.concepts(str(name)) if trigger else []
+        if concepts:
+            named = ", ".join(f"**{plain_words(words)}** ({plain_words(concept)})" for concept, words in concepts)
+            words = f"A prompt may name: {named}"
+        return gr.update(visible=bool(trigger)), words
 
     def fill(self, prompt: str, name: str | None) -> Any:
         """The trigger prompt for an empty prompt; else what is typed meanwhile stays."""

@@ -111,6 +111,12 @@ class Session:
             settle(self.pipe)
             yield
 
+    def concepts(self, name: str) -> list[tuple[str, str]]:
+        """The concepts of an adapter that has several: the name and the triggers of each."""
+        path = self.base_file(name)
+        found = load_adapter_file(path).adapter.concepts if is_native(path) else ()
+        return [(concept.name, clean(", ".join(concept.triggers))) for concept in found]
+
     def trigger(self, name: str) -> str:
         """The prompt that an adapter was trained with; empty if it is not known."""
         path = self.base_file(name)

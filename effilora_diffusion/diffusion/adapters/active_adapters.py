@@ -14,6 +14,7 @@ from ...core.reference import Reference
 from ...core.run_folder import CHECKPOINT_ADAPTER, step_of
 from .lora_files import is_plain_lora, load_plain_lora, plain_layers, remove_plain_loras, set_plain_strengths
 from .processors import attach
+from .prompts import follow_prompts
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ActiveAdapters:
             remove(model, self.native.pop(key))
         for key, content in fresh.items():
             self.native[key] = load(model, content, 1.0, unique_name(model, label_of(key[0])), attach)
+        follow_prompts(self.pipe)
         for key, one in native.items():
             self.native[key].strength = one.strength
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...core import AdapterFile, EffiLoRAError, is_exact, to_lora
 from ...core.attachment import check_sites
-from ...core.convert import PlainLoRA
+from ...core.concepts import number_of
+from ...core.convert import PlainLoRA, single_concept
 from ...core.load import host_model
 from ...core.peft_format import add_to_weights, origin, write_peft, write_tensors
 from ...core.writing import check_new, write_folder
@@ -29,11 +30,14 @@ def export(
     model: str | None = None,
     single_file_config: str | None = None,
     dtype: torch.dtype = torch.float32,
+    concept: str | None = None,
 ) -> float:
     """Write the adapter of an image model in one of :data:`FORMATS`; see :func:`effilora_diffusion.export_lora`.
 
     ``dtype`` is the type of a plain LoRA's weights.
     """
+    if concept is not None or content.adapter.concepts:
+        content = one_concept(content, concept)
     if format not in FORMATS:
         raise EffiLoRAError(f"--format must be one of {FORMATS}, not {format!r}")
     if format == "kohya" and not has_kohya_form(content):
@@ -55,6 +59,14 @@ def export(
     else:
         _write_merged(output, factors, content, model, single_file_config)
     return error
+
+
+def one_concept(content: AdapterFile, name: str | None) -> AdapterFile:
+    """The file of one concept's adapter, with the prompt that it was trained with."""
+    concepts = content.adapter.concepts
+    number = number_of(concepts, name)
+    prompt = concepts[number].prompt or concepts[number].triggers[0]
+    return AdapterFile(single_concept(content.adapter, name), {**content.metadata, "trigger_prompt": prompt})
 
 
 def _stored(weights: Tensor, dtype: torch.dtype, path: str) -> Tensor:

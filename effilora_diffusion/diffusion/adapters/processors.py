@@ -32,6 +32,10 @@ _SAME_INPUT = (
 """Projections that read one input (in cross-attention, key and value read another one than the rest)."""
 
 
+TOKENS_FIRST = ("ErnieImageTransformer2DModel",)
+"""Models that hand linears outside attention ``(tokens, batch, width)``."""
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether ``module`` computes attention through a processor and has linear projections of its own."""
     if not callable(getattr(module, "set_processor", None)) or getattr(module, "processor", None) is None:
@@ -226,6 +230,7 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
         raise EffiLoRAError(f"{fused[0]} has fused q, k, v projections: call unfuse_qkv_projections() first")
     fresh = not adapters_of(bare)
     attach_to_linears(model, adapter, name)
+    adapter.tokens_first = type(bare).__name__ in TOKENS_FIRST
     _swap_processors(bare)
     if fresh:
         guard = FuseGuard(bare)

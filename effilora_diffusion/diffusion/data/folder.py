@@ -48,8 +48,8 @@ class Problem:
 class Example:
     """One image to train on, with its caption.
 
-    ``sha256`` is the hex digest of the file's bytes, ``size`` the width and height in pixels after EXIF rotation, and ``source``
-    where the caption stands, "" for the default one.
+    ``sha256`` is the hex digest of the file's bytes, ``size`` the width and height in pixels after EXIF rotation, ``source``
+    where the caption stands, "" for the default one, and ``concept`` the name of its subject where a run has several.
     """
 
     path: Path
@@ -57,6 +57,7 @@ class Example:
     sha256: str
     size: tuple[int, int]
     source: str = ""
+    concept: str = ""
 
 
 @dataclass(frozen=True)

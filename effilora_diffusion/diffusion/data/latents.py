@@ -48,10 +48,16 @@ class ExampleSource:
     def _crops(self, example: Example) -> int:
         return 1 if self.preparation.center_crop or example.size[0] == example.size[1] else CROP_PLACES
 
+    def _example(self, position: int) -> Example:
+        return self.examples[draw_item(position, len(self.examples), self.preparation.seed, self.purpose)]
+
+    def caption(self, position: int) -> str:
+        """The caption of the image at ``position``."""
+        return self._example(position).caption
+
     def draw(self, position: int) -> Row:
         """The image at ``position`` of the shuffled epochs."""
-        seed = self.preparation.seed
-        example = self.examples[draw_item(position, len(self.examples), seed, self.purpose)]
+        seed, example = self.preparation.seed, self._example(position)
         place, mirror = draw_uniform(2, seed, f"{self.purpose} crop", position).tolist()
         crop = int(place * self._crops(example))
         flip = self.preparation.random_flip and mirror < 0.5
@@ -83,7 +89,8 @@ class ExampleSource:
 @dataclass
 class Batch:
     """One micro-batch: ``latents`` ``(n, c, h, w)`` float32 on the CPU, the ``conditions`` of its n rows,
-    ``noise`` like latents, ``timesteps`` ``(n,)``, ``names`` of the images, and how many of the n are instances."""
+    ``noise`` like latents, ``timesteps`` ``(n,)``, ``names`` of the images, how many of the n are instances, and the
+    ``captions`` by which concepts are found: a class row has that of the instance at its own position."""
 
     latents: Tensor
     conditions: Conditions
@@ -91,3 +98,4 @@ class Batch:
     timesteps: Tensor
     names: list[str]
     instances: int
+    captions: list[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ class ClassFolder:
     """
 
     path: Path
-    prompts: list[str]
+    prompts: Sequence[str]
     count: int
     seed: int
     model: str = ""

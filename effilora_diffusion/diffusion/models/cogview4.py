@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.attachment import for_rows
 from .base import IMAGE, Conditions, Family
 
 
@@ -26,13 +27,14 @@ class CogView4(Family):
         for count in conditions["tokens"].unique().tolist():
             rows = conditions["tokens"] == count
             image = conditions[IMAGE][rows].to(noisy.dtype)
-            output[rows] = self.model(
-                hidden_states=noisy[rows],
-                encoder_hidden_states=conditions["states"][rows, :count],
-                timestep=timesteps[rows],
-                original_size=image[:, 0:2],
-                target_size=image[:, 4:6],
-                crop_coords=image[:, 2:4],
-                return_dict=False,
-            )[0]
+            with for_rows(self.model, rows):
+                output[rows] = self.model(
+                    hidden_states=noisy[rows],
+                    encoder_hidden_states=conditions["states"][rows, :count],
+                    timestep=timesteps[rows],
+                    original_size=image[:, 0:2],
+                    target_size=image[:, 4:6],
+                    crop_coords=image[:, 2:4],
+                    return_dict=False,
+                )[0]
         return output

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.rng import draw_normal, draw_uniform
+from ..data.concepts import ConceptSource
 from ..data.latents import Batch, ExampleSource, Row
 from ..models import Family
 from .loss import Objective
@@ -19,8 +20,8 @@ class BatchDrawer:
         self,
         family: Family,
         objective: Objective,
-        instance: ExampleSource,
-        classes: ExampleSource | None = None,
+        instance: ExampleSource | ConceptSource,
+        classes: ExampleSource | ConceptSource | None = None,
         prior: Preservation | None = None,
     ):
         self.family, self.objective, self.instance = family, objective, instance
@@ -38,15 +39,17 @@ class BatchDrawer:
         shape = tuple(rows[0][0].shape)
         noise = torch.stack([draw_normal(shape, self.seed, f"{kind} noise", position) for kind, position in keys])
         uniform = torch.cat([draw_uniform(1, self.seed, f"{kind} timestep", position) for kind, position in keys])
-        return self._batch(rows, noise, uniform, count)
+        captions = [self.instance.caption(position) for _, position in keys]
+        return self._batch(rows, noise, uniform, count, captions)
 
     def validation(self, step: int, count: int = 8) -> Batch:
         """A batch for the Reducer: timesteps spread evenly, everything the same whenever ``step`` is the same."""
         rows = [self.instance.draw(position) for position in range(count)]
         noise = draw_normal((count, *rows[0][0].shape), self.seed, "reducer noise", step)
-        return self._batch(rows, noise, (torch.arange(count) + 0.5) / count, count)
+        captions = [self.instance.caption(position) for position in range(count)]
+        return self._batch(rows, noise, (torch.arange(count) + 0.5) / count, count, captions)
 
-    def _batch(self, rows: list[Row], noise: Tensor, uniform: Tensor, instances: int) -> Batch:
+    def _batch(self, rows: list[Row], noise: Tensor, uniform: Tensor, instances: int, captions: list[str]) -> Batch:
         return Batch(
             latents=torch.stack([row[0] for row in rows]),
             conditions=self.family.collate([row[1] for row in rows]),
@@ -54,4 +57,5 @@ class BatchDrawer:
             timesteps=self.objective.timesteps(uniform),
             names=[row[2] for row in rows],
             instances=instances,
+            captions=captions,
         )

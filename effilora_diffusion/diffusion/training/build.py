@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,19 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from ...core import AdapterFile, EffiLoRA, EffiLoRAError
+from ...core.concepts import Concept
 from ...core.fingerprint import base_fingerprint
 from ...core.initial import initial_file, start_from
 from ...core.run_folder import EARLIER_FOLDER, SAMPLES_FOLDER
 from ..adapters.initial import read_initial
 from ..adapters.processors import attach, create_adapter
+from ..adapters.prompts import follow_prompts
+from ..concepts_list import ConceptData
 from ..config import TrainingConfig
-from ..data.folder import Example, report_problems, scan_images
+from ..data.concepts import ConceptSource, concept_rows, name_concepts, scan_concepts
+from ..data.folder import Example
 from ..data.images import Preparation
+from ..data.latents import ExampleSource
 from ..data.prior import ClassFolder
 from ..models import Family, make_family
 from ..models.pipelines import load_pipeline, quantization
@@ -34,7 +39,8 @@ class RunParts:
     """What will be trained on what: the attached ``adapter`` changes nothing yet, unless it starts from another.
 
     ``base`` identifies the base's weights (:func:`.base_fingerprint`), ``images_per_step`` counts over all processes,
-    ``initial`` is the adapter that the run starts from.
+    ``initial`` is the adapter that the run starts from. Of a run with several subjects there are the ``concepts``, the
+    ``weights`` of their rows, and class images of each in the same order, or one folder for all.
     """
 
     config: TrainingConfig
@@ -44,8 +50,10 @@ class RunParts:
     adapter: EffiLoRA
     base: dict[str, Any]
     images_per_step: int
-    classes: ClassFolder | None = None
+    classes: tuple[ClassFolder, ...] = ()
     initial: AdapterFile | None = None
+    concepts: tuple[Concept, ...] = ()
+    weights: tuple[float, ...] = ()
 
     @property
     def prior(self) -> Preservation | None:
@@ -55,7 +63,7 @@ class RunParts:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch; as in diffusers' scripts it is as long as the larger of instance and class images."""
-        count = max(len(self.examples), self.classes.count if self.classes else 0)
+        count = max(len(self.examples), sum(folder.count for folder in set(self.classes)))
         return max(1, math.ceil(count / self.images_per_step))
 
     @property
@@ -67,42 +75,65 @@ class RunParts:
 def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> RunParts:
     """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes."""
     device = accelerator.device
-    if not config.instance_data_dir:
+    entries = config.concept_data()
+    if not config.instance_data_dir and not entries:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
-    examples, problems = scan_images(Path(config.instance_data_dir), config.instance_prompt)
-    if problems:
-        say(report_problems(problems))
+    groups = scan_concepts(entries or [ConceptData(str(config.instance_data_dir), config.instance_prompt)], say)
     family = make_family(load_base(config), device, config.max_sequence_length)
     family.guidance_scale = config.guidance_scale
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
     base = base_fingerprint(family.model)
-    adapter_config = replace(config.adapter_config(), timestep_range=family.timestep_range)
+    concepts, examples = name_concepts(entries, groups, family.rarest_word) if entries else ((), groups[0])
+    adapter_config = replace(config.adapter_config(concepts), timestep_range=family.timestep_range)
     initial: AdapterFile | None = None
     if config.init_from is None:
         adapter = create_adapter(family.model, adapter_config, config.seed)
     else:
         source = initial_file(config.init_from)
         initial = read_initial(source, family.pipe, family.component, adapter_config)
-        config, adapter = start_from(initial.adapter, config, source)
+        config, adapter = start_from(initial.adapter, config, source, concepts)
+    config = replace(config, heads=adapter.config.heads)
     attach(family.model, adapter)
+    follow_prompts(family.pipe)
     if config.gradient_checkpointing:
-        if family.one_by_one and config.routing == "timestep":  # recomputation would see another call's timestep
-            raise EffiLoRAError(f"{family.title} can't have both --gradient_checkpointing and --routing timestep")
+        if family.one_by_one and config.routing in ("timestep", "concept"):  # recomputation would see another call's
+            raise EffiLoRAError(
+                f"{family.title} can't have both --gradient_checkpointing and --routing {config.routing}"
+            )
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    return RunParts(config, examples, family, objective, adapter, base, per_step, class_folder(config, base), initial)
+    classes, weights = class_folders(config, base, entries), tuple(entry.weight for entry in entries)
+    return RunParts(
+        config, examples, family, objective, adapter, base, per_step, classes, initial, concepts, weights
+    )  # fmt: skip
 
 
-def class_folder(config: TrainingConfig, base: dict[str, Any]) -> ClassFolder | None:
-    """The folder of class images, if the run has any; raises :class:`EffiLoRAError` for images of another class or model."""
-    if not config.with_prior_preservation or not config.class_data_dir:
-        return None
+def class_folders(
+    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = ()
+) -> tuple[ClassFolder, ...]:
+    """The folder of class images, if the run has any, or that of each of several subjects if one has its own.
+
+    There are none where a subject would be without.
+
+    Raises :class:`EffiLoRAError` for images of another class or model.
+    """
+    if not config.with_prior_preservation:
+        return ()
     model = base["base_hash"] or str(config.pretrained_model_name_or_path)  # a quantised model has no hash
-    path = Path(config.class_data_dir)
-    folder = ClassFolder(path, config.class_prompt, config.num_class_images, config.seed, model)
-    folder.check(config.resolution)
-    return folder
+    named = [(entry.class_data_dir, [entry.class_prompt]) for entry in entries]
+    shared = (config.class_data_dir or "", config.class_prompt)
+    own = [pair if pair[0] and pair[1][0] else shared for pair in named]
+    wanted = [shared] if all(pair == shared for pair in own) else own
+    if not all(path for path, _ in wanted):
+        return ()
+    folders = tuple(
+        ClassFolder(Path(path), tuple(prompts), config.num_class_images, config.seed, model)
+        for path, prompts in wanted
+    )
+    for folder in folders:
+        folder.check(config.resolution)
+    return folders
 
 
 def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> None:
@@ -120,16 +151,23 @@ def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[
 def check_folders(config: TrainingConfig) -> None:
     """Raise :class:`EffiLoRAError` for folders that would be mixed: a run must not learn from what it writes."""
     output = Path(config.output_dir).resolve()
-    folders = {"instance_data_dir": config.instance_data_dir}
-    if config.with_prior_preservation:
-        folders["class_data_dir"] = config.class_data_dir
-    found = {name: Path(folder).resolve() for name, folder in folders.items() if folder}
-    for name, folder in found.items():
-        if folder == output or folder in output.parents:
-            raise EffiLoRAError(f"--output_dir {config.output_dir} is in --{name}: give a folder outside of it")
-        if output in folder.parents and _is_written(folder.relative_to(output).parts[0]):
-            raise EffiLoRAError(f"--{name} {folder} is where the run writes: give a folder outside of --output_dir")
-    if len(found) == 2 and _overlap(*found.values()):
+    entries = config.concept_data()
+    instances = [config.instance_data_dir, *(entry.instance_data_dir for entry in entries)]
+    classes = [config.class_data_dir, *(entry.class_data_dir for entry in entries)]
+    named = {"instance_data_dir": instances, "class_data_dir": classes if config.with_prior_preservation else []}
+    found = {name: [Path(folder).resolve() for folder in folders if folder] for name, folders in named.items()}
+    for name, folders in found.items():
+        mark = "" if entries else "--"
+        for folder in folders:
+            if folder == output or folder in output.parents:
+                raise EffiLoRAError(
+                    f"--output_dir {config.output_dir} is in {mark}{name}: give a folder outside of it"
+                )
+            if output in folder.parents and _is_written(folder.relative_to(output).parts[0]):
+                raise EffiLoRAError(
+                    f"{mark}{name} {folder} is where the run writes: give a folder outside of --output_dir"
+                )
+    if any(_overlap(one, other) for one in found["instance_data_dir"] for other in found["class_data_dir"]):
         raise EffiLoRAError("--class_data_dir and --instance_data_dir must be two folders, neither in the other")
 
 
@@ -177,6 +215,39 @@ def preparation(config: TrainingConfig) -> Preparation:
     """How the run's images become training squares."""
     c = config
     return Preparation(c.resolution, c.center_crop, c.random_flip, c.image_interpolation_mode, c.seed)
+
+
+Source = ExampleSource | ConceptSource
+
+
+def class_prompts(parts: RunParts) -> list[tuple[list[Example], list[str]]]:
+    """The images of every subject of a run, with the prompts of its class."""
+    shared = parts.config.class_prompt
+    if not parts.concepts:
+        return [(parts.examples, shared)]
+    return [
+        (
+            [one for one in parts.examples if one.concept == each.name],
+            [each.class_prompt] if each.class_prompt else shared,
+        )
+        for each in parts.concepts
+    ]
+
+
+def example_sources(parts: RunParts, prior: list[list[Example]]) -> tuple[Source, Source | None]:
+    """Where the rows of a run's batches come from: its images, and its class images, by folder, if it has any."""
+
+    def source(examples: list[Example], purpose: str) -> ExampleSource:
+        return ExampleSource(parts.family, examples, preparation(parts.config), purpose)
+
+    names = [concept.name for concept in parts.concepts]
+    classes: Source | None = source(prior[0], "class") if prior else None
+    if len(prior) > 1:
+        classes = concept_rows(source, zip(names, prior, strict=True), parts.weights, "class")
+    if not names:
+        return source(parts.examples, "instance"), classes
+    groups = [(name, [example for example in parts.examples if example.concept == name]) for name in names]
+    return concept_rows(source, groups, parts.weights, "instance"), classes
 
 
 def sampler(config: TrainingConfig, family: Family) -> Sampler:

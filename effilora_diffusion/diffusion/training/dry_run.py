@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import PRECISIONS, TrainingConfig
+from ..data.prior import ClassFolder
 from ..models import IMAGE, Family
 from ..models.pipelines import EMBEDDED_BASE
 from .build import RunParts
@@ -38,7 +39,8 @@ class DryRunReport:
     weights: int
     encoders: int
     activations: int | None
-    classes: str | None = None
+    classes: list[str] = field(default_factory=list)
+    concepts: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -59,7 +61,8 @@ class DryRunReport:
         return [
             f"model       {self.name}: {self.family} ({self.model}), {self.objective}, {self.placed}",
             f"images      {len(self.sizes)}, {captions}, at {c.resolution} px{enlarged}",
-            *([f"class       {self.classes}"] if self.classes else []),
+            *(f"{'' if index else 'concepts':12}{concept}" for index, concept in enumerate(self.concepts)),
+            *(f"class       {found}" for found in self.classes),
             f"adapter     rank {c.rank}, {c.heads} head{'s' if c.heads > 1 else ''}, {c.routing} routing on {self.linears} "
             f"linears in {self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk{start}",
             f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
@@ -98,24 +101,40 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
         activations=activation_bytes(c, family, longest, len(prior.positions(0, c.train_batch_size)) if prior else 0),
-        classes=_class_images(parts),
+        classes=_class_term(parts),
+        concepts=_concepts(parts),
     )
 
 
-def _class_images(parts: RunParts) -> str | None:
-    """What the class is held to, what the class folder holds, and what is still to be drawn."""
-    wanted, prior = parts.classes, parts.prior
+def _concepts(parts: RunParts) -> list[str]:
+    """Each subject of a run with several: what names it, how many images it has, and its share of the rows."""
+    counts = [sum(one.concept == concept.name for one in parts.examples) for concept in parts.concepts]
+    total = sum(parts.weights)
+    return [
+        f"{concept.name}: {', '.join(map(repr, concept.triggers))}, {count} image{'s' if count > 1 else ''}, "
+        f"{weight / total:.0%} of the rows"
+        for concept, count, weight in zip(parts.concepts, counts, parts.weights, strict=True)
+    ]
+
+
+def _class_term(parts: RunParts) -> list[str]:
+    """What the class is held to, what each class folder holds, and what is still to be drawn."""
+    prior = parts.prior
     if prior is None:
-        return None
+        return []
     held = "the base's own prediction" if prior.from_base else "their images"
-    term = f"held to {held}, weight {prior.weight:g}, one to {prior.interval} of the images"
-    if wanted is None:
-        return f"no images, {len(parts.config.class_prompt)} prompts with the instance images, {term}"
+    found = [_class_images(folder) for folder in dict.fromkeys(parts.classes)]
+    rows = found or ["no images, the class prompts go with the instance images"]
+    return [*rows, f"held to {held}, weight {prior.weight:g}, one to {prior.interval} of the images"]
+
+
+def _class_images(wanted: ClassFolder) -> str:
+    """What a class folder holds, and what is still to be drawn."""
     prompts = repr(wanted.caption) if wanted.caption is not None else f"{len(wanted.prompts)} prompts"
     there = len(wanted.scan()[0])
     missing = max(0, wanted.count - there)
     left = f", {there - wanted.count} more are there and not used" if there > wanted.count else ""
-    return f"{wanted.count} images of {prompts} in {wanted.path}, {missing} of them to be drawn first{left}; {term}"
+    return f"{wanted.count} images of {prompts} in {wanted.path}, {missing} of them to be drawn first{left}"
 
 
 def _shortened(caption: str, family: Family) -> str:

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...core.concepts import Concept
 from ...core.convert import describe_export_error
-from ...core.run_folder import CARD_FILE, COMPARISON_FILE, KOHYA_FILE, LORA_FILE
+from ...core.run_folder import CARD_FILE, COMPARISON_FILE, plain_names
 from ...core.writing import write_text
 from ..config import TrainingConfig
 from ..models.pipelines import public_name
@@ -18,7 +19,8 @@ class Summary:
     """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
 
     ``prompt`` is the one that the adapter was trained with, ``component`` the trained part;
-    ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA.
+    ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA, of which there is one for each of
+    ``concepts``, if there are any.
     """
 
     config: TrainingConfig
@@ -30,6 +32,12 @@ class Summary:
     component: str = "unet"
     loader: bool = True
     comfyui: bool = True
+    concepts: tuple[Concept, ...] = ()
+
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """Names of the plain LoRAs, by diffusers' and by kohya's names of layers."""
+        return [plain_names(concept.name) for concept in self.concepts] or [plain_names(None)]
 
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
@@ -44,14 +52,17 @@ class Summary:
             f"parameters: {counts['trained_per_step']:,} trained per step, {counts['trained_ever']:,} ever, "
             f"{counts['stored']:,} stored",
             f"adapter     {_described(output / 'effilora.safetensors')}",
-            f"plain LoRA  {_described(output / LORA_FILE)}, {exact}",
-            *(
-                [f"  as kohya  {_described(output / KOHYA_FILE)}, for ComfyUI, A1111 and sd-scripts"]
-                if (output / KOHYA_FILE).exists()
-                else []
-            ),
+            *(line for files in self.files for line in _file_lines(output, *files, exact)),
             f"model card  {output / 'README.md'}",
         ]
+
+
+def _file_lines(output: Path, plain: str, kohya: str, exact: str) -> list[str]:
+    """What is told of one plain LoRA."""
+    lines = [f"plain LoRA  {_described(output / plain)}, {exact}"]
+    if (output / kohya).exists():
+        lines.append(f"  as kohya  {_described(output / kohya)}, for ComfyUI, A1111 and sd-scripts")
+    return lines
 
 
 def _described(path: Path) -> str:
@@ -63,7 +74,6 @@ def write_report(output: Path, summary: Summary) -> None:
     c = summary.config
     base = public_name(c.pretrained_model_name_or_path)
     counts = summary.parameters
-    gap = "exactly" if summary.export_error == 0 else f"but for {summary.export_error:.1%} of its update"
     images = "![before and after](before_after.png)\n" if (output / COMPARISON_FILE).exists() else ""
     front = [f"base_model: {base}"] if base == c.pretrained_model_name_or_path else []  # an id of the hub
     head = "\n".join(["---", *front, "library_name: diffusers", "tags: [effilora, lora, text-to-image]",
@@ -90,16 +100,36 @@ from effilora_diffusion import load_adapter
 load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline of {base}
 ```
 
-`pytorch_lora_weights.safetensors` is the same as plain LoRA{_elsewhere(summary, output)}; it reproduces the adapter {gap}.
+{_plain_words(summary, output)}
 """
     write_text(output / CARD_FILE, text)
 
 
-def _elsewhere(summary: Summary, output: Path) -> str:
-    """Where the plain LoRA can be used."""
+def _plain_words(summary: Summary, output: Path) -> str:
+    """What the card says of the plain LoRA, or of those of several concepts."""
+    gap = "exactly" if summary.export_error == 0 else f"but for {summary.export_error:.1%} of its update"
+    plain, kohya = summary.files[0]
+    if not summary.concepts:
+        return f"`{plain}` is the same as plain LoRA{_elsewhere(summary, output, kohya)}; it reproduces the adapter {gap}."
+    rows = [
+        f"| {concept.name} | {', '.join(f'`{word}`' for word in concept.triggers)} | {concept.prompt} | `{file}` |"
+        for concept, (file, _) in zip(summary.concepts, summary.files, strict=True)
+    ]
+    always = " One more head acts on every prompt." if summary.config.common_head else ""
+    return "\n".join([
+        f"The adapter finds a concept by its trigger in the prompt; a prompt may name several.{always}", "",
+        "| concept | trigger | trained with | as plain LoRA |", "|---|---|---|---|", *rows, "",
+        f"Each file holds one concept exactly, as plain LoRA{_elsewhere(summary, output, kohya)}. A plain LoRA acts on every "
+        "prompt, whatever it names: two of them loaded together add up, and each also changes the other's subject. Load one at "
+        "a time, or this adapter, which keeps them apart.",
+    ])  # fmt: skip
+
+
+def _elsewhere(summary: Summary, output: Path, kohya: str) -> str:
+    """Where the plain LoRA can be used; ``kohya`` is its file with kohya's names."""
     places = [' for `pipe.load_lora_weights("...")`'] if summary.loader else []
-    if (output / KOHYA_FILE).exists():
-        places.append(f" for ComfyUI, A1111, Forge and sd-scripts `{KOHYA_FILE}`")
+    if (output / kohya).exists():
+        places.append(f" for ComfyUI, A1111, Forge and sd-scripts `{kohya}`")
     elif summary.comfyui:
         places.append(" for ComfyUI")
     if not summary.loader:

@@ -19,7 +19,18 @@ NAMED = 5
 
 def notes(parts: RunParts) -> list[str]:
     """One sentence each, for settings and captions of a run that is about to start."""
-    return [*_start(parts), *_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
+    found = [*_start(parts), *_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
+    return [*found, *_subjects(parts)]
+
+
+def _subjects(parts: RunParts) -> list[str]:
+    count = len(parts.concepts)
+    if count < 2 or parts.config.routing == "concept":
+        return []
+    return [
+        f"{count} subjects share the adapter, and --routing {parts.config.routing} does not keep them apart: "
+        "--routing concept gives each a head of its own"
+    ]
 
 
 def _start(parts: RunParts) -> list[str]:
@@ -56,7 +67,9 @@ def _length(parts: RunParts) -> list[str]:
     if c.max_train_steps is not None or seen < 1.5 * c.num_train_epochs:
         return []
     why = (
-        f"the {parts.classes.count} class images" if parts.classes else f"at least one step of {parts.images_per_step}"
+        f"the {sum(folder.count for folder in set(parts.classes))} class images"
+        if parts.classes
+        else f"at least one step of {parts.images_per_step}"
     )
     return [
         f"{c.num_train_epochs} epochs are {parts.steps} steps, in which each of the {count} images is seen {seen:.0f} times: "
@@ -98,7 +111,9 @@ def has_trigger(example: Example, prompt: str, family: Family) -> bool:
 
 
 def trigger_prompt(parts: RunParts) -> str:
-    """The prompt that the adapter was trained with: the instance prompt, if any image teaches it."""
+    """The prompt that the adapter was trained with: the instance prompt, if any image teaches it; of several, the first."""
+    if parts.concepts:
+        return parts.concepts[0].prompt
     prompt = parts.config.instance_prompt
     if prompt and any(has_trigger(example, prompt, parts.family) for example in parts.examples):
         return prompt
@@ -108,7 +123,8 @@ def trigger_prompt(parts: RunParts) -> str:
 def caption_table(examples: Iterable[Example]) -> list[str]:
     """A line per image: its name, its caption, and where that stands."""
     return [
-        f"  {printable(example.path.name)}: {printable(example.caption)!r} ({example.source or '--instance_prompt'})"
+        f"  {f'{example.concept}: ' if example.concept else ''}{printable(example.path.name)}: {printable(example.caption)!r} "
+        f"({example.source or ('its instance_prompt' if example.concept else '--instance_prompt')})"
         for example in examples
     ]
 

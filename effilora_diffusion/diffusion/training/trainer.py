@@ -22,11 +22,10 @@ from ...core.run_folder import (
     CARD_FILE,
     COMPARISON_FILE,
     CONFIG_FILE,
-    KOHYA_FILE,
-    LORA_FILE,
     METRICS_FILE,
     REDUCER_FILE,
     RunFolder,
+    plain_names,
     trim_log,
 )
 from ...core.signals import Interrupted, StopSignals
@@ -34,14 +33,14 @@ from ...core.writing import append_line, write_text
 from ..adapters.export import export, has_kohya_form
 from ..config import SAVED, TrainingConfig
 from ..data.folder import Example
-from ..data.latents import ExampleSource
 from ..data.prior import class_examples, without_images
 from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
 from .budget import Measured, check_resumed, choose_plan, spent, with_plan
-from .build import RunParts, build, check_folders, check_hardware, place, preparation, sampler
-from .checkpoints import IMAGE_RUN, TrainingState, fingerprint, load_checkpoint, save_checkpoint, split_note
+from .build import RunParts, build, check_folders, check_hardware, class_prompts, example_sources, place, sampler
+from .checkpoints import IMAGE_RUN, TrainingState, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
+from .identity import fingerprint, split_note
 from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
@@ -100,12 +99,14 @@ class Trainer:
         place(self.family.model, accelerator.device)
         logged = self.is_main and config.reducer != "off"
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if logged else None)
-        prompts = config.validation_prompt or ([config.instance_prompt] if config.instance_prompt else [])
+        prompts = config.validation_prompt or [one.prompt for one in parts.concepts] or [config.instance_prompt or ""]
+        prompts = [prompt for prompt in prompts if prompt]
         draw = sampler(config, self.family)
         self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
         self.optimizer = make_optimizer(config, self.adapter, factor)
+        self.adapter.keep_heads(self.optimizer)
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
@@ -139,23 +140,26 @@ class Trainer:
         if self.is_main:
             tqdm.write(text)
 
-    def _class_images(self) -> list[Example]:
-        """Images of the class, or the instance images under the class prompts where there are to be none."""
-        if self.parts.prior is None:
+    def _class_images(self) -> list[list[Example]]:
+        """The images of every class folder, drawn where they are missing; without folders the instance images."""
+        parts = self.parts
+        if parts.prior is None:
             return []
-        if self.parts.classes is None:
-            return without_images(self.parts.examples, self.config.class_prompt)
+        if not parts.classes:
+            return [without_images(examples, prompts) for examples, prompts in class_prompts(parts)]
         draw = sampler(self.config, self.family)
         with self.adapter.disabled():  # fresh, so it changes nothing; but it would cost time
-            return class_examples(self.parts.classes, draw, self.say, self.processes)
+            wanted = dict.fromkeys(parts.classes)
+            found = {folder: class_examples(folder, draw, self.say, self.processes) for folder in wanted}
+        return [found[folder] for folder in parts.classes]
 
-    def _cache(self, prior: list[Example]) -> BatchDrawer:
+    def _cache(self, prior: list[list[Example]]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance = ExampleSource(self.family, self.parts.examples, preparation(self.config), "instance")
-        classes = ExampleSource(self.family, prior, preparation(self.config), "class") if prior else None
+        instance, classes = example_sources(self.parts, prior)
         with self.family.encoders():
-            for source in filter(None, (instance, classes)):
-                source.fill(everything=self.accelerator.device.type != "cpu")
+            for source in (instance, classes):
+                if source is not None:
+                    source.fill(everything=self.accelerator.device.type != "cpu")
         return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior)
 
     def run(self) -> Summary:
@@ -237,6 +241,8 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self.accelerator.device
+        if self.adapter.concepts:
+            self.adapter.route(self.adapter.prompt_gates(batch.captions))
         return batch_loss(self.family, self.objective, batch, device, self.parts.prior, self.adapter.disabled)
 
     @torch.no_grad()
@@ -293,6 +299,7 @@ class Trainer:
             self.say(told)
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
         summary.prompt = trigger_prompt(self.parts)
+        summary.concepts = self.adapter.concepts
         summary.loader = hasattr(self.family.pipe, "load_lora_weights")
         summary.comfyui = self.family.comfyui
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
@@ -303,9 +310,8 @@ class Trainer:
             dtype = getattr(torch, SAVED[self.config.save_precision])
             content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
             self.folder.forget_earlier()
-            export(content, self.folder.own(LORA_FILE), "diffusers", dtype=dtype)
-            if has_kohya_form(content):
-                self._show(KOHYA_FILE, lambda: export(content, self.folder.own(KOHYA_FILE), "kohya", dtype=dtype))
+            for concept in self.adapter.concepts or (None,):
+                self._export(content, dtype, concept.name if concept else None)
             self._show("the last images", lambda: self.validation.draw(self.steps))
             images = [example.path for example in self.parts.examples]
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
@@ -313,6 +319,15 @@ class Trainer:
             self.folder.finish()
         self.processes.wait_for_everyone()
         return summary
+
+    def _export(self, content: AdapterFile, dtype: torch.dtype, concept: str | None) -> None:
+        """Write the plain LoRA, of one concept where there are several."""
+        plain, kohya = plain_names(concept)
+        export(content, self.folder.own(plain), "diffusers", dtype=dtype, concept=concept)
+        if has_kohya_form(content):
+            self._show(
+                kohya, lambda: export(content, self.folder.own(kohya), "kohya", dtype=dtype, concept=concept)
+            )  # fmt: skip
 
     def _show(self, what: str, write: Callable[[], object]) -> None:
         """Write what shows the result: whatever goes wrong here, the adapter is saved, and the run is a success."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from PIL import Image
 from ... import EffiLoRAError, export_lora
 from ...core import is_native, load_adapter_file
 from ...core.attachment import check_sites
+from ...core.concepts import Concept
 from ...core.convert import describe_export_error
 from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
 from ...core.load import host_model
 from ...core.names import name_fault
-from ...core.run_folder import COMPARISON_FILE, KOHYA_FILE, LORA_FILE, SAMPLE_FILE
+from ...core.run_folder import COMPARISON_FILE, KOHYA_FILE, LORA_FILE, SAMPLE_FILE, plain_names
 from ...core.writing import write_atomic
 from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
@@ -95,11 +97,13 @@ class AdaptersTab(DrawingTab):
         if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
         gap = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
+        concepts = "; ".join(f"{one['name']}: {', '.join(one['triggers'])}" for one in config.get("concepts", ()))
         used = f"{facts['heads_used']} of {facts['heads_total']}"
         return {
             "trigger prompt": facts.get("trigger_prompt", "unknown"),
             "base": base,
             "adapter": f"EffiLoRA, rank {config['rank']}, {config['heads']} heads, {config['routing']} routing",
+            **({"concepts": concepts} if concepts else {}),
             "parameters": f"{facts['parameters']:,} in {facts['maps']} linear maps",
             "heads in use": used if facts["heads_used"] else f"{used}: it changes nothing",
             "trained": f"{facts.get('steps', '?')} steps on {facts.get('images', '?')} images",
@@ -228,14 +232,22 @@ class AdaptersTab(DrawingTab):
             brought = path.parent == self.session.uploads
             if not brought and Run(self.session.outputs, path.parent.name).running:
                 raise EffiLoRAError("it is being trained: stop that first")
+            also = [path.with_suffix(".png")] if brought else self._plain_forms(path)
             path.unlink()
-            also = [path.with_suffix(".png")] if brought else [path.parent / LORA_FILE, path.parent / KOHYA_FILE]
             for file in also:
                 file.unlink(missing_ok=True)
         except (EffiLoRAError, OSError) as error:
             return gr.update(), False, refusal(error, "Not deleted")
         names = list(self.session.adapters())
         return gr.update(choices=names, value=names[0] if names else None), False, f"{plain_words(name)} is deleted."
+
+    def _plain_forms(self, path: Path) -> list[Path]:
+        """The plain LoRAs that a run has written beside its adapter, one for each concept if it has several."""
+        concepts: tuple[Concept, ...] = ()
+        with contextlib.suppress(EffiLoRAError):  # a damaged adapter can be deleted, too
+            concepts = load_adapter_file(path).adapter.concepts
+        names = [name for one in concepts for name in plain_names(one.name)] or plain_names(None)
+        return [path.parent / name for name in names]
 
     def refresh(self, name: str | None) -> tuple[Any, str, Any]:
         """The adapters as they are on the disk now, and the card of the chosen one (or the newest)."""

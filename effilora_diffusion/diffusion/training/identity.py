@@ -1,0 +1,157 @@
+"""What makes a run the run it is: what a checkpoint must have in common with whatever goes on with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ...core import EffiLoRAConfig, EffiLoRAError
+from ...core.fingerprint import model_hash
+from ...core.options import ADAPTER_SETTINGS, settings_of
+from ...core.text_io import printable
+from ..config import TrainingConfig
+from ..data.folder import Example
+from .build import RunParts
+
+OF_THE_MODEL = {
+    "base": "the base model",
+    "encoders": "a text encoder or the autoencoder",
+    "objective": "the scheduler",
+}
+"""Entries of a fingerprint whose values are hashes, in words."""
+
+SPLIT = ("train_batch_size", "gradient_accumulation_steps", "processes")
+"""Entries of a fingerprint whose product is the number of images per step: which images those are depends on nothing else."""
+
+RENAMED = {"pictures": "images", "class pictures": "class images"}
+"""Fingerprint names of version 0.1.0, and what they are called now."""
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes two fingerprints differ, in words: every changed file and setting by name."""
+    found = []
+    for key in dict.fromkeys([*saved, *now]):
+        old, new = saved.get(key), now.get(key)
+        if key in ("images", "class images"):
+            found += _changed_files(key, old or [], new or [])
+        elif old != new and isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new)
+        elif old != new and key in OF_THE_MODEL:
+            found.append(f"{OF_THE_MODEL[key]} is a different one")
+        elif old != new:
+            found.append(f"{key} was {old!r} and is {new!r}"[:200])
+    return found
+
+
+def _images_per_step(fingerprint: dict[str, Any]) -> int | None:
+    parts = [fingerprint.get(name) for name in SPLIT]
+    return math.prod(parts) if all(isinstance(part, int) for part in parts) else None  # type: ignore[arg-type]
+
+
+def _comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two fingerprints without what divides the same images differently, which changes sums in their last bits only.
+
+    Dropout is drawn per micro-batch, and quantised layers scale by what is in it: then its size must stay.
+    """
+    if _images_per_step(saved) is None or _images_per_step(saved) != _images_per_step(now):
+        return saved, now
+    whole = now.get("quantization") is not None or bool(now.get("adapter", {}).get("dropout"))
+    free = SPLIT[1:] if whole else SPLIT
+    return tuple({name: value for name, value in one.items() if name not in free} for one in (saved, now))  # type: ignore[return-value]
+
+
+def _as_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint as this version writes it: class images had one meaning only, and their weight always stood there."""
+    found = {RENAMED.get(name, name): value for name, value in saved.items()}
+    if "prior_loss_weight" in found and "prior_target" not in found:
+        weight = found.pop("prior_loss_weight")
+        if found.get("class images"):
+            found |= {"prior_target": "images", "prior_interval": 1, "prior_loss_weight": weight}
+    return found
+
+
+def split_note(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What to tell of a run that goes on with its steps divided differently among micro-batches and processes."""
+    changed = [f"{name} {saved.get(name)} to {now[name]}" for name in SPLIT if saved.get(name) != now[name]]
+    if not changed:
+        return None
+    return (
+        f"note: the steps are divided differently ({', '.join(changed)}): they see the same images, but sums are rounded "
+        "differently, so that the result is not the same to the last bit"
+    )
+
+
+def _changed_files(kind: str, old: list[Any], new: list[Any]) -> list[str]:
+    """How two lists of ``[content hash, caption, file name]`` differ; version 0.1.0 stored no names."""
+    if [entry[:2] for entry in old] == [entry[:2] for entry in new]:
+        return []
+    before, after = ({entry[0]: entry for entry in entries} for entries in (old, new))
+    gone, added = _without(old, new), _without(new, old)
+    words = [f"{word} {', '.join(names[:5])}" for word, names in (("removed:", gone), ("added:", added)) if names]
+    for sha, entry in after.items():
+        if sha in before and before[sha][1] != entry[1]:
+            words.append(f"the caption of {_name(entry)} was {before[sha][1]!r} and is {entry[1]!r}"[:200])
+    return [f"the {kind} have changed ({'; '.join(words[:5]) or 'their order or number'})"]
+
+
+def _without(entries: list[Any], others: list[Any]) -> list[str]:
+    """Names of the entries that have no counterpart among the others; one content may lie in several files."""
+    left, found = Counter(entry[0] for entry in others), []
+    for entry in entries:
+        left[entry[0]] -= 1
+        if left[entry[0]] < 0:
+            found.append(_name(entry))
+    return found
+
+
+def _name(entry: list[str]) -> str:
+    return entry[2] if len(entry) > 2 else f"a file of hash {entry[0][:8]}"
+
+
+def _fixed() -> list[str]:
+    """Settings that a resumed run must have as they were; the adapter's are compared as its configuration."""
+    names = [entry.name for entry in settings_of(TrainingConfig) if entry.metadata["fixed"]]
+    return [name for name in names if name not in ADAPTER_SETTINGS]
+
+
+def _identity(example: Example) -> list[str]:
+    return [example.sha256[:16], example.caption, example.path.name]
+
+
+def fingerprint(parts: RunParts, prior: list[list[Example]], processes: int) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued: model, data, and every setting that shapes a step."""
+    config, family = parts.config, parts.family
+    found: dict[str, Any] = {name: getattr(config, name) for name in _fixed() if not name.startswith("prior_")}
+    if (held := parts.prior) is not None:
+        target = "base" if held.from_base else "images"
+        found |= {"prior_target": target, "prior_interval": held.interval, "prior_loss_weight": held.weight}
+    # the denoiser's timestep range follows from the base, and was never part of it
+    found["adapter"] = replace(parts.adapter.config, timestep_range=EffiLoRAConfig.timestep_range).to_dict()
+    named = [config.pretrained_model_name_or_path, config.revision, config.variant]
+    found["base"] = parts.base["base_hash"] or named  # a quantised model has no hash
+    found["objective"] = parts.objective.name
+    found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
+    found["processes"] = processes
+    found["images"] = [_identity(example) for example in parts.examples]
+    found["class images"] = [_identity(example) for examples in prior for example in examples]
+    if parts.concepts:  # with routing concept the adapter names them
+        found["concepts"] = [asdict(concept) for concept in parts.concepts]
+        found["weights"] = list(parts.weights)
+        found["images of each"] = [sum(one.concept == each.name for one in parts.examples) for each in parts.concepts]
+    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        found["max_train_steps"] = parts.steps  # the schedule depends on it; a constant rate may be trained longer
+    return found
+
+
+def check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise :class:`EffiLoRAError` with all differences if the checkpoint ``folder`` is of another run than ``now``'s."""
+    different = _differences(*_comparable(_as_today(saved), json.loads(json.dumps(now))))
+    if different:
+        raise EffiLoRAError(
+            f"{folder} belongs to another run: {printable('; '.join(different))[:2000]}. Continue with what it was trained with, "
+            "or start anew in another --output_dir"
+        )
