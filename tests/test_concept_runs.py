@@ -150,7 +150,7 @@ def test_a_list_that_was_changed_is_another_run(run, tmp_path):
 
 def test_rows_and_their_class_images_have_the_heads_of_one_concept(tiny_pipeline, tmp_path):
     prior = {"class_data_dir": str(tmp_path / "class"), "class_prompt": ["an animal"], "num_class_images": 2}
-    options = {**prior, "with_prior_preservation": True, "num_validation_images": 0}
+    options = {**prior, "with_prior_preservation": True, "num_validation_images": 0, "prior_interval": 1}
     training = trainer(tiny_pipeline, write_list(tmp_path), tmp_path / "out", **options)
     batch = training.batches.draw(0, 4)
     assert batch.captions == [PROMPTS["sks"], PROMPTS["zwx"]] * 4
@@ -269,7 +269,12 @@ def test_a_list_of_another_trainer_is_read(tmp_path):
         ({"zwx": {"trigger": "fox"}}, {}, "does not contain the trigger of its concept"),
         ({"zwx": {"name": "a/b"}}, {}, "a concept's name has"),
         ({}, {"instance_prompt": "a sks cat"}, "leave --instance_data_dir and --instance_prompt out"),
-        ({}, {"with_prior_preservation": True}, "needs class_data_dir and class_prompt of"),
+        ({}, {"with_prior_preservation": True}, "needs --class_prompt, or the entry of .* in --concepts_list its own"),
+        (
+            {},
+            {"with_prior_preservation": True, "class_prompt": "x", "prior_target": "images"},
+            "needs --class_data_dir, or",
+        ),
         ({"sks": {"instance_data_dir": "no-such-folder"}}, {}, "'no-such-folder' does not exist"),
         ({}, {"routing": "token", "common_head": True}, "common_head are for concept routing"),
         ({}, {"concepts_list": None}, "--routing concept needs --concepts_list"),

@@ -113,10 +113,9 @@ def test_without_class_images_their_prompts_go_with_the_subject_s(tiny_pipeline,
     subject, folder = make_subject(tmp_path / "s"), tmp_path / "class"
     options = {**prior, "class_data_dir": None, "prior_interval": 1, "train_batch_size": 3}
     run = trainer(tiny_pipeline, subject, tmp_path / "out", **options)
-    assert (
-        "class       no images, 2 prompts with the instance images, held to the base's own prediction"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "class       no images, the class prompts go with the instance images" in said
+    assert "class       held to the base's own prediction, weight 3, one to 1 of the images" in said
     seen = set()
     states = {prompt: run.family.encode_prompt(prompt)["encoder_hidden_states"] for prompt in options["class_prompt"]}
     for first in (0, 3):

@@ -297,7 +297,7 @@ class TrainingConfig(AdapterOptions):
                 "--concepts_list names folders and prompts: leave --instance_data_dir and --instance_prompt out"
             )
         if self.with_prior_preservation and not self.concepts_list:
-            self._check_prior("--with_prior_preservation", self.class_prompt, self.class_data_dir)
+            self._check_prior(self.class_prompt, self.class_data_dir)
         self._choose_mode()
         self.adapter_config([Concept("any", ("any",))] if self.concepts_list else [])
 
@@ -307,14 +307,15 @@ class TrainingConfig(AdapterOptions):
         if self.with_prior_preservation:
             for entry in entries:
                 prompt, folder = entry.class_prompt or self.class_prompt, entry.class_data_dir or self.class_data_dir
-                self._check_prior(f"the entry of {entry.instance_data_dir} in --concepts_list", prompt, folder)
+                self._check_prior(prompt, folder, entry.instance_data_dir)
         return entries
 
-    def _check_prior(self, what: str, prompt: str | list[str], folder: str | None) -> None:
+    def _check_prior(self, prompt: str | list[str], folder: str | None, entry: str = "") -> None:
+        where = f", or the entry of {entry} in --concepts_list its own" if entry else ""
         if not prompt:
-            raise EffiLoRAError(f"{what} needs a class prompt, with prior preservation: give --class_prompt")
+            raise EffiLoRAError(f"--with_prior_preservation needs --class_prompt{where}")
         if self.prior_target == "images" and not folder:
-            raise EffiLoRAError(f"{what} needs class images, with --prior_target images: give --class_data_dir")
+            raise EffiLoRAError(f"--prior_target images needs --class_data_dir{where}")
 
     def _choose_mode(self) -> None:
         """A budget means ``--reducer depth``, which needs one."""
