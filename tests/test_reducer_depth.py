@@ -266,7 +266,11 @@ def test_two_cuts_compile_into_at_most_two_graphs_a_block():
                 assert (value.grad is None) == (gradient is None)
                 if gradient is not None:
                     torch.testing.assert_close(value.grad, gradient)
-    assert len(NAMES) < counts["graphs"] <= 2 * len(NAMES)
+        assert len(NAMES) < counts["graphs"] <= 2 * len(NAMES)
+        before = counts["graphs"]
+        adapter.set_active(NAMES[5:], train_shared=False)
+        model(x).square().mean().backward()
+        assert counts["graphs"] - before <= 3, "blocks 0 to 2 are cut as before: only 3, 4 and 5 are compiled anew"
     torch._dynamo.reset()
 
 
