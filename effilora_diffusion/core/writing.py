@@ -18,7 +18,7 @@ TEMPORARY = ".*.effilora-tmp"
 """Names of files and folders that are being written; one that is found later was left by a killed process."""
 
 
-_OF_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "Parent directory")
+_OF_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error")
 """What the messages of ``torch.save`` contain where the system has refused to write."""
 
 
