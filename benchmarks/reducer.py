@@ -100,7 +100,8 @@ def plans(order: tuple[str, ...], times: Sequence[float], budget: float, steps: 
 def settings(args: argparse.Namespace, seed: int, steps: int, **changes: Any) -> TrainingConfig:
     """The example's settings with the benchmark's length and rate; no images are drawn while training."""
     own = {"max_train_steps": steps, "train_batch_size": args.batch, "seed": seed}
-    paths = {"output_dir": str(args.work / "run"), "class_data_dir": str(args.work / "class")}
+    paths = {"output_dir": str(args.work / "run"), "class_data_dir": str(args.work / "class"), "num_class_images": 48}
+    own["prior_target"] = "images"
     quiet = {"num_validation_images": 0, "overwrite_output_dir": True, "checkpointing_steps": 10**6}
     return TrainingConfig(**{**example_settings(), **own, **paths, **quiet, **changes})
 

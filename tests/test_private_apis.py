@@ -45,6 +45,7 @@ COVERED = {
 
 PYTHONS = {
     "__call__",
+    "__class__",
     "__init__",
     "__new__",
     "__dict__",
@@ -54,6 +55,7 @@ PYTHONS = {
     "__module__",
     "__name__",
     "__path__",
+    "__qualname__",
     "__setattr__",
     "__signature__",
 }

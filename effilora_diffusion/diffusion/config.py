@@ -83,7 +83,6 @@ class TrainingConfig(AdapterOptions):
         "share of a full step's time that steps may take on average (measured at the start)",
         REDUCER,
         bounds=SHARE,
-        usual=True,
         fixed=True,
     )
     reducer_memory: float | None = option(
@@ -91,7 +90,6 @@ class TrainingConfig(AdapterOptions):
         "share of a full step's activations that a step may keep (measured at the start)",
         REDUCER,
         bounds=SHARE,
-        usual=True,
         fixed=True,
     )
     reducer_depth: float | None = option(
@@ -148,7 +146,6 @@ class TrainingConfig(AdapterOptions):
         None,
         "folder with class images, filled up if needed (default: none, the class prompts go with the instance images)",
         PRIOR,
-        usual=True,
         form=False,
     )
     class_prompt: list[str] = option(
