@@ -149,7 +149,7 @@ def test_the_advanced_section_shows_what_will_be_used(session, tmp_path):
 def test_every_value_can_be_chosen_by_hand(tmp_path):
     session = Session(None, tmp_path / "outputs")  # the embedded base, whose usual settings are the example's
     found = run_settings(session, "a cat", "quick", tmp_path, by_hand(session))
-    assert (found["with_prior_preservation"], found["train_batch_size"], found["max_train_steps"]) == (True, 5, 300)
+    assert (found["with_prior_preservation"], found["train_batch_size"], found["max_train_steps"]) == (True, 5, 125)
     hand = {"with_prior_preservation": False, "center_crop": False, "resolution": 512, "learning_rate": 5e-4, "class_prompt": "",
             "max_train_steps": "100", "validation_prompt": "one\ntwo"}  # fmt: skip
     found = run_settings(session, "a cat", "quick", tmp_path, by_hand(session, **hand))
