@@ -161,6 +161,18 @@ def test_rows_and_their_class_images_have_the_heads_of_one_concept(tiny_pipeline
     training.folder.release()
 
 
+def test_without_class_images_each_subject_has_its_own_class_prompt(tiny_pipeline, tmp_path):
+    options = {"with_prior_preservation": True, "num_validation_images": 0, "prior_interval": 1, "max_train_steps": 2}
+    listed = write_list(tmp_path, sks={"class_prompt": "a cat"}, zwx={"class_prompt": "a dog"})
+    training = trainer(tiny_pipeline, listed, tmp_path / "out", **options)
+    batch = training.batches.draw(0, 4)
+    states = batch.conditions["encoder_hidden_states"]
+    for row, prompt in enumerate(["a cat", "a dog"] * 2, 4):
+        assert torch.equal(states[row], training.family.encode_prompt(prompt)["encoder_hidden_states"])
+    training.run()
+    assert (tmp_path / "out" / "effilora.safetensors").exists()
+
+
 def test_the_trigger_is_the_rarest_word_that_no_other_prompt_has(tmp_path):
     entries = [ConceptData(str(make_subject(tmp_path / name, 1)), prompt) for name, prompt in PROMPTS.items()]
     groups = scan_concepts(entries, print)
