@@ -43,7 +43,7 @@ OTHER_PROMPTS = (
 IMAGES = 16
 OURS = ("EffiLoRA", "static", "timestep", "1 head")
 """Variants of the adapter: as it is (token routing), other gates, and one head."""
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 
 
 class Reference:

@@ -229,6 +229,8 @@ def test_the_dry_run_tells_the_concept_of_every_image(tiny_pipeline, tmp_path, c
         in said
     )
     assert "2 heads, concept routing" in said
+    assert "memory      about" in said
+    assert "not predicted" not in said
     assert main(["train", *words, "--dry_run", "--max_train_steps", "1"]) == 0
     assert "--routing concept gives each a head of its own" in capsys.readouterr().out
 

@@ -78,7 +78,7 @@ def _size(count: float) -> str:
 def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
     """Gather the report; nothing is computed and nothing moves to the device."""
     family, adapter, c = parts.family, parts.adapter, parts.config
-    own, prior = {id(parameter) for parameter in adapter.parameters()}, parts.prior
+    own = {id(parameter) for parameter in adapter.parameters()}
     others = [part for part in family.parts() if part is not family.model]
     precision = f"{PRECISIONS[c.mixed_precision]}{f', {c.quantization}' if c.quantization else ''}"
     longest = max(
@@ -100,7 +100,7 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         processes=processes,
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
-        activations=activation_bytes(c, family, longest, len(prior.positions(0, c.train_batch_size)) if prior else 0),
+        activations=_activations(parts, longest),
         classes=_class_term(parts),
         concepts=_concepts(parts),
     )
@@ -115,6 +115,20 @@ def _concepts(parts: RunParts) -> list[str]:
         f"{weight / total:.0%} of the rows"
         for concept, count, weight in zip(parts.concepts, counts, parts.weights, strict=True)
     ]
+
+
+def _activations(parts: RunParts, caption: str) -> int | None:
+    """:func:`activation_bytes` of a run; of several subjects the rows take turns."""
+    config, adapter, prior = parts.config, parts.adapter, parts.prior
+    classes = len(prior.positions(0, config.train_batch_size)) if prior else 0
+    if not adapter.concepts:
+        return activation_bytes(config, parts.family, caption, classes)
+    turns = [[row % len(adapter.concepts)] for row in range(config.train_batch_size + classes)]
+    adapter.route(adapter.concept_gates(turns))
+    try:
+        return activation_bytes(config, parts.family, caption, classes)
+    finally:
+        adapter.clear_concept()
 
 
 def _class_term(parts: RunParts) -> list[str]:

@@ -107,10 +107,14 @@ load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline 
 
 def _plain_words(summary: Summary, output: Path) -> str:
     """What the card says of the plain LoRA, or of those of several concepts."""
-    gap = "exactly" if summary.export_error == 0 else f"but for {summary.export_error:.1%} of its update"
+    gap = (
+        "exact"
+        if summary.export_error == 0
+        else f"a fit that misses {summary.export_error:.1%} of the adapter's update"
+    )
     plain, kohya = summary.files[0]
     if not summary.concepts:
-        return f"`{plain}` is the same as plain LoRA{_elsewhere(summary, output, kohya)}; it reproduces the adapter {gap}."
+        return f"`{plain}` is its plain LoRA, {gap}.{_elsewhere(summary, output, kohya)}"
     rows = [
         f"| {concept.name} | {', '.join(f'`{word}`' for word in concept.triggers)} | {concept.prompt} | `{file}` |"
         for concept, (file, _) in zip(summary.concepts, summary.files, strict=True)
@@ -119,19 +123,20 @@ def _plain_words(summary: Summary, output: Path) -> str:
     return "\n".join([
         f"The adapter finds a concept by its trigger in the prompt; a prompt may name several.{always}", "",
         "| concept | trigger | trained with | as plain LoRA |", "|---|---|---|---|", *rows, "",
-        f"Each file holds one concept exactly, as plain LoRA{_elsewhere(summary, output, kohya)}. A plain LoRA acts on every "
+        f"Each file holds one concept exactly, as plain LoRA.{_elsewhere(summary, output, kohya)} A plain LoRA acts on every "
         "prompt, whatever it names: two of them loaded together add up, and each also changes the other's subject. Load one at "
         "a time, or this adapter, which keeps them apart.",
     ])  # fmt: skip
 
 
 def _elsewhere(summary: Summary, output: Path, kohya: str) -> str:
-    """Where the plain LoRA can be used; ``kohya`` is its file with kohya's names."""
-    places = [' for `pipe.load_lora_weights("...")`'] if summary.loader else []
+    """Where the plain LoRA can be used, in sentences; ``kohya`` is its file with kohya's names."""
+    if summary.loader:
+        text = ' It loads with `pipe.load_lora_weights("...")`'
+    else:
+        text = " diffusers has no loader for it in this pipeline"
     if (output / kohya).exists():
-        places.append(f" for ComfyUI, A1111, Forge and sd-scripts `{kohya}`")
-    elif summary.comfyui:
-        places.append(" for ComfyUI")
-    if not summary.loader:
-        places.append(" diffusers has no loader for it in this pipeline")
-    return "," + ",".join(places)
+        return f"{text}. ComfyUI, A1111, Forge and sd-scripts read `{kohya}`."
+    if summary.comfyui:
+        text += " and in ComfyUI" if summary.loader else "; ComfyUI reads it"
+    return f"{text}."
