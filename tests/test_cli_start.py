@@ -80,10 +80,10 @@ def test_threads_soon_sleep_while_they_wait_unless_the_user_chose_otherwise(chos
     assert done.stdout == f"{found}\n"
 
 
-def test_a_command_starts_without_the_warnings_of_libraries():
+def test_a_command_starts_without_the_warnings_of_libraries(tmp_path):
     script = Path(__file__).parents[1] / "train_scripts" / "train_dreambooth_effilora.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     words = [sys.executable, str(script), "--dry_run"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert done.stdout.startswith("  ")
     assert done.stderr == ""
