@@ -34,7 +34,7 @@ def example_settings() -> dict[str, Any]:
         "center_crop": True,
         "train_batch_size": 5,
         "max_train_steps": 250,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "lr_scheduler": "cosine",
         "with_prior_preservation": True,
         "class_prompt": list(EXAMPLE_CLASS_PROMPTS),
