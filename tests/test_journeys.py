@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from safetensors.torch import save_file
-from visits import Visit, executable
+from visits import Visit, executable, settle
 
 from effilora_diffusion import cli
 from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
@@ -31,7 +31,11 @@ LOOKS = [("desktop", False), ("desktop", True), ("phone", False), ("phone", True
 def few_steps(page, steps=6, count=2):
     """Settings that draw fast."""
     page.locator("#settings > button").click()
+    slider = page.get_by_label("range slider for Steps")
+    expect(slider).to_be_visible()
+    settle(page)
     page.get_by_label("number input for Steps").fill(str(steps))
+    expect(slider).to_have_value(str(steps))  # the page has taken it: what is pressed next draws with it
     page.get_by_label("Images", exact=True).fill(str(count))
 
 
@@ -120,6 +124,7 @@ def test_draw_with_an_adapter_take_a_seed_again_and_read_it_back(visit, served, 
     words = ["generate", "--adapter", f"{served[1] / 'cat'}:1", "--prompt", "an emoji of sks cat", "--seed", str(seeds[1]),
              "--num_inference_steps", "6", "--output", str(tmp_path / "cli.png")]  # fmt: skip
     assert cli.main(words) == 0
+    assert read_parameters(again) == read_parameters(tmp_path / "cli.png")
     assert again.read_bytes() == (tmp_path / "cli.png").read_bytes()
 
     page.reload()  # the history is on the disk

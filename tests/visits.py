@@ -23,6 +23,14 @@ def executable():
     return next((found for found in map(shutil.which, names) if found), None)
 
 
+def settle(page):
+    """Wait until nothing moves: panels have opened, transitions of colours and sizes have ended."""
+    page.wait_for_function(
+        """() => document.getAnimations().every((one) =>
+          one.playState !== "running" || !Number.isFinite(one.effect.getComputedTiming().endTime))"""
+    )
+
+
 class Visit:
     """One visitor's page, with the hosts it has asked and the errors of its console."""
 
@@ -72,11 +80,7 @@ class Visit:
         self.page.emulate_media(color_scheme=self.scheme)
 
     def settle(self):
-        """Wait until nothing moves: transitions of colours and sizes have ended."""
-        self.page.wait_for_function(
-            """() => document.getAnimations().every((one) =>
-              one.playState !== "running" || !Number.isFinite(one.effect.getComputedTiming().endTime))"""
-        )
+        settle(self.page)
 
     def close(self):
         """End the visit: nothing may have been asked of another host, and no script may have failed."""
