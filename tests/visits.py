@@ -57,9 +57,9 @@ class Visit:
         self.page.get_by_role("tab", name=name).click()
 
     def choose(self, selector, option):
-        """Choose an entry of a dropdown."""
+        """Choose an entry of a dropdown; another one's list may still be about to close."""
         self.page.locator(f"{selector} input").click()
-        self.page.get_by_role("option", name=option, exact=True).click()
+        self.page.locator(selector).get_by_role("option", name=option, exact=True).click()
 
     def fill(self, selector, text):
         self.page.locator(f"{selector} textarea, {selector} input").first.fill(text)
