@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -38,7 +39,10 @@ PRIOR_TARGETS = ("base", "images")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
 """Forms the frozen base can be loaded in, by the library that does it."""
 
-ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "came", "schedulefree", "adafactor")
+"""Optimizers that have a name."""
+
+ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run", "hub_token")
 """What is meant for one start of a run, and is no part of it."""
 
 BUDGETS = ("reducer_time", "reducer_memory", "reducer_depth", "reducer_plan")
@@ -208,6 +212,21 @@ class TrainingConfig(AdapterOptions):
     lr_warmup_steps: int = option(0, "warm-up steps of the schedule", OPTIMIZER, bounds=NATURAL, fixed=True)
     lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", OPTIMIZER, bounds=COUNT, fixed=True)
     lr_power: float = option(1.0, "power of the polynomial schedule", OPTIMIZER, bounds=NATURAL, fixed=True)
+    optimizer: str = option(
+        "adamw",
+        f"{', '.join(OPTIMIZERS)}, or a class by its import path",
+        OPTIMIZER,
+        fixed=True,
+    )
+    optimizer_args: list[str] = option([], "further arguments of the optimizer, as KEY=VALUE", OPTIMIZER, fixed=True)
+    use_ema: bool = option(False, "keep and draw with a moving average of the weights", OPTIMIZER, fixed=True)
+    ema_decay: float = option(
+        0.999,
+        "most that the moving average keeps of the past",
+        OPTIMIZER,
+        bounds=Bounds(at_least=0, below=1),
+        fixed=True,
+    )
     adam_beta1: float = option(0.9, "AdamW's beta1", OPTIMIZER, bounds=Bounds(at_least=0, below=1), fixed=True)
     adam_beta2: float = option(0.999, "AdamW's beta2", OPTIMIZER, bounds=Bounds(at_least=0, below=1), fixed=True)
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay", OPTIMIZER, bounds=NATURAL, fixed=True)
@@ -251,6 +270,20 @@ class TrainingConfig(AdapterOptions):
         OUTPUT,
         choices=tuple(SAVED),
     )
+    report_to: list[str] = option(
+        [],
+        "trackers to show metrics and images in: tensorboard, wandb, comet_ml, trackio, ... (see accelerate), all or none "
+        "(default: tensorboard where it is installed)",
+        OUTPUT,
+    )
+    logging_dir: str = option("logs", "folder for trackers' files, in output_dir", OUTPUT, form=False)
+    push_to_hub: bool = option(False, "upload the result to the Hugging Face hub at the end", OUTPUT, form=False)
+    hub_model_id: str | None = option(
+        None, "model on the hub to upload to (default: the name of output_dir, in your account)", OUTPUT, form=False
+    )
+    hub_token: str | None = option(
+        None, "token for the upload (default: that of `hf auth login`, or HF_TOKEN)", OUTPUT, form=False
+    )
     overwrite_output_dir: bool = option(
         False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False
     )
@@ -278,7 +311,7 @@ class TrainingConfig(AdapterOptions):
     )
 
     def __post_init__(self) -> None:
-        for name in ("class_prompt", "validation_prompt", "target_modules"):
+        for name in ("class_prompt", "validation_prompt", "target_modules", "optimizer_args", "report_to"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self.check()
@@ -286,6 +319,16 @@ class TrainingConfig(AdapterOptions):
     def check(self) -> None:
         """Raise :class:`EffiLoRAError` for values that can't work; one sentence each."""
         check_options(self)
+        plain = self.optimizer.lower().replace("_", "").replace("-", "").removesuffix("optimizer")
+        if "." not in self.optimizer:  # no import path
+            self.optimizer = {"adamwschedulefree": "schedulefree"}.get(plain, plain)
+            if self.optimizer not in OPTIMIZERS:
+                raise EffiLoRAError(
+                    f"--optimizer must be one of {', '.join(OPTIMIZERS)}, or a class by its import path as torch.optim.RMSprop, "
+                    f"not {plain[:100]!r}"
+                )
+        if Path(self.logging_dir).is_absolute() or ".." in Path(self.logging_dir).parts:
+            raise EffiLoRAError("--logging_dir is the name of a folder in output_dir: logs, for example")
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))

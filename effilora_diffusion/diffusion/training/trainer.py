@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary, write_report
 from .notes import caption_table, notes, trigger_prompt
-from .optim import learning_rates, make_optimizer, use_all_cores
+from .optim import learning_rates, use_all_cores
+from .optimizers import averaged, run_optimizer
 from .processes import Processes, launch_note, start
+from .trackers import Trackers
 from .validation import Validation
 
 CALIBRATION_BATCHES = 8
@@ -102,11 +105,14 @@ class Trainer:
         prompts = config.validation_prompt or [one.prompt for one in parts.concepts] or [config.instance_prompt or ""]
         prompts = [prompt for prompt in prompts if prompt]
         draw = sampler(config, self.family)
-        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own)
+        self.trackers = Trackers(accelerator, config, self.output / config.logging_dir, self.say)
+        show = self.trackers.images
+        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own, show)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
-        self.optimizer = make_optimizer(config, self.adapter, factor)
-        self.adapter.keep_heads(self.optimizer)
+        self.optimizer = run_optimizer(
+            config, self.adapter.parameters(), config.learning_rate * factor, self.adapter.keep_heads
+        )
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
@@ -190,13 +196,19 @@ class Trainer:
 
                 self.loop.run(self.step, self.steps, after_step)
             self.signals.how = " while the result was written: --resume_from_checkpoint latest completes it"
-            return self._finish()
+            self._check_learned()
+            self._checkpoint()
+            with averaged(self.optimizer):
+                return self._finish()
         finally:
+            self.trackers.close()
             self.folder.release()
 
     def _resume(self, checkpoint: Path) -> None:
         """Continue from ``checkpoint``; raises :class:`EffiLoRAError` if there is nothing left to do."""
-        state = load_checkpoint(checkpoint, self.adapter, self.optimizer, self.fingerprint)
+        state = load_checkpoint(
+            checkpoint, self.adapter, self.optimizer, self.fingerprint, partial(run_optimizer, self.config, peak=1e-3)
+        )
         self.step, self.seconds = state.step, state.seconds
         self.reducer.load_state_dict(state.reducer)
         check_resumed(self.config, self.reducer.plan, checkpoint)
@@ -213,13 +225,17 @@ class Trainer:
     def _open_output(self) -> None:
         """Begin to write: settings, logs without the steps that are done again, images of the base before training."""
         if self.is_main:
+            config = self.config
             self.folder.open(self.checkpoint)
-            write_text(self.folder.own(CONFIG_FILE), with_plan(self.config, self.reducer.plan).to_yaml())
+            write_text(self.folder.own(CONFIG_FILE), with_plan(config, self.reducer.plan).to_yaml())
             self.folder.own(METRICS_FILE)
             if self.reducer.log is not None:
                 self.folder.own(REDUCER_FILE)
             trim_log(self.output / METRICS_FILE, self.step + 1)
             trim_log(self.output / REDUCER_FILE, self.step)
+            if self.trackers.names:
+                self.folder.own(config.logging_dir)
+            self.trackers.open(self.step)
             with self.adapter.disabled():  # a resumed run shows the base before training, too
                 self.validation.draw(0)
         self.processes.wait_for_everyone()
@@ -258,6 +274,7 @@ class Trainer:
         active, layers = len(self.reducer.active), len(self.reducer.blocks)
         line = {"step": self.step, **metrics, "active_layers": active}
         append_line(self.output / METRICS_FILE, json.dumps(line))
+        self.trackers.log(metrics, self.step)
         bar.update()
         heads = self.adapter.config.heads
         bar.set_postfix_str(
@@ -285,16 +302,19 @@ class Trainer:
         if self.step < self.steps and every and self.step % every == 0:
             if self.is_main:
                 self.adapter.eval()
-                self.validation.draw(self.step)
+                with averaged(self.optimizer):
+                    self.validation.draw(self.step)
                 self.adapter.train()
             self.processes.wait_for_everyone()
 
-    def _finish(self) -> Summary:
-        """Write the output folder; refuses to call a run that changed nothing a success."""
-        self.adapter.eval()
+    def _check_learned(self) -> None:
+        """Refuse to call a run that changed nothing a success."""
         if not has_learned(self.adapter, self.parts.initial):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
-        self._checkpoint()
+
+    def _finish(self) -> Summary:
+        """Write the output folder."""
+        self.adapter.eval()
         if self.is_main and (told := spent(self.output / METRICS_FILE, self.reducer.plan)) is not None:
             self.say(told)
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)

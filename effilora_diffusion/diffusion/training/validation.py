@@ -18,10 +18,19 @@ from ..sampling.png import save_png
 class Validation:
     """Draws ``count`` images of every prompt with the adapter as it stands, and keeps what it drew.
 
-    ``own`` turns a name in the run's folder into the path to write.
+    ``own`` turns a name in the run's folder into the path to write; ``show`` gets prompts, images by prompt, and the step.
     """
 
-    def __init__(self, prompts: list[str], count: int, seed: int, sampler: Sampler, own: Callable[[str], Path]):
+    def __init__(
+        self,
+        prompts: list[str],
+        count: int,
+        seed: int,
+        sampler: Sampler,
+        own: Callable[[str], Path],
+        show: Callable[[list[str], list[list[Image.Image]], int], None],
+    ):
+        self.show = show
         self.prompts, self.count, self.seed, self.sampler, self.own = prompts, count, seed, sampler, own
         self.drawn: dict[int, list[list[Image.Image]]] = {}
 
@@ -38,6 +47,7 @@ class Validation:
         self.drawn[step] = rows
         grid = labelled_grid(list(zip(self.prompts, rows, strict=True)), f"step {step}")
         save_png(grid, self.own(f"{SAMPLES_FOLDER}/step-{step:06d}.png"))
+        self.show(self.prompts, rows, step)
 
     def before_after(self, images: list[Path]) -> Path | None:
         """Write ``before_after.png``: the subject's images, then each prompt before and after, on the same seeds."""
