@@ -20,8 +20,11 @@ from .sites import Site
 TIMESTEP_FEATURES = 16
 """Width of the noise level's encoding that the ``timestep`` router reads."""
 
-GATE_SPREAD = 2 / math.sqrt(3)
-"""Deviation of the gates' logits of a fresh adapter, over inputs of unit size: at every rank, width and start of A."""
+GATE_SPREAD = 0.9
+"""Deviation of the logits of a fresh adapter's token gates: their entropy is .84 of that of equal gates then."""
+
+SHORTEST_CODE = 1e-6
+"""Squared length below which a code has no direction that gates follow."""
 
 SharedActivations = tuple[Tensor, tuple[Tensor, ...]]
 """What the linears of one site share for one input, see :meth:`EffiLoRA.activations`."""
@@ -70,13 +73,17 @@ def fresh_a(start: str, rank: int, width: int, generator: torch.Generator) -> Te
     return (torch.rand(rank, width, generator=generator) * 2 - 1) * (deviation * math.sqrt(3))
 
 
+def router_deviation(config: EffiLoRAConfig) -> float:
+    """Standard deviation of the entries of a fresh router."""
+    return GATE_SPREAD * math.sqrt(config.rank) / 2 if config.gate_input == "direction" else 1.0
+
+
 class EffiLoRA(nn.Module):
     """Owner of every A, head and router of one adapter (paper equations 1 and 2).
 
-    For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)``,
+    For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)`` (or of h's direction, see ``gate_input``),
     ``y = W x + strength * scale * sum_i w_i B_i h``. Heads start at zero, so a fresh adapter changes nothing. Routers
-    start at random: from equal gates all heads would receive the same gradient and stay copies of one another. Token routers
-    start shorter the longer the code h is, so that gates are as soft at rank 64 as at rank 4.
+    start at random: from equal gates all heads would receive the same gradient and stay copies of one another.
 
     Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the heads of all maps of the site stacked;
     ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head and concept routing; ``A``
@@ -127,19 +134,9 @@ class EffiLoRA(nn.Module):
         )
         routed = self.sites if config.has_routers else ()
         self.G = nn.ParameterList(
-            nn.Parameter(
-                torch.randn(*router_shape(config), generator=generator) * self._router_deviation(site, a_start)
-            )
-            for site in routed
+            nn.Parameter(torch.randn(*router_shape(config), generator=generator) * router_deviation(config))
+            for _ in routed
         )
-
-    def _router_deviation(self, site: Site, a_start: str) -> float:
-        """Of the entries of a fresh router."""
-        if self.config.routing != "token":
-            return 1.0
-        width = max(each.in_features for each in self.sites) if self.config.a_sharing == "slice" else site.in_features
-        rank = self.config.rank
-        return GATE_SPREAD / (a_deviation(a_start, rank, width) * math.sqrt(rank * site.in_features))
 
     def shared_a(self, site: Site) -> Tensor:
         """The A that reads this site's input, ``(r, in_features)``; with ``slice`` the first columns of the only one."""
@@ -234,6 +231,9 @@ class EffiLoRA(nn.Module):
         router = self.G[index].detach() if self.cut_sites[index] else self.G[index]
         if self.config.routing == "token":
             assert h is not None
+            if self.config.gate_input == "direction":
+                router = router * (2 / math.sqrt(self.config.rank))
+                h = h * torch.rsqrt(h.square().sum(0, keepdim=True) + SHORTEST_CODE)
             return torch.mm(router, h).softmax(0)
         if self.config.routing == "static":
             return router.softmax(0)
