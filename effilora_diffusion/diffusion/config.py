@@ -210,7 +210,14 @@ class TrainingConfig(AdapterOptions):
         fixed=True,
         form=False,
     )
-    learning_rate: float = option(5e-4, "peak learning rate", OPTIMIZER, bounds=POSITIVE, usual=True, fixed=True)
+    learning_rate: float = option(
+        5e-4,
+        "peak learning rate (the embedded base without a rate: 4e-3 with a_start kaiming)",
+        OPTIMIZER,
+        bounds=POSITIVE,
+        usual=True,
+        fixed=True,
+    )
     scale_lr: bool = option(
         False, "multiply the learning rate by processes, accumulation and batch size", OPTIMIZER, fixed=True
     )
