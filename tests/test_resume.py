@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from helpers import arguments, edit_json, files_in, make_subject, metrics, same_
 from effilora_diffusion.cli import train as launch
 from effilora_diffusion.core import EffiLoRAError, Reducer
 from effilora_diffusion.core.run_folder import RunFolder, checkpoints
-from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.training.checkpoints import (
     IMAGE_RUN,
     TrainingState,
@@ -107,24 +105,6 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(tiny_pipeline, subject,
         assert (output / last / name).read_bytes() == (unbroken / last / name).read_bytes(), name
     assert state_of(output / last) == state_of(unbroken / last)
     assert metrics(output) == metrics(unbroken)
-
-
-def test_a_run_of_a_version_with_other_gates_goes_on_with_them_bit_for_bit(
-    tiny_pipeline, subject, tmp_path, monkeypatch
-):
-    options = {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0, "learning_rate": 1e-2}
-    with monkeypatch.context() as earlier:
-        described = TrainingConfig.adapter_config
-        earlier.setattr(TrainingConfig, "adapter_config", lambda *args: replace(described(*args), gate_input="code"))
-        trainer(tiny_pipeline, subject, tmp_path / "unbroken", **options).run()
-    trainer(tiny_pipeline, subject, tmp_path / "today", **options).run()
-    output = killed_at(2, tmp_path / "unbroken", tmp_path / "out")
-    trainer(tiny_pipeline, subject, output, **options, resume_from_checkpoint="latest").run()
-    resumed, unbroken, today = (
-        (tmp_path / name / "effilora.safetensors").read_bytes() for name in ("out", "unbroken", "today")
-    )
-    assert resumed == unbroken != today
-    assert metrics(output) == metrics(tmp_path / "unbroken") != metrics(tmp_path / "today")
 
 
 def test_unbroken_run_is_worth_comparing(unbroken):

@@ -20,11 +20,8 @@ from .sites import Site
 TIMESTEP_FEATURES = 16
 """Width of the noise level's encoding that the ``timestep`` router reads."""
 
-GATE_SPREAD = 0.9
-"""Deviation of the logits of a fresh adapter's token gates: their entropy is .84 of that of equal gates then."""
-
-SHORTEST_CODE = 1e-6
-"""Squared length below which a code has no direction that gates follow."""
+GATE_LENGTH = 2.0
+"""Length of the rows of a fresh token router on an A by Kaiming's rule: at rank 4 its entries have deviation 1."""
 
 SharedActivations = tuple[Tensor, tuple[Tensor, ...]]
 """What the linears of one site share for one input, see :meth:`EffiLoRA.activations`."""
@@ -60,30 +57,26 @@ def router_shape(config: EffiLoRAConfig) -> tuple[int, ...]:
     return (config.heads, *rows)
 
 
-def a_deviation(start: str, rank: int, width: int) -> float:
-    """Standard deviation of the entries of a fresh A ``(rank, width)``."""
-    return 1 / rank if start == "gaussian" else 1 / math.sqrt(3 * width)
+def a_length(start: str, rank: int, width: int) -> float:
+    """How much longer than by Kaiming's rule the rows of a fresh A ``(rank, width)`` are."""
+    return math.sqrt(3 * width) / rank if start == "gaussian" else 1.0
 
 
 def fresh_a(start: str, rank: int, width: int, generator: torch.Generator) -> Tensor:
     """A fresh A, ``(rank, width)``: one of :data:`.A_STARTS`."""
-    deviation = a_deviation(start, rank, width)
     if start == "gaussian":
-        return torch.randn(rank, width, generator=generator) * deviation
-    return (torch.rand(rank, width, generator=generator) * 2 - 1) * (deviation * math.sqrt(3))
-
-
-def router_deviation(config: EffiLoRAConfig) -> float:
-    """Standard deviation of the entries of a fresh router."""
-    return GATE_SPREAD * math.sqrt(config.rank) / 2 if config.gate_input == "direction" else 1.0
+        return torch.randn(rank, width, generator=generator) / rank
+    bound = math.sqrt(3 / width) / math.sqrt(3)  # kaiming_uniform with a = sqrt(5), as PEFT's LoRA
+    return (torch.rand(rank, width, generator=generator) * 2 - 1) * bound
 
 
 class EffiLoRA(nn.Module):
     """Owner of every A, head and router of one adapter (paper equations 1 and 2).
 
-    For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)`` (or of h's direction, see ``gate_input``),
+    For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)``,
     ``y = W x + strength * scale * sum_i w_i B_i h``. Heads start at zero, so a fresh adapter changes nothing. Routers
-    start at random: from equal gates all heads would receive the same gradient and stay copies of one another.
+    start at random: from equal gates all heads would receive the same gradient and stay copies of one another. Token routers
+    start shorter the longer the code h is, so that gates are as soft at rank 64 as at rank 4.
 
     Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the heads of all maps of the site stacked;
     ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head and concept routing; ``A``
@@ -134,9 +127,19 @@ class EffiLoRA(nn.Module):
         )
         routed = self.sites if config.has_routers else ()
         self.G = nn.ParameterList(
-            nn.Parameter(torch.randn(*router_shape(config), generator=generator) * router_deviation(config))
-            for _ in routed
+            nn.Parameter(
+                torch.randn(*router_shape(config), generator=generator) * self._router_deviation(site, a_start)
+            )
+            for site in routed
         )
+
+    def _router_deviation(self, site: Site, a_start: str) -> float:
+        """Of the entries of a fresh router: for inputs of the same size the logits of all sites and ranks have the same one."""
+        if self.config.routing != "token":
+            return 1.0
+        rank, width = self.config.rank, site.in_features
+        widest = max(each.in_features for each in self.sites) if self.config.a_sharing == "slice" else width
+        return GATE_LENGTH / math.sqrt(rank) / (a_length(a_start, rank, widest) * math.sqrt(width / widest))
 
     def shared_a(self, site: Site) -> Tensor:
         """The A that reads this site's input, ``(r, in_features)``; with ``slice`` the first columns of the only one."""
@@ -231,9 +234,6 @@ class EffiLoRA(nn.Module):
         router = self.G[index].detach() if self.cut_sites[index] else self.G[index]
         if self.config.routing == "token":
             assert h is not None
-            if self.config.gate_input == "direction":
-                router = router * (2 / math.sqrt(self.config.rank))
-                h = h * torch.rsqrt(h.square().sum(0, keepdim=True) + SHORTEST_CODE)
             return torch.mm(router, h).softmax(0)
         if self.config.routing == "static":
             return router.softmax(0)

@@ -17,7 +17,6 @@ ROUTINGS = ("token", "static", "timestep", "concept")
 A_SHARINGS = ("width", "slice", "none")
 A_STARTS = ("kaiming", "gaussian")
 SCALINGS = ("standard", "rslora")
-GATE_INPUTS = ("direction", "code")
 PAPER_MODES = ("importance", "random", "off")
 REDUCER_MODES = (*PAPER_MODES, "depth")
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
@@ -136,9 +135,6 @@ class EffiLoRAConfig:
         dropout: dropout probability on the adapter's input in training.
         timestep_range: the model's timestep argument at pure noise, for ``timestep`` routing.
         scaling: ``"standard"`` or ``"rslora"`` (arXiv 2312.03732).
-        gate_input: what token routers read: the ``"direction"`` of the code A x, divided by sqrt(rank) / 2, so that gates are as
-            soft at every rank and however long A becomes, or the ``"code"`` itself. The second is the rule of files that name
-            none, and stands where there are no token routers.
         reducer: see :class:`ReducerConfig`.
         concepts: of ``concept`` routing, in the order of their heads.
         common_head: whether there is one more head, the last one, that acts always (``concept`` routing only).
@@ -153,7 +149,6 @@ class EffiLoRAConfig:
     dropout: float = 0.0
     timestep_range: float = 1000.0
     scaling: str = "standard"
-    gate_input: str = "direction"
     reducer: ReducerConfig = field(default_factory=ReducerConfig)
     concepts: tuple[Concept, ...] = ()
     common_head: bool = False
@@ -166,9 +161,6 @@ class EffiLoRAConfig:
         _check(self.routing in ROUTINGS, f"routing must be one of {ROUTINGS}, not {self.routing!r}")
         _check(self.a_sharing in A_SHARINGS, f"a_sharing must be one of {A_SHARINGS}, not {self.a_sharing!r}")
         _check(self.scaling in SCALINGS, f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
-        _check(self.gate_input in GATE_INPUTS, f"gate_input must be one of {GATE_INPUTS}, not {self.gate_input!r}")
-        if self.routing != "token" or self.heads == 1:
-            object.__setattr__(self, "gate_input", "code")
         dropout_ok = is_number(self.dropout, 0, 1) and self.dropout < 1
         _check(dropout_ok, f"dropout must be in [0, 1), not {self.dropout!r}")
         range_ok = is_number(self.timestep_range, 1e-6, 1e9)
@@ -206,12 +198,9 @@ class EffiLoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary with the format version.
 
-        Without what only concept routing has, where there is none, and without an input of gates that is the code:
-        earlier versions read these.
+        Without what only concept routing has, where there is none: earlier versions read the others.
         """
         found = {"format_version": FORMAT_VERSION, **asdict(self)}
-        if self.gate_input == "code":
-            del found["gate_input"]
         if self.routing != "concept":
             del found["concepts"], found["common_head"]
         return found
@@ -235,7 +224,6 @@ class EffiLoRAConfig:
         concepts = data.pop("concepts", ())
         _check(isinstance(concepts, tuple | list), "the adapter's concepts must be a list")
         found = tuple(Concept.from_dict(entry) for entry in concepts)
-        data.setdefault("gate_input", "code")
         return cls(**data, reducer=ReducerConfig(**reducer), concepts=found)
 
     @classmethod

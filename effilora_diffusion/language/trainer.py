@@ -8,7 +8,6 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +173,8 @@ class LanguageTrainer(Trainer):
                 f"--resume_from_checkpoint {folder}: it was trained on {content.metadata.get('base_model')}, "
                 "and this base has other weights"
             )
-        as_before = replace(self.adapter.config, gate_input=saved.config.gate_input)  # an earlier version's has none
-        if saved.config != as_before or saved.sites != self.adapter.sites:
+        if saved.config != self.adapter.config or saved.sites != self.adapter.sites:
             raise EffiLoRAError(f"--resume_from_checkpoint {folder}: its adapter has another configuration or base")
-        self.adapter.config = saved.config
         for target, source in zip(self.adapter.parameters(), saved.parameters(), strict=True):
             target.copy_(source)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,6 @@ def load_checkpoint(
             changed then.
     """
     state = read_state(folder, adapter)
-    _keep_gates(state.fingerprint, fingerprint, adapter)
     check_same_run(folder, state.fingerprint, fingerprint)
     saved = load_adapter_file(folder / CHECKPOINT_ADAPTER).adapter
     if saved.config != adapter.config or saved.sites != adapter.sites:
@@ -172,14 +171,6 @@ def load_checkpoint(
                 key: value if key == "step" else value.to(parameter.device) for key, value in moments[name].items()
             }
     return state
-
-
-def _keep_gates(saved: dict[str, Any], now: dict[str, Any], adapter: EffiLoRA) -> None:
-    """Let a run of an earlier version go on with the gates that it began with: these read the code itself."""
-    before = saved.get("adapter")
-    if isinstance(before, dict) and "gate_input" not in before:
-        adapter.config = replace(adapter.config, gate_input="code")
-        now["adapter"].pop("gate_input", None)
 
 
 def read_state(folder: Path, adapter: EffiLoRA) -> TrainingState:
