@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,9 +58,18 @@ def _disabled(model: Any) -> Iterator[None]:
         model.enable_adapters()
 
 
-def train(config: TrainingConfig) -> Family:
-    """Train a PEFT LoRA with the settings of ``config`` (its rank, not its heads); returns the adapted model."""
-    torch.manual_seed(config.seed)
+def train(
+    config: TrainingConfig,
+    init: bool | str = True,
+    after_step: Callable[[int, dict[str, float]], None] | None = None,
+    seed: int | None = None,
+) -> Family:
+    """Train a PEFT LoRA with the settings of ``config`` (its rank, not its heads); returns the adapted model.
+
+    ``init`` is as in :func:`inject`; ``after_step`` gets the number of steps done and the step's figures; ``seed``
+    is A's, where it is not the run's.
+    """
+    torch.manual_seed(config.seed if seed is None else seed)
     device = torch.device("cpu")
     family = make_family(load_base(config), device)
     objective = make_objective(config, family)
@@ -82,7 +91,7 @@ def train(config: TrainingConfig) -> Family:
             source.fill()
     assert sources[0] is not None
     drawer = BatchDrawer(family, objective, sources[0], sources[1], prior)
-    parameters = inject(family.model, config.rank, config.lora_alpha)
+    parameters = inject(family.model, config.rank, config.lora_alpha, init=init)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -99,5 +108,5 @@ def train(config: TrainingConfig) -> Family:
         lambda step, micro: drawer.draw(step * size, size),
         lambda batch: batch_loss(family, objective, batch, device, prior, partial(_disabled, family.model)),
         max_grad_norm=config.max_grad_norm,
-    ).run(0, config.max_train_steps)
+    ).run(0, config.max_train_steps, after_step)
     return family

@@ -37,7 +37,9 @@ def _follow_prompts(pipeline_or_model: Any, adapter: EffiLoRA) -> None:
         follow_prompts(pipeline_or_model)
 
 
-def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None, seed: int = 0) -> EffiLoRA:
+def create_adapter(
+    pipeline_or_model: Any, config: EffiLoRAConfig | None = None, seed: int = 0, a_start: str | None = None
+) -> EffiLoRA:
     """Create an adapter to be trained; until then it changes nothing.
 
     Args:
@@ -45,6 +47,8 @@ def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None,
         config: rank, heads, routing, targets; default: ``EffiLoRAConfig()``. ``target_modules`` are groups
             (``attention``, ``feed_forward``, for language models also ``paper`` and ``all-linear``) and name endings.
         seed: of the initial values of A and the routers.
+        a_start: what A starts as: ``"gaussian"`` as in diffusers' scripts (the default for diffusers models, whose learning
+            rates mean the same then) or ``"kaiming"`` as PEFT's LoRA elsewhere (the default for all other models).
 
     Returns:
         The adapter, on the CPU in float32, not yet attached.
@@ -61,12 +65,12 @@ def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None,
     if _comes_from(model, "diffusers"):
         from .diffusion.adapters.processors import create_adapter as create
 
-        return create(model, config, seed)
+        return create(model, config, seed, a_start or "gaussian")
     if _comes_from(model, "transformers"):
         from .language.targets import create_adapter as create
 
-        return create(model, config, seed)
-    return EffiLoRA(config, single_sites(model, config.target_modules), seed)
+        return create(model, config, seed, a_start or "kaiming")
+    return EffiLoRA(config, single_sites(model, config.target_modules), seed, a_start or "kaiming")
 
 
 def attach(pipeline_or_model: Any, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:

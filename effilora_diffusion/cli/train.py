@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import EffiLoRAError, exit_code
 from ..diffusion.config import PRECISIONS, TrainingConfig
 from ..diffusion.training.diffusers_flags import FLAGS, translate_diffusers_flags
-from ..diffusion.training.example import example_settings
+from ..diffusion.training.example import EMBEDDED_RATE, example_settings
 from .environment import prepare
 from .settings_parser import make_parser, parse
 
@@ -28,16 +28,30 @@ def parse_arguments(
 ) -> TrainingConfig:
     """Settings from the command line over those of ``--config`` over defaults.
 
-    If neither model nor images are named, ``example()`` gives the defaults (the embedded example).
+    If neither model nor images are named, ``example()`` gives the defaults (the embedded example); without a model and a rate
+    there are those of the embedded base.
     """
     parser = make_parser([TrainingConfig], DESCRIPTION, prog)
     for name in FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     given = parse(parser, [TrainingConfig], arguments, FLAGS)
     chosen = translate_diffusers_flags({**given.values, **given.extra})
-    named = any(chosen.get(name) for name in ("pretrained_model_name_or_path", "instance_data_dir", "concepts_list"))
-    presets = example() if example is not None and not named else {}
+    presets = _embedded(chosen, example) if example is not None else {}
     return TrainingConfig(**{**_launched_precision(), **presets, **chosen})
+
+
+def _embedded(chosen: dict[str, Any], example: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of a run on the embedded base, beside what was ``chosen``; none for other models.
+
+    A rate that somebody chose means what it means in diffusers' scripts, and then A starts as there.
+    """
+    if chosen.get("pretrained_model_name_or_path"):
+        return {}
+    named = chosen.get("instance_data_dir") or chosen.get("concepts_list")
+    found = {} if named else example()
+    if EMBEDDED_RATE.keys() & chosen.keys():
+        return {name: value for name, value in found.items() if name not in EMBEDDED_RATE}
+    return found if chosen.get("init_from") else {**found, **EMBEDDED_RATE}
 
 
 def _launched_precision() -> dict[str, str]:

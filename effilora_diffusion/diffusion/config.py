@@ -13,9 +13,20 @@ from typing import Any
 import yaml
 
 from ..core.concepts import Concept
-from ..core.config import REDUCER_MODES
+from ..core.config import A_STARTS, REDUCER_MODES
 from ..core.errors import EffiLoRAError
-from ..core.options import COUNT, NATURAL, POSITIVE, REDUCER, SHARE, AdapterOptions, Bounds, check_options, option
+from ..core.options import (
+    ADAPTER,
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    REDUCER,
+    SHARE,
+    AdapterOptions,
+    Bounds,
+    check_options,
+    option,
+)
 from .concepts_list import ConceptData, read_concepts
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -75,6 +86,12 @@ VALIDATION = "Validation"
 class TrainingConfig(AdapterOptions):
     """All settings of one training run."""
 
+    a_start: str = option(
+        "gaussian",
+        "what A starts as: gaussian as in diffusers' scripts, or kaiming, shorter, which takes a higher learning rate",
+        ADAPTER,
+        choices=A_STARTS,
+    )
     reducer: str = option(
         "off",
         "which blocks' heads are trained; depth: those after a cut, chosen by a budget",
@@ -197,7 +214,14 @@ class TrainingConfig(AdapterOptions):
         fixed=True,
         form=False,
     )
-    learning_rate: float = option(5e-4, "peak learning rate", OPTIMIZER, bounds=POSITIVE, usual=True, fixed=True)
+    learning_rate: float = option(
+        5e-4,
+        "peak learning rate (the embedded base without a rate: 4e-3 with a_start kaiming)",
+        OPTIMIZER,
+        bounds=POSITIVE,
+        usual=True,
+        fixed=True,
+    )
     scale_lr: bool = option(
         False, "multiply the learning rate by processes, accumulation and batch size", OPTIMIZER, fixed=True
     )

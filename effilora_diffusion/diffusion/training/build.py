@@ -88,7 +88,7 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
     adapter_config = replace(config.adapter_config(concepts), timestep_range=family.timestep_range)
     initial: AdapterFile | None = None
     if config.init_from is None:
-        adapter = create_adapter(family.model, adapter_config, config.seed)
+        adapter = create_adapter(family.model, adapter_config, config.seed, config.a_start)
     else:
         source = initial_file(config.init_from)
         initial = read_initial(source, family.pipe, family.component, adapter_config)
