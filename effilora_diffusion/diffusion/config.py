@@ -251,6 +251,13 @@ class TrainingConfig(AdapterOptions):
         OUTPUT,
         choices=tuple(SAVED),
     )
+    export_distillation_steps: int = option(
+        60,
+        "optimizer steps in which the plain LoRA learns the adapter's predictions, where it can't be exact; 0: only "
+        "fitted by least squares",
+        OUTPUT,
+        bounds=NATURAL,
+    )
     overwrite_output_dir: bool = option(
         False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False
     )

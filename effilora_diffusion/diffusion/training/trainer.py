@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
+from ...core import AdapterFile, EffiLoRAError, Reducer, save_adapter_file
 from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
 from ...core.initial import has_learned
@@ -23,6 +23,7 @@ from ...core.run_folder import (
     COMPARISON_FILE,
     CONFIG_FILE,
     METRICS_FILE,
+    PLAIN_COMPARISON_FILE,
     REDUCER_FILE,
     RunFolder,
     plain_names,
@@ -46,10 +47,9 @@ from .loss import batch_loss
 from .model_card import Summary, write_report
 from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, make_optimizer, use_all_cores
+from .plain import RATE, PlainForm, PlainMaker
 from .processes import Processes, launch_note, start
 from .validation import Validation
-
-CALIBRATION_BATCHES = 8
 
 
 class Trainer:
@@ -105,12 +105,13 @@ class Trainer:
         self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
+        self.rate = config.learning_rate * factor
         self.optimizer = make_optimizer(config, self.adapter, factor)
         self.adapter.keep_heads(self.optimizer)
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
-            learning_rates(config, self.steps, config.learning_rate * factor),
+            learning_rates(config, self.steps, self.rate),
             self._batch,
             self._loss,
             config.gradient_accumulation_steps,
@@ -155,12 +156,12 @@ class Trainer:
 
     def _cache(self, prior: list[list[Example]]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance, classes = example_sources(self.parts, prior)
+        instance, classes, others = example_sources(self.parts, prior)
         with self.family.encoders():
-            for source in (instance, classes):
+            for source in (instance, classes, others):
                 if source is not None:
                     source.fill(everything=self.accelerator.device.type != "cpu")
-        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior)
+        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior, others)
 
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
@@ -305,8 +306,9 @@ class Trainer:
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
         if self.is_main:
-            calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
-            content = AdapterFile(self.adapter, self._metadata(summary), calibration)
+            maker, summary.plain = self._plain_form()
+            content = AdapterFile(self.adapter, self._metadata(summary), summary.plain.calibration)
+            content.plain = summary.plain.adapter if summary.plain.distilled else None
             dtype = getattr(torch, SAVED[self.config.save_precision])
             content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
             self.folder.forget_earlier()
@@ -315,10 +317,19 @@ class Trainer:
             self._show("the last images", lambda: self.validation.draw(self.steps))
             images = [example.path for example in self.parts.examples]
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
+            if (plain := summary.plain.adapter) is not None:
+                self._show(PLAIN_COMPARISON_FILE, lambda: self.validation.beside_plain(lambda: maker.instead(plain)))
             self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
             self.folder.finish()
         self.processes.wait_for_everyone()
         return summary
+
+    def _plain_form(self) -> tuple[PlainMaker, PlainForm]:
+        """Make the plain LoRA, with as many rows at a time as a training step has."""
+        c = self.config
+        device, scaled = self.accelerator.device, self.loop.scaler.is_enabled()
+        maker = PlainMaker(self.family, self.objective, self.adapter, self.batches, device, c.train_batch_size)
+        return maker, maker.make(c.export_distillation_steps, RATE * self.rate, self.say, scaled)
 
     def _export(self, content: AdapterFile, dtype: torch.dtype, concept: str | None) -> None:
         """Write the plain LoRA, of one concept where there are several."""
@@ -354,14 +365,8 @@ class Trainer:
             "trigger_prompt": summary.prompt,
             "steps": self.steps,
             "images": len(self.parts.examples),
-            "export_error": summary.export_error,
+            **summary.plain.facts,
         }
-
-    @torch.no_grad()
-    def _drive(self) -> None:
-        """Show the adapter typical inputs: training images at all noise levels."""
-        for index in range(CALIBRATION_BATCHES):
-            self._loss(self.batches.validation(self.steps + index))
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
