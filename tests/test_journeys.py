@@ -336,7 +336,7 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
     one.shot("adapters")
     one.choose("#format", "kohya")
     page.locator("#export").click()
-    one.says("#adapter-status", "Plain LoRA for kohya: least squares")
+    one.says("#adapter-status", "Plain LoRA for kohya: a fit")
     with page.expect_download() as download:
         page.locator("#exported a").first.click()
     assert download.value.suggested_filename == "my friend-s cat-kohya.safetensors"

@@ -52,9 +52,15 @@ def single_concept(adapter: EffiLoRA, name: str | None) -> EffiLoRA:
     return single
 
 
-def describe_export_error(error: float | None) -> str:
-    """How close the plain LoRA is, in words; ``error`` is its relative output error, ``None`` where it is exact."""
-    return "exact" if error is None else f"least squares, {error:.1%} of the update missing"
+def describe_export_error(error: float | None, others: float | None = None) -> str:
+    """How close the plain LoRA is, in words.
+
+    ``error`` is its relative error, ``None`` where it is exact; ``others`` that on everything but the subject, if it is known.
+    """
+    if error is None:
+        return "exact"
+    missing = f"a fit, {error:.1%} of the update missing"
+    return missing if others is None else f"{missing} on the subject, {others:.1%} on everything else"
 
 
 class Moments:
