@@ -16,8 +16,7 @@ from .preservation import Preservation
 class BatchDrawer:
     """Draws micro-batches of instance images, and of class images behind them for prior preservation.
 
-    ``others`` are the rows that stand for everything but the subject where the plain LoRA is made: the class images, else
-    what :func:`.other_rows` finds.
+    ``others`` are the rows that stand for everything but the subject where a plain LoRA is fitted; by default the class images.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class BatchDrawer:
     ):
         self.family, self.objective, self.instance = family, objective, instance
         self.classes, self.prior = classes, prior
-        self.others = classes if others is None else others
+        self.others = others or classes or instance
         self.seed = instance.preparation.seed
 
     def draw(self, first: int, count: int) -> Batch:
@@ -61,7 +60,6 @@ class BatchDrawer:
         Each kind's noise levels are spread evenly; a row is a function of ``purpose``, ``index`` and its number. All count as
         instances, and captions are left out.
         """
-        assert self.others is not None
         each, rows, noise, levels = count // 2, [], [], []
         for number in numbers:
             kind, source = ("others", self.others) if number % 2 else ("subject", self.instance)

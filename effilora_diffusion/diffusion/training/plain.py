@@ -42,8 +42,14 @@ STEP_ROWS = 6
 MOST = 1e6
 """Largest gap that is told."""
 
+OTHERS_WEIGHT = 4.0
+"""Weight of a row of everything else: the adapter changes little there, so that errors are small and count all the same."""
+
 RATE = 0.3
-"""Peak learning rate of the distillation, relative to the run's."""
+"""Peak learning rate of the distillation, relative to the root mean square of the heads and to the gap of the fit on the subject.
+
+Adam moves every weight by about the rate in a step, and that far the plain LoRA has to go, whatever the run's own rate.
+"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class PlainMaker:
         batches: of the run, with rows of everything else.
         device: of the model.
         rows: most rows of a batch with gradients.
+        rate: see :data:`RATE`.
     """
 
     def __init__(
@@ -124,12 +131,14 @@ class PlainMaker:
         batches: BatchDrawer,
         device: torch.device,
         rows: int,
+        rate: float = RATE,
     ):
         self.family, self.objective, self.adapter = family, objective, adapter
         self.batches, self.device, self.rows = batches, device, min(rows, STEP_ROWS)
+        self.rate = rate
 
-    def make(self, steps: int, rate: float, say: Callable[[str], None], scaled: bool = False) -> PlainForm:
-        """Fit, then distil in ``steps`` optimizer steps of the peak learning rate ``rate``; 0 steps: only fit.
+    def make(self, steps: int, say: Callable[[str], None], scaled: bool = False) -> PlainForm:
+        """Fit, then distil in ``steps`` optimizer steps; 0 steps: only fit.
 
         ``scaled``: scale losses for float16. Whatever goes wrong while distilling, there is the fit; ``say`` tells it.
         """
@@ -138,19 +147,18 @@ class PlainMaker:
         calibration, _ = calibrate(self.family.model, self.adapter, self._drive)
         plain = fitted(self.adapter, calibration)
         with self.beside(plain):
-            gauge = _Gauge(self, plain)
+            gauge = Gauge(self, plain)
             gap, missed = gauge.gap()
             form = PlainForm(calibration, plain, False, gap, gap)
             if steps:
                 start = [value.detach().clone() for value in plain.parameters()]
                 try:
-                    self._distil(plain, steps, rate, say, scaled)
+                    self._distil(plain, steps, self._peak(gap), say, scaled)
                     form.gap, left = gauge.gap()
                     form.distilled = left < missed
                 except (EffiLoRAError, torch.OutOfMemoryError) as error:
-                    say(
-                        f"note: the plain LoRA could not be distilled ({str(error)[:200]}): it is the least-squares fit"
-                    )
+                    reason = " ".join(str(error).split())[:200]
+                    say(f"note: the plain LoRA is only a least-squares fit, it could not be distilled: {reason}")
                 if not form.distilled:
                     form.gap = gap
                     with torch.no_grad():
@@ -188,21 +196,28 @@ class PlainMaker:
         for index in range(CALIBRATION_BATCHES):
             self.predict(self.batches.mixed("calibration", index, range(BATCH), BATCH))
 
+    def _peak(self, gap: Gap) -> float:
+        """The peak learning rate that closes ``gap``."""
+        squares = torch.stack([heads.detach().square().mean() for heads in self.adapter.B])
+        return self.rate * min(1.0, gap.subject) * float(squares.mean().sqrt())
+
     def _distil(self, plain: EffiLoRA, steps: int, rate: float, say: Callable[[str], None], scaled: bool) -> None:
         """Train ``plain`` to predict what the adapter predicts; it acts afterwards."""
         began, pieces = time.time(), math.ceil(STEP_ROWS / self.rows)
 
-        def batch(step: int, micro: int) -> Batch:
+        def batch(step: int, micro: int) -> tuple[Batch, list[float]]:
             numbers = range(micro * self.rows, min(STEP_ROWS, (micro + 1) * self.rows))
-            return self.batches.mixed("distillation", step, numbers, STEP_ROWS)
+            weights = [OTHERS_WEIGHT if number % 2 else 1.0 for number in numbers]
+            return self.batches.mixed("distillation", step, numbers, STEP_ROWS), weights
 
-        def loss(rows: Batch) -> Tensor:
+        def loss(micro_batch: tuple[Batch, list[float]]) -> Tensor:
+            rows, weights = micro_batch
             with torch.no_grad():
                 self.adapter.enabled, plain.enabled = True, False
                 wanted = self.predict(rows)
             self.adapter.enabled, plain.enabled = False, True  # still so when the backward pass recomputes
             errors = (self.predict(rows) - wanted).square().flatten(1).mean(1)
-            return errors.sum() * pieces / STEP_ROWS
+            return (errors * errors.new_tensor(weights)).sum() * pieces / STEP_ROWS
 
         parameters = list(plain.parameters())
         loop = Loop(
@@ -213,6 +228,7 @@ class PlainMaker:
             loss,
             pieces,
             scaler=torch.amp.GradScaler(self.device.type, enabled=scaled),
+            name_of=lambda micro_batch: f"the plain LoRA, {', '.join(micro_batch[0].names[:4])}",
         )
         with tqdm(total=steps, unit="step", desc=NAME, leave=False) as bar:
 
@@ -223,7 +239,7 @@ class PlainMaker:
         say(f"plain LoRA  distilled in {steps} steps, {time.time() - began:.0f} s")
 
 
-class _Gauge:
+class Gauge:
     """What the base and the adapter predict for rows that nothing was fitted to, and how far off the plain LoRA is there.
 
     Predictions are kept: the size of the latents, four kilobytes to a megabyte a row.
@@ -247,13 +263,13 @@ class _Gauge:
 
     @torch.no_grad()
     def gap(self) -> tuple[Gap, float]:
-        """The plain LoRA's gap as it is now, and its summed squared error; it acts afterwards."""
+        """The plain LoRA's gap as it is now, and its summed squared errors, weighted as when distilling; it acts afterwards."""
         self.plain.enabled, self.maker.adapter.enabled = True, False
         missed = torch.zeros(2, dtype=torch.float64)
         for index, wanted in enumerate(self.wanted):
             missed += _by_kind(self.maker.predict(self._batch(index)).cpu() - wanted)
         share = (missed / self.sizes.clamp_min(1e-30)).sqrt().nan_to_num(MOST, MOST).clamp_max(MOST)
-        return Gap(*share.tolist()), float(missed.sum())
+        return Gap(*share.tolist()), float(missed[0] + OTHERS_WEIGHT * missed[1])
 
 
 def _by_kind(difference: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from .loss import batch_loss
 from .model_card import Summary, write_report
 from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, make_optimizer, use_all_cores
-from .plain import RATE, PlainForm, PlainMaker
+from .plain import PlainForm, PlainMaker
 from .processes import Processes, launch_note, start
 from .validation import Validation
 
@@ -105,13 +105,12 @@ class Trainer:
         self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
-        self.rate = config.learning_rate * factor
         self.optimizer = make_optimizer(config, self.adapter, factor)
         self.adapter.keep_heads(self.optimizer)
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
-            learning_rates(config, self.steps, self.rate),
+            learning_rates(config, self.steps, config.learning_rate * factor),
             self._batch,
             self._loss,
             config.gradient_accumulation_steps,
@@ -329,7 +328,7 @@ class Trainer:
         c = self.config
         device, scaled = self.accelerator.device, self.loop.scaler.is_enabled()
         maker = PlainMaker(self.family, self.objective, self.adapter, self.batches, device, c.train_batch_size)
-        return maker, maker.make(c.export_distillation_steps, RATE * self.rate, self.say, scaled)
+        return maker, maker.make(c.export_distillation_steps, self.say, scaled)
 
     def _export(self, content: AdapterFile, dtype: torch.dtype, concept: str | None) -> None:
         """Write the plain LoRA, of one concept where there are several."""
