@@ -3,7 +3,7 @@
 Trains the example subject once per routing and seed, makes its plain LoRA in several ways, loads each in a fresh stock pipeline
 with ``pipe.load_lora_weights``, and judges it as ``benchmarks.frontier`` does, beside the adapter itself: loss and change of the
 predictions, likeness (``rise_of_gap``) and drift of the images. Also checks that strength 0 and removal give the base's images
-back. Rows are appended to ``--rows`` and never measured twice, so that the command can be interrupted.
+back. Trained adapters and rows are kept in ``--work`` and neither is made twice, so that the command can be interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from PIL import Image
 
 from effilora_diffusion import load_adapter, remove_adapter
 from effilora_diffusion.core import AdapterFile, exit_code, is_exact, load_adapter_file
+from effilora_diffusion.core.files import ADAPTER_FILE
 from effilora_diffusion.diffusion.adapters.export import export
+from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.models import make_family
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training.batches import BatchDrawer
@@ -33,7 +35,7 @@ from effilora_diffusion.diffusion.training.plain import PlainForm, PlainMaker
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .frontier import Board, measured
-from .subject import OURS, draw_all, drift, settings
+from .subject import OTHER_PROMPTS, OURS, draw, draw_all, drift, settings
 
 FORMS: dict[str, tuple[bool, int]] = {
     "fit, subject alone": (False, 0),
@@ -42,6 +44,9 @@ FORMS: dict[str, tuple[bool, int]] = {
     "distilled, 120 steps": (True, 120),
 }
 """Ways to make a plain LoRA: whether rows of everything but the subject are seen, and steps of distillation."""
+
+SHORT = [str(example_settings()["instance_prompt"]), *OTHER_PROMPTS[:3]]
+"""Prompts for which the base's images must come back."""
 
 SHOWN = ("rise_of_gap", "drift", "loss", "change", "gap subject", "gap others", "grey levels", "seconds")
 
@@ -55,23 +60,37 @@ def difference(one: Images, other: Images) -> np.ndarray:
 
 
 class Method:
-    """One trained adapter and what is made of it; trained when it is first needed."""
+    """One trained adapter and what is made of it.
 
-    def __init__(self, board: Board, base: Images, name: str, seed: int, folder: Path, changes: dict[str, Any]):
-        self.board, self.base, self.folder = board, base, folder
-        rate = float(example_settings()["learning_rate"])
-        config = settings(name, seed, rate, str(folder / "run"), changes)
-        self.trainer = Trainer(replace(config, export_distillation_steps=0))
-        self.trainer.run()
-        self.content = load_adapter_file(folder / "run" / "effilora.safetensors")
+    Args:
+        board: judges.
+        config: of the run, which is not repeated where its adapter is in its folder.
+        folder: to write into.
+    """
+
+    def __init__(self, board: Board, config: TrainingConfig, folder: Path):
+        self.board, self.folder = board, folder
+        run = Path(config.output_dir)
+        if not (run / ADAPTER_FILE).exists():
+            Trainer(config).run()
+        self.content = load_adapter_file(run / ADAPTER_FILE)
+        self.trainer = Trainer(replace(config, output_dir=str(folder / "run")))  # for its batches
+        with torch.no_grad():
+            for target, value in zip(
+                self.trainer.adapter.parameters(), self.content.adapter.parameters(), strict=True
+            ):
+                target.copy_(value)
+        self.trainer.adapter.eval()
+        self.trainer.folder.release()
         pipe = load_pipeline(None)
-        adapter = load_adapter(pipe, folder / "run")
+        base = draw(pipe, SHORT)
+        adapter = load_adapter(pipe, run)
         self.native, self.images = self.judged(pipe)
         adapter.strength = 0.0
-        silent = draw_all(pipe)
+        silent = draw(pipe, SHORT)
         remove_adapter(pipe, adapter)
-        for images, what in ((silent, "strength 0"), (draw_all(pipe), "removal")):
-            if difference(base, images).max() > 0:
+        for images, what in ((silent, "strength 0"), (draw(pipe, SHORT), "removal")):
+            if difference((base, []), (images, [])).max() > 0:
                 raise AssertionError(f"{what} does not give the base's images back")
 
     def judged(self, pipe: Any) -> tuple[dict[str, float], Images]:
@@ -134,29 +153,33 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="change the example's settings (JSON)"
     )
-    parser.add_argument("--rows", type=Path, default=Path("outputs/plain_lora.jsonl"), help="where rows are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/plain_lora"), help="where adapters and rows are kept"
+    )
     args = parser.parse_args()
     changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
     torch.manual_seed(0)
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
-    board, base = Board(), draw_all(load_pipeline(None))
+    args.work.mkdir(parents=True, exist_ok=True)
+    board, kept, rate = Board(), args.work / "rows.jsonl", float(example_settings()["learning_rate"])
     for method, seed in ((method, seed) for seed in args.seeds for method in args.methods):
         exact = method in ("static", "1 head")
         keys = [
             {"method": method, "seed": seed, "form": form, "settings": changes}
             for form in ("adapter", *(["exact"] if exact else args.forms))
         ]
-        missing = [key for key in keys if not any(key.items() <= row.items() for row in measured(args.rows))]
+        missing = [key for key in keys if not any(key.items() <= row.items() for row in measured(kept))]
         if not missing:
             continue
+        output = args.work / "-".join([method, str(seed), *args.set])
+        config = settings(method, seed, rate, str(output), {**changes, "export_distillation_steps": 0})
         with tempfile.TemporaryDirectory() as folder:
-            trained = Method(board, base, method, seed, Path(folder), changes)
+            trained = Method(board, config, Path(folder))
             for key in missing:
                 row = {**key, **trained.row(key["form"])}
-                with args.rows.open("a", encoding="utf-8") as file:
+                with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}, flush=True)
-    print(table(measured(args.rows)))
+    print(table(measured(kept)))
 
 
 if __name__ == "__main__":
