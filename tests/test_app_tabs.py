@@ -76,7 +76,8 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in sorted(make_subject(tmp_path / "p", 2).iterdir())]
     rows = [["0.png", "good", "a red one"], ["1.png", "good", ""]]
-    hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1}
+    hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1,
+            "export_distillation_steps": 1}  # fmt: skip
     advanced = by_hand(session, **hand)
     update, text = tab.begin(files, rows, "a sks cat", "new cat", "quick", *advanced)
     assert text == "Starting ..."

@@ -69,7 +69,7 @@ def served(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("browser") / "outputs"
     short = {"max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
              "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
-             "validation_inference_steps": 4, "output_dir": str(outputs / "cat")}  # fmt: skip
+             "validation_inference_steps": 4, "export_distillation_steps": 2, "output_dir": str(outputs / "cat")}  # fmt: skip
     Trainer(TrainingConfig(**{**example_settings(), **short})).run()
     page = serve(
         argparse.Namespace(
@@ -336,7 +336,7 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
     one.shot("adapters")
     one.choose("#format", "kohya")
     page.locator("#export").click()
-    one.says("#adapter-status", "Plain LoRA for kohya: least squares")
+    one.says("#adapter-status", "Plain LoRA for kohya: a fit")
     with page.expect_download() as download:
         page.locator("#exported a").first.click()
     assert download.value.suggested_filename == "my friend-s cat-kohya.safetensors"

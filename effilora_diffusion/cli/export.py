@@ -29,4 +29,5 @@ def run(args: argparse.Namespace) -> None:
     content = load_adapter_file(adapter_file(args.adapter))
     format = args.format or default_format(content)
     error = export_lora(content, args.output, format, args.model, args.single_file_config, args.concept)
-    print(f"{args.output} ({format}, {describe_export_error(error or None)})")
+    others = content.metadata.get("export_error_others")
+    print(f"{args.output} ({format}, {describe_export_error(error or None, others)})")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapter import EffiLoRA, SharedActivations
 from .concepts import number_of
+from .config import ReducerConfig
 from .errors import EffiLoRAError
 
 RIDGE = 1e-6
@@ -51,9 +52,15 @@ def single_concept(adapter: EffiLoRA, name: str | None) -> EffiLoRA:
     return single
 
 
-def describe_export_error(error: float | None) -> str:
-    """How close the plain LoRA is, in words; ``error`` is its relative output error, ``None`` where it is exact."""
-    return "exact" if error is None else f"least squares, {error:.1%} of the update missing"
+def describe_export_error(error: float | None, others: float | None = None) -> str:
+    """How close the plain LoRA is, in words.
+
+    ``error`` is its relative error, ``None`` where it is exact; ``others`` that on everything but the subject, if it is known.
+    """
+    if error is None:
+        return "exact"
+    missing = f"a fit, {error:.1%} of the update missing"
+    return missing if others is None else f"{missing} on the subject, {others:.1%} on everything else"
 
 
 class Moments:
@@ -166,3 +173,19 @@ def to_lora(
                 raise EffiLoRAError(f"the plain LoRA of {path} is not finite: its heads or its calibration are broken")
             factors[path] = PlainLoRA(adapter.shared_a(site).detach().float().cpu().clone().contiguous(), up)
     return factors
+
+
+@torch.no_grad()
+def fitted(adapter: EffiLoRA, calibration: dict[str, Tensor]) -> EffiLoRA:
+    """The least-squares fit of ``adapter`` as an adapter with one head: its plain LoRA, which can be attached and trained.
+
+    It has the same A, sites and scale; raises :class:`EffiLoRAError` as :func:`to_lora` does.
+    """
+    factors = to_lora(adapter, calibration)
+    config = replace(adapter.config, heads=1, routing="static", dropout=0.0, reducer=ReducerConfig())
+    single = EffiLoRA(config, adapter.sites)
+    for key, value in adapter.A.items():
+        single.A[key].copy_(value)
+    for target, site in zip(single.B, adapter.sites, strict=True):
+        target[:, 0] = torch.cat([factors[path].up for path, _ in site.linears]) / config.scale
+    return single

@@ -201,7 +201,8 @@ def describe(facts: dict[str, Any]) -> str:
     """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
     alpha = config["alpha"] if config["alpha"] is not None else config["rank"]
-    export = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
+    error, others = facts.get("export_error", 0.0), facts.get("export_error_others")
+    export = describe_export_error(None if facts["exact_export"] else error, others)
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
         f"template        {facts['prompt_template']}"

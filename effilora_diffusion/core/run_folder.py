@@ -29,6 +29,7 @@ REDUCER_FILE = "reducer.jsonl"
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 COMPARISON_FILE = "before_after.png"
+PLAIN_COMPARISON_FILE = "plain_lora.png"
 SAMPLE_FILE = "sample.png"
 SAMPLES_FOLDER = "samples"
 

@@ -308,6 +308,13 @@ class TrainingConfig(AdapterOptions):
     hub_token: str | None = option(
         None, "token for the upload (default: that of `hf auth login`, or HF_TOKEN)", OUTPUT, form=False
     )
+    export_distillation_steps: int = option(
+        60,
+        "optimizer steps in which the plain LoRA learns the adapter's predictions, where it can't be exact; 0: only "
+        "fitted by least squares",
+        OUTPUT,
+        bounds=NATURAL,
+    )
     overwrite_output_dir: bool = option(
         False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False
     )

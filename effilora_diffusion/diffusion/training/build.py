@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ...core import AdapterFile, EffiLoRA, EffiLoRAError
+from ...core import AdapterFile, EffiLoRA, EffiLoRAError, is_exact
 from ...core.concepts import Concept
 from ...core.fingerprint import base_fingerprint
 from ...core.initial import initial_file, start_from
@@ -26,12 +26,15 @@ from ..data.concepts import ConceptSource, concept_rows, name_concepts, scan_con
 from ..data.folder import Example
 from ..data.images import Preparation
 from ..data.latents import ExampleSource
-from ..data.prior import ClassFolder
+from ..data.prior import ClassFolder, without_images
 from ..models import Family, make_family
 from ..models.pipelines import load_pipeline, quantization
 from ..sampling.generate import Sampler
 from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 from .preservation import Preservation, preservation
+
+OTHER_IMAGES = 16
+"""Images that are enough to see what an adapter does to unrelated prompts."""
 
 
 @dataclass
@@ -234,20 +237,27 @@ def class_prompts(parts: RunParts) -> list[tuple[list[Example], list[str]]]:
     ]
 
 
-def example_sources(parts: RunParts, prior: list[list[Example]]) -> tuple[Source, Source | None]:
-    """Where the rows of a run's batches come from: its images, and its class images, by folder, if it has any."""
+def example_sources(parts: RunParts, prior: list[list[Example]]) -> tuple[Source, Source | None, ExampleSource | None]:
+    """Where the rows of a run's batches come from: its images, and its class images, by folder, if it has any.
+
+    Without class images the third is what stands for everything but the subject where a plain LoRA has to be fitted: some
+    of the images without a prompt, which is also what guidance draws with.
+    """
 
     def source(examples: list[Example], purpose: str) -> ExampleSource:
         return ExampleSource(parts.family, examples, preparation(parts.config), purpose)
 
     names = [concept.name for concept in parts.concepts]
     classes: Source | None = source(prior[0], "class") if prior else None
+    others = None
+    if classes is None and not is_exact(parts.adapter):
+        others = source(without_images(parts.examples[:OTHER_IMAGES], [""]), "class")
     if len(prior) > 1:
         classes = concept_rows(source, zip(names, prior, strict=True), parts.weights, "class")
     if not names:
-        return source(parts.examples, "instance"), classes
+        return source(parts.examples, "instance"), classes, others
     groups = [(name, [example for example in parts.examples if example.concept == name]) for name in names]
-    return concept_rows(source, groups, parts.weights, "instance"), classes
+    return concept_rows(source, groups, parts.weights, "instance"), classes, others
 
 
 def sampler(config: TrainingConfig, family: Family) -> Sampler:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...core import is_exact
 from ..config import PRECISIONS, TrainingConfig
 from ..data.prior import ClassFolder
 from ..models import IMAGE, Family
@@ -39,6 +40,7 @@ class DryRunReport:
     weights: int
     encoders: int
     activations: int | None
+    plain: int = 0
     classes: list[str] = field(default_factory=list)
     concepts: list[str] = field(default_factory=list)
 
@@ -64,7 +66,7 @@ class DryRunReport:
             *(f"{'' if index else 'concepts':12}{concept}" for index, concept in enumerate(self.concepts)),
             *(f"class       {found}" for found in self.classes),
             f"adapter     rank {c.rank}, {c.heads} head{'s' if c.heads > 1 else ''}, {c.routing} routing on {self.linears} "
-            f"linears in {self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk{start}",
+            f"linears in {self.layers} blocks: {trained:,} parameters, {_size(4 * (trained + self.plain))} on disk{start}",
             f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
             f"memory      {total} while training: weights {_size(self.weights)}, adapter {_size(adapter)}, "
             f"activations {activations}; encoders before that {_size(self.encoders)}",
@@ -101,9 +103,19 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
         activations=_activations(parts, longest),
+        plain=_plain_parameters(parts),
         classes=_class_term(parts),
         concepts=_concepts(parts),
     )
+
+
+def _plain_parameters(parts: RunParts) -> int:
+    """Parameters of the plain LoRA that the adapter's file also holds: of the same A and of one head."""
+    adapter = parts.adapter
+    if is_exact(adapter) or not parts.config.export_distillation_steps:
+        return 0
+    shared, heads = (sum(value.numel() for value in values) for values in (adapter.A.values(), adapter.B))
+    return shared + heads // adapter.config.heads
 
 
 def _concepts(parts: RunParts) -> list[str]:

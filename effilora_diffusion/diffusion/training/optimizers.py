@@ -166,16 +166,17 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
         return
     before = [parameter.detach().clone() for parameter in parameters]
+    if schedule_free:
+        optimizer.eval()  # type: ignore[attr-defined]
     with torch.no_grad():
-        if schedule_free:
-            optimizer.eval()  # type: ignore[attr-defined]
         for parameter in parameters:
             if EMA in optimizer.state.get(parameter, {}):
                 parameter.copy_(optimizer.state[parameter][EMA])
-        try:
-            yield
-        finally:
-            if schedule_free:
-                optimizer.train()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if schedule_free:
+            optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)

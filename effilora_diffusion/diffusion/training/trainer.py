@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,21 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
-from ...core.errors import DEBUG
-from ...core.files import ADAPTER_FILE
+from ...core import EffiLoRAError, Reducer
 from ...core.initial import has_learned
 from ...core.rng import counter_seed
 from ...core.run_folder import (
-    CARD_FILE,
-    COMPARISON_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     REDUCER_FILE,
     RunFolder,
-    plain_names,
     trim_log,
 )
 from ...core.signals import Interrupted, StopSignals
 from ...core.writing import append_line, write_text
-from ..adapters.export import export, has_kohya_form
-from ..config import SAVED, TrainingConfig
+from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.prior import class_examples, without_images
-from ..models.pipelines import EMBEDDED_BASE
 from .batches import Batch, BatchDrawer
 from .budget import Measured, check_resumed, choose_plan, spent, with_plan
 from .build import RunParts, build, check_folders, check_hardware, class_prompts, example_sources, place, sampler
@@ -44,15 +35,14 @@ from .dry_run import dry_run_report
 from .identity import fingerprint, split_note
 from .loop import Loop
 from .loss import batch_loss
-from .model_card import Summary, write_report
+from .model_card import Summary
 from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, use_all_cores
 from .optimizers import averaged, run_optimizer
 from .processes import Processes, launch_note, start
+from .result import Result
 from .trackers import Trackers
 from .validation import Validation
-
-CALIBRATION_BATCHES = 8
 
 
 class Trainer:
@@ -161,12 +151,12 @@ class Trainer:
 
     def _cache(self, prior: list[list[Example]]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance, classes = example_sources(self.parts, prior)
+        instance, classes, others = example_sources(self.parts, prior)
         with self.family.encoders():
-            for source in (instance, classes):
+            for source in (instance, classes, others):
                 if source is not None:
                     source.fill(everything=self.accelerator.device.type != "cpu")
-        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior)
+        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior, others)
 
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
@@ -325,63 +315,11 @@ class Trainer:
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
         if self.is_main:
-            calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
-            content = AdapterFile(self.adapter, self._metadata(summary), calibration)
-            dtype = getattr(torch, SAVED[self.config.save_precision])
-            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
-            self.folder.forget_earlier()
-            for concept in self.adapter.concepts or (None,):
-                self._export(content, dtype, concept.name if concept else None)
-            self._show("the last images", lambda: self.validation.draw(self.steps))
-            images = [example.path for example in self.parts.examples]
-            self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
-            self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
-            self.folder.finish()
+            Result(self.config, self.parts, self.batches, self.validation, self.folder, self.say).write(
+                summary, self.accelerator.device, self.loop.scaler.is_enabled()
+            )
         self.processes.wait_for_everyone()
         return summary
-
-    def _export(self, content: AdapterFile, dtype: torch.dtype, concept: str | None) -> None:
-        """Write the plain LoRA, of one concept where there are several."""
-        plain, kohya = plain_names(concept)
-        export(content, self.folder.own(plain), "diffusers", dtype=dtype, concept=concept)
-        if has_kohya_form(content):
-            self._show(
-                kohya, lambda: export(content, self.folder.own(kohya), "kohya", dtype=dtype, concept=concept)
-            )  # fmt: skip
-
-    def _show(self, what: str, write: Callable[[], object]) -> None:
-        """Write what shows the result: whatever goes wrong here, the adapter is saved, and the run is a success."""
-        try:
-            write()
-        except Exception as error:
-            if os.environ.get(DEBUG) == "1":
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.say(f"note: the adapter is saved, but {what} could not be written: {reason}")
-
-    def _metadata(self, summary: Summary) -> dict[str, Any]:
-        """What the native file says about its origin."""
-        return {
-            "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
-            "single_file_config": self.config.single_file_config,
-            **self.parts.base,
-            "base_class": type(self.family.model).__name__,
-            "component": self.family.component,
-            "architecture": self.family.architecture,
-            "layers_per_block": self.family.model.config.get("layers_per_block"),
-            "prediction_type": self.family.pipe.scheduler.config.get("prediction_type"),
-            "resolution": self.config.resolution,
-            "trigger_prompt": summary.prompt,
-            "steps": self.steps,
-            "images": len(self.parts.examples),
-            "export_error": summary.export_error,
-        }
-
-    @torch.no_grad()
-    def _drive(self) -> None:
-        """Show the adapter typical inputs: training images at all noise levels."""
-        for index in range(CALIBRATION_BATCHES):
-            self._loss(self.batches.validation(self.steps + index))
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:

@@ -96,7 +96,8 @@ class AdaptersTab(DrawingTab):
         config, base = facts["config"], facts.get("base_model", "unknown")
         if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
-        gap = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
+        error, others = facts.get("export_error", 0.0), facts.get("export_error_others")
+        gap = describe_export_error(None if facts["exact_export"] else error, others)
         concepts = "; ".join(f"{one['name']}: {', '.join(one['triggers'])}" for one in config.get("concepts", ()))
         used = f"{facts['heads_used']} of {facts['heads_total']}"
         return {
