@@ -248,9 +248,9 @@ def test_other_routings_train_on_several_subjects_too(tiny_pipeline, tmp_path):
     ("text", "words"),
     [
         ("[", "not valid JSON"),
-        ("{}", "a JSON list of 1 to 63 objects"),
-        ("[]", "a JSON list of 1 to 63 objects"),
-        ("[3]", "entry 1 of .* is not a JSON object"),
+        ("{}", "a list of 1 to 63 objects"),
+        ("[]", "a list of 1 to 63 objects"),
+        ("[3]", "entry 1 of .* is not an object"),
         ('[{"instance_prompt": "a"}]', "has no instance_data_dir"),
         ('[{"instance_data_dir": "a", "instance_prompt": " "}]', "has no instance_prompt"),
         ('[{"instance_data_dir": "a", "instance_prompt": "b", "steps": 3}]', "unknown key 'steps'"),
@@ -291,7 +291,8 @@ def test_a_list_of_another_trainer_is_read(tmp_path):
         ),
         ({"sks": {"instance_data_dir": "no-such-folder"}}, {}, "'no-such-folder' does not exist"),
         ({}, {"routing": "token", "common_head": True}, "common_head are for concept routing"),
-        ({}, {"concepts_list": None}, "--routing concept needs --concepts_list"),
+        ({}, {"concepts_list": None}, "--routing concept needs --instance_prompt .* or --concepts_list"),
+        ({}, {"trigger": "sks"}, "--trigger is for a single subject .* into the subjects' list"),
     ],
 )
 def test_settings_that_can_not_work_are_refused_in_a_sentence(tiny_pipeline, tmp_path, changes, options, words):

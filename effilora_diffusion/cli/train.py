@@ -35,7 +35,8 @@ def parse_arguments(
         parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     given = parse(parser, [TrainingConfig], arguments, FLAGS)
     chosen = translate_diffusers_flags({**given.values, **given.extra})
-    named = any(chosen.get(name) for name in ("pretrained_model_name_or_path", "instance_data_dir", "concepts_list"))
+    own = ("pretrained_model_name_or_path", "instance_data_dir", "concepts_list", "concepts")
+    named = any(chosen.get(name) for name in own)
     presets = example() if example is not None and not named else {}
     return TrainingConfig(**{**_launched_precision(), **presets, **chosen})
 

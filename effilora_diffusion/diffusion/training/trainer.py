@@ -26,6 +26,7 @@ from ...core.run_folder import (
     REDUCER_FILE,
     RunFolder,
     plain_names,
+    separate,
     trim_log,
 )
 from ...core.signals import Interrupted, StopSignals
@@ -310,8 +311,8 @@ class Trainer:
             dtype = getattr(torch, SAVED[self.config.save_precision])
             content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
             self.folder.forget_earlier()
-            for concept in self.adapter.concepts or (None,):
-                self._export(content, dtype, concept.name if concept else None)
+            for concept in separate(self.adapter.concepts):
+                self._export(content, dtype, concept)
             self._show("the last images", lambda: self.validation.draw(self.steps))
             images = [example.path for example in self.parts.examples]
             self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
