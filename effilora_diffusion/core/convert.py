@@ -41,13 +41,18 @@ def single_concept(adapter: EffiLoRA, name: str | None) -> EffiLoRA:
     Raises:
         EffiLoRAError: ``name`` is no concept of the adapter, or ``None``.
     """
-    number, config = number_of(adapter.concepts, name), adapter.config
-    single = EffiLoRA(replace(config, heads=1, routing="static", concepts=(), common_head=False), adapter.sites)
-    gates = adapter.concept_gates([[number]]).heads
+    return fixed_heads(adapter, adapter.concept_gates([[number_of(adapter.concepts, name)]]).heads.tolist())
+
+
+@torch.no_grad()
+def fixed_heads(adapter: EffiLoRA, numbers: list[int]) -> EffiLoRA:
+    """The sum of some heads of an adapter with concepts, as an adapter with one head, which acts always."""
+    config = replace(adapter.config, heads=1, routing="static", concepts=(), common_head=False)
+    single = EffiLoRA(config, adapter.sites)
     for key, value in adapter.A.items():
         single.A[key].copy_(value)
     for target, heads in zip(single.B, adapter.B, strict=True):
-        target.copy_(heads.index_select(1, gates.to(heads.device)).sum(1, keepdim=True))
+        target.copy_(heads[:, numbers].sum(1, keepdim=True))
     return single
 
 

@@ -86,7 +86,7 @@ def check_entries(entries: Any, where: str) -> list[ConceptData]:
 
 
 def own_trigger(prompt: str, class_prompts: Sequence[str]) -> str:
-    """What names the only subject of a run: the words of its ``prompt`` that no class prompt has, ``sks`` of "a photo of sks cat".
+    """What names the only subject of a run: the words of its ``prompt`` that no class prompt has, as ``sks`` in "a sks cat".
 
     Raises:
         EffiLoRAError: there is no class prompt, no such word, or several that do not follow one another.

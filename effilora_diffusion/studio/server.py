@@ -52,7 +52,8 @@ document.addEventListener("keydown", (event) => {
   const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
   if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
 }, true);
-const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status", "draw-heads": "inspect-status" };
+const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status",
+  "draw-leakage": "compare-status", "draw-heads": "inspect-status" };
 document.addEventListener("click", (event) => {
   const button = event.target.closest && event.target.closest("button");
   if (button && below[button.id] && window.innerWidth <= 640)
