@@ -35,6 +35,7 @@ STYLE = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #slider { max-width: 460px; }
 #status p, #compare-status p { font-variant-numeric: tabular-nums; }
+.subject-note { padding: 4px 12px; background: var(--block-background-fill); }
 .trigger { align-self: center; padding-left: 4px; font-size: 14px; }
 @media (max-width: 480px) {
   .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }

@@ -31,7 +31,7 @@ ENOUGH = 3
 INTRODUCTION = (
     "Each subject learns in a part of the adapter of its own, which acts where a prompt has its **trigger**. A trigger is a "
     "rare word, as `sks` or `zwx`, that stands in the subject's trigger prompt and in no other subject's. Prompts without a "
-    "trigger stay as they were."
+    "trigger stay as they were. A subject of weight 2 is shown twice as often as one of weight 1."
 )
 
 
@@ -165,20 +165,20 @@ class SubjectsForm:
         """Lay the list out."""
         Markdown(INTRODUCTION, elem_id="subjects-words")
         self.count = gr.Number(2, visible=False, precision=0)
-        self.groups: list[gr.Group] = []
+        self.columns: list[gr.Column] = []
         self.parts: list[Any] = []
         self.notes: list[Any] = []
         for number in range(1, MOST_SUBJECTS + 1):
-            with gr.Group(visible=number <= 2, elem_id=f"subject-{number}") as group:
+            with gr.Column(visible=number <= 2, elem_id=f"subject-{number}") as column, gr.Group():
                 self._build_one(number)
-            self.groups.append(group)
+            self.columns.append(column)
         with gr.Row():
             self.more = gr.Button("Add a subject", size="sm", elem_id="subject-more", min_width=140)
             self.fewer = gr.Button("Remove the last one", size="sm", elem_id="subject-fewer", min_width=140)
 
     def _build_one(self, number: int) -> None:
         rare = ("sks", "zwx", "ohwx", "kbq", "vlt", "mzn")[number - 1]
-        files = gr.File(label=f"Subject {number}: 5 to 30 images", file_count="multiple", height=120, file_types=["image"],
+        files = gr.File(label=f"Subject {number}: 5 to 30 images", file_count="multiple", height=140, file_types=["image"],
                         elem_id=f"subject-{number}-files")  # fmt: skip
         note = Markdown("", elem_classes="subject-note")
         with gr.Row():
@@ -209,7 +209,7 @@ class SubjectsForm:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         for button, change in ((self.more, 1), (self.fewer, -1)):
             button.click(
-                lambda count, by=change: self.resized(count, by), self.count, [self.count, *self.groups], **hidden
+                lambda count, by=change: self.resized(count, by), self.count, [self.count, *self.columns], **hidden
             )
         for index, note in enumerate(self.notes):
             files = self.parts[FIELDS * index]
