@@ -10,6 +10,7 @@ from torch import nn
 
 from . import core
 from .core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
+from .core.convert import without_concepts
 from .core.files import LANGUAGE, adapter_path
 from .core.fingerprint import base_fingerprint
 from .core.load import Attach, host_model, load, remove
@@ -274,6 +275,33 @@ def export_lora(
     from .diffusion.adapters.export import export as export_image_adapter
 
     return export_image_adapter(content, Path(output), format, model, single_file_config, concept=concept)
+
+
+def remove_concepts(adapter: str | Path | AdapterFile, output: str | Path, *names: str) -> AdapterFile:
+    """Write an adapter of several concepts without some of them; nothing is trained, the others keep their bits.
+
+    Args:
+        adapter: native file, output folder of a training run, or an :class:`AdapterFile`; it is not changed.
+        output: the native file to write.
+        names: of the concepts to take out.
+
+    Returns:
+        What was written.
+
+    Raises:
+        EffiLoRAError: it has no concept of such a name, none would be left, or the output can't be written.
+
+    Example:
+        >>> remove_concepts("outputs/rex-and-mug", "rex.safetensors", "mug")
+    """
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    smaller = without_concepts(content.adapter, names)
+    facts = dict(content.metadata)
+    if facts.get("trigger_prompt") not in [concept.prompt for concept in smaller.concepts]:
+        facts["trigger_prompt"] = smaller.concepts[0].prompt or smaller.concepts[0].triggers[0]
+    found = AdapterFile(smaller, facts)
+    found.sha256 = save_adapter_file(Path(output), found)
+    return found
 
 
 def default_format(content: AdapterFile) -> str:

@@ -267,7 +267,7 @@ class EffiLoRA(nn.Module):
     def mixed_heads(self, index: int) -> Tensor:
         """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``.
 
-        With concept routing only the heads that act are computed: their sum, or ``(.., k r)`` where they differ by row.
+        With concept routing only the heads that act are computed: their mean, or ``(.., k r)`` where they differ by row.
         """
         heads = self.B[index]
         if self.config.routing == "concept":
@@ -277,7 +277,10 @@ class EffiLoRA(nn.Module):
                     f"adapter.set_concept({self.concepts[0].name!r})"
                 )
             acting = heads.index_select(1, self.routed.heads.to(heads.device))
-            return acting.sum(1) if self.row_gates is None else acting.flatten(1)
+            if self.row_gates is not None:
+                return acting.flatten(1)
+            shares = self.routed.shares
+            return acting.sum(1) if shares is None else torch.matmul(shares.to(acting), acting)
         if self.config.heads > 1 and self.config.routing == "static":
             gates = self.gates(index)
             assert gates is not None

@@ -7,7 +7,7 @@ calibration; the error itself needs ``E[w_i w_j h h^T]`` and is measured while t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,14 +42,43 @@ def single_concept(adapter: EffiLoRA, name: str | None) -> EffiLoRA:
     Raises:
         EffiLoRAError: ``name`` is no concept of the adapter, or ``None``.
     """
-    number, config = number_of(adapter.concepts, name), adapter.config
-    single = EffiLoRA(replace(config, heads=1, routing="static", concepts=(), common_head=False), adapter.sites)
-    gates = adapter.concept_gates([[number]]).heads
+    return fixed_heads(adapter, adapter.concept_gates([[number_of(adapter.concepts, name)]]).heads.tolist())
+
+
+@torch.no_grad()
+def fixed_heads(adapter: EffiLoRA, numbers: list[int]) -> EffiLoRA:
+    """The sum of some heads of an adapter with concepts, as an adapter with one head, which acts always."""
+    config = replace(adapter.config, heads=1, routing="static", concepts=(), common_head=False)
+    single = EffiLoRA(config, adapter.sites)
     for key, value in adapter.A.items():
         single.A[key].copy_(value)
     for target, heads in zip(single.B, adapter.B, strict=True):
-        target.copy_(heads.index_select(1, gates.to(heads.device)).sum(1, keepdim=True))
+        target.copy_(heads[:, numbers].sum(1, keepdim=True))
     return single
+
+
+@torch.no_grad()
+def without_concepts(adapter: EffiLoRA, names: Sequence[str]) -> EffiLoRA:
+    """A copy of ``adapter`` without some of its concepts; A, the other heads and the common one keep their bits.
+
+    Raises:
+        EffiLoRAError: one of ``names`` is no concept of the adapter, or none would be left.
+    """
+    config = adapter.config
+    if not config.concepts:
+        raise EffiLoRAError("the adapter has no concepts, of which one could be taken out")
+    gone = {number_of(config.concepts, name) for name in names}
+    kept = [number for number in range(len(config.concepts)) if number not in gone]
+    if not kept:
+        raise EffiLoRAError("no concept would be left in the adapter: keep one, or delete the file")
+    concepts = tuple(config.concepts[number] for number in kept)
+    heads = [*kept, len(config.concepts)] if config.common_head else kept
+    smaller = EffiLoRA(replace(config, heads=len(heads), concepts=concepts), adapter.sites)
+    for key, value in adapter.A.items():
+        smaller.A[key].copy_(value)
+    for target, found in zip(smaller.B, adapter.B, strict=True):
+        target.copy_(found[:, heads])
+    return smaller
 
 
 def describe_export_error(error: float | None, others: float | None = None) -> str:

@@ -27,7 +27,7 @@ from ..core.options import (
     check_options,
     option,
 )
-from .concepts_list import ConceptData, read_concepts
+from .concepts_list import ConceptData, check_entries, own_trigger, read_concepts
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
@@ -147,6 +147,16 @@ class TrainingConfig(AdapterOptions):
         "class_prompt, trigger, name and weight",
         DATA,
         usual=True,
+        form=False,
+    )
+    concepts: list[dict[str, Any]] = option(
+        [], "the subjects of concepts_list themselves, in a config file", DATA, form=False, command=False
+    )
+    trigger: list[str] = option(
+        [],
+        "with routing concept and a single subject: the words that name it (default: those of instance_prompt that no "
+        "class_prompt has)",
+        DATA,
         form=False,
     )
     resolution: int = option(
@@ -342,7 +352,7 @@ class TrainingConfig(AdapterOptions):
     )
 
     def __post_init__(self) -> None:
-        for name in ("class_prompt", "validation_prompt", "target_modules", "optimizer_args", "report_to"):
+        for name in ("class_prompt", "validation_prompt", "target_modules", "optimizer_args", "report_to", "trigger"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self.check()
@@ -363,26 +373,64 @@ class TrainingConfig(AdapterOptions):
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
-        if self.concepts_list and (self.instance_data_dir or self.instance_prompt):
-            raise EffiLoRAError(
-                "--concepts_list names folders and prompts: leave --instance_data_dir and --instance_prompt out"
-            )
-        if self.with_prior_preservation and not self.concepts_list:
-            self._check_prior(self.class_prompt, self.class_data_dir)
+        self._check_subjects()
         self._choose_mode()
-        self.adapter_config([Concept("any", ("any",))] if self.concepts_list else [])
+        self.adapter_config([Concept("any", ("any",))] if self.routing == "concept" else [])
+
+    def _check_subjects(self) -> None:
+        """Raise :class:`EffiLoRAError` where subjects are named in two ways, or not at all."""
+        lists = [name for name in ("concepts_list", "concepts") if getattr(self, name)]
+        if len(lists) > 1:
+            raise EffiLoRAError(
+                "--concepts_list names a file with the subjects, and concepts lists them: leave one out"
+            )
+        if lists and (self.instance_data_dir or self.instance_prompt):
+            raise EffiLoRAError(
+                f"{'--' if lists[0] == 'concepts_list' else ''}{lists[0]} names folders and prompts: leave --instance_data_dir "
+                "and --instance_prompt out"
+            )
+        if self.trigger and (lists or self.routing != "concept"):
+            raise EffiLoRAError(
+                "--trigger is for a single subject with --routing concept: leave it out"
+                + (", and write it into the subjects' list" if lists else "")
+            )
+        if self.routing == "concept" and not lists and not self.instance_prompt:
+            raise EffiLoRAError(
+                "--routing concept needs --instance_prompt with what names the subject, or --concepts_list for several"
+            )
+        if self.with_prior_preservation and not lists:
+            self._check_prior(self.class_prompt, self.class_data_dir)
+        if self.concepts:
+            check_entries(self.concepts, "concepts")
 
     def concept_data(self) -> list[ConceptData]:
-        """Read the subjects of ``concepts_list``; none where the run has a single one."""
-        entries = read_concepts(self.concepts_list) if self.concepts_list else []
+        """The subjects that the run tells apart: those of its list, or its only one with ``concept`` routing; else none.
+
+        Raises :class:`EffiLoRAError` for a list that can't be used, and where nothing tells what names the only subject.
+        """
+        if self.concepts:
+            entries = check_entries(self.concepts, "concepts")
+        elif self.concepts_list:
+            entries = read_concepts(self.concepts_list)
+        elif self.routing == "concept" and self.instance_data_dir:
+            return [self._only_subject()]
+        else:
+            return []
         if self.with_prior_preservation:
             for entry in entries:
                 prompt, folder = entry.class_prompt or self.class_prompt, entry.class_data_dir or self.class_data_dir
                 self._check_prior(prompt, folder, entry.instance_data_dir)
         return entries
 
+    def _only_subject(self) -> ConceptData:
+        prompt = str(self.instance_prompt)
+        triggers = tuple(self.trigger) or (own_trigger(prompt, self.class_prompt),)
+        class_prompt = self.class_prompt[0] if len(self.class_prompt) == 1 else ""
+        return ConceptData(str(self.instance_data_dir), prompt, class_prompt=class_prompt, triggers=triggers)
+
     def _check_prior(self, prompt: str | list[str], folder: str | None, entry: str = "") -> None:
-        where = f", or the entry of {entry} in --concepts_list its own" if entry else ""
+        named = "concepts" if self.concepts else "--concepts_list"
+        where = f", or the entry of {entry} in {named} its own" if entry else ""
         if not prompt:
             raise EffiLoRAError(f"--with_prior_preservation needs --class_prompt{where}")
         if self.prior_target == "images" and not folder:

@@ -13,6 +13,7 @@ from ..core.options import base_type, default_of, settings_of
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.example import example_settings
 from .session import Session
+from .subjects import steps_for
 from .words import Markdown
 
 PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
@@ -86,19 +87,24 @@ def from_component(entry: Field[Any], value: Any, usual: Any) -> Any:
         raise EffiLoRAError(f"--{entry.name} must be {wanted}, not {value!r}") from error
 
 
-def run_settings(session: Session, prompt: str, preset: str, folder: Path, advanced: list[Any]) -> dict[str, Any]:
-    """The settings of a run: those that the form shows, and what follows from preset and prompt where it shows nothing."""
+def run_settings(
+    session: Session, prompt: str, preset: str, folder: Path, advanced: list[Any], subjects: int = 1
+) -> dict[str, Any]:
+    """The settings of a run: those that the form shows, and what follows from preset and prompt where it shows nothing.
+
+    Several ``subjects`` need more steps, and without a prompt the trainer draws those of its own.
+    """
     usual = usual_settings(session)
     entries = zip(shown_fields(), advanced, strict=True)
     chosen = {entry.name: from_component(entry, value, usual[entry.name]) for entry, value in entries}
     if chosen["max_train_steps"] is None:
         steps = example_settings()["max_train_steps"] if session.model is None else USUAL_STEPS
-        chosen["max_train_steps"] = round(steps * PRESETS[preset])
+        chosen["max_train_steps"] = steps_for(round(steps * PRESETS[preset]), subjects)
     quarter = max(1, chosen["max_train_steps"] // 4)
     for name, value in (
         ("validation_steps", quarter),
         ("checkpointing_steps", quarter),
-        ("validation_prompt", [prompt]),
+        ("validation_prompt", [prompt] if prompt else []),
     ):
         chosen[name] = value if chosen[name] is None else chosen[name]
     drawn = chosen["with_prior_preservation"] and chosen["prior_target"] == "images"

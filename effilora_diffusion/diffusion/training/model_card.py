@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.concepts import Concept
-from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, plain_names
+from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, plain_names, separate
 from ...core.writing import write_text
 from ..config import TrainingConfig
 from ..models.pipelines import public_name
@@ -37,7 +37,7 @@ class Summary:
     @property
     def files(self) -> list[tuple[str, str]]:
         """Names of the plain LoRAs, by diffusers' and by kohya's names of layers."""
-        return [plain_names(concept.name) for concept in self.concepts] or [plain_names(None)]
+        return [plain_names(name) for name in separate(self.concepts)]
 
     @property
     def export_error(self) -> float:
@@ -121,6 +121,13 @@ def _plain_words(summary: Summary, output: Path) -> str:
         for concept, (file, _) in zip(summary.concepts, summary.files, strict=True)
     ]
     always = " One more head acts on every prompt." if summary.config.common_head else ""
+    if len(rows) == 1:
+        words = " or ".join(f"`{word}`" for word in summary.concepts[0].triggers)
+        rest = "the common head acts on others" if always else "others are the base's, bit for bit"
+        return (
+            f"The adapter acts on prompts with {words}; {rest}.\n\n`{plain}` is its plain LoRA, {gap}, which acts on every "
+            f"prompt.{_elsewhere(summary, output, kohya)}"
+        )
     return "\n".join([
         f"The adapter finds a concept by its trigger in the prompt; a prompt may name several.{always}", "",
         "| concept | trigger | trained with | as plain LoRA |", "|---|---|---|---|", *rows, "",

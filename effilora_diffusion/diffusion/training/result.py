@@ -12,7 +12,7 @@ import torch
 from ...core import AdapterFile, save_adapter_file
 from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
-from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, RunFolder, plain_names
+from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, RunFolder, plain_names, separate
 from ..adapters.export import export, has_kohya_form
 from ..config import SAVED, TrainingConfig
 from ..models.pipelines import EMBEDDED_BASE
@@ -54,8 +54,8 @@ class Result:
         dtype = getattr(torch, SAVED[c.save_precision])
         content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
         self.folder.forget_earlier()
-        for concept in adapter.concepts or (None,):
-            self._export(content, dtype, concept.name if concept else None)
+        for concept in separate(adapter.concepts):
+            self._export(content, dtype, concept)
         self._show("the last images", lambda: self.validation.draw(summary.steps))
         images = [example.path for example in self.parts.examples]
         self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))

@@ -27,6 +27,7 @@ from ...core.writing import append_line, write_text
 from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.prior import class_examples, without_images
+from ..sampling.leakage import leakage_prompts
 from .batches import Batch, BatchDrawer
 from .budget import Measured, check_resumed, choose_plan, spent, with_plan
 from .build import RunParts, build, check_folders, check_hardware, class_prompts, example_sources, place, sampler
@@ -92,7 +93,7 @@ class Trainer:
         place(self.family.model, accelerator.device)
         logged = self.is_main and config.reducer != "off"
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if logged else None)
-        prompts = config.validation_prompt or [one.prompt for one in parts.concepts] or [config.instance_prompt or ""]
+        prompts = config.validation_prompt or self._concept_prompts() or [config.instance_prompt or ""]
         prompts = [prompt for prompt in prompts if prompt]
         draw = sampler(config, self.family)
         self.trackers = Trackers(accelerator, config, self.output / config.logging_dir, self.say)
@@ -125,6 +126,14 @@ class Trainer:
         run = Measured(parts.family.model, parts.adapter, self.loop, lambda: self._loss(batch), self.processes.of_main)
         self.reducer.plan, told = choose_plan(self.config, self.steps, run)
         self.say(told)
+
+    def _concept_prompts(self) -> list[str]:
+        """What shows whether the subjects of the run stay apart, and its class as it was."""
+        return (
+            leakage_prompts(self.parts.concepts)
+            if self.adapter.concepts
+            else [one.prompt for one in self.parts.concepts]
+        )
 
     @property
     def is_main(self) -> bool:
