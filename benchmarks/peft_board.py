@@ -314,7 +314,9 @@ def measure(name: str, protocol: Protocol, work: Path, pictures: Pictures, judge
         info["file_size"] = file.stat().st_size
     finally:
         run.release()
-    versions = {f"{part}-version": importlib.metadata.version(part) for part in ("transformers", "peft", "diffusers", "torch")}
+    versions = {
+        f"{part}-version": importlib.metadata.version(part) for part in ("transformers", "peft", "diffusers", "torch")
+    }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "run_info": {
@@ -354,7 +356,9 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the rows that have no result yet, and print the board."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for results, adapters and the training images")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for results, adapters and the training images"
+    )
     parser.add_argument("--model", default=MODEL, help="folder or hub id")
     parser.add_argument("--images", default=IMAGES, help="folder, or hub data set (needs the package datasets)")
     parser.add_argument("--dino", default=DINO, help="folder or hub id of the judge")

@@ -1,6 +1,8 @@
 """The benchmarks that need real models, in small: tiny random pipelines and judges, the same commands."""
 
+import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 from tiny_families import build
 from tiny_judges import clip, dino
 
-from benchmarks import peft_board
+from benchmarks import paper, peft_board, runs
 from benchmarks.judges import Clip, Dino, likeness, matched
 from effilora_diffusion.core import EffiLoRAError, exit_code
 
@@ -104,7 +106,7 @@ def test_the_training_images_are_neither_validated_nor_tested_on(places, tmp_pat
     trained = {path.read_text() for path in pictures.folder.glob("*.txt")}
     valid, test = ({caption for _, caption in group} for group in (pictures.valid, pictures.test))
     assert (len(trained), len(valid), len(test)) == (3, 2, 4)
-    assert not (trained & valid or trained & test or valid & test)
+    assert len(trained | valid | test) == 9
 
 
 @pytest.mark.parametrize(
@@ -146,3 +148,70 @@ def test_a_judge_tells_the_same_image_from_another_and_reads_prompts(tmp_path):
     assert torch.allclose(judges[1].texts(["a cat"]), texts[:1], atol=1e-5)
     with pytest.raises(EffiLoRAError, match="can't be loaded"):
         Clip(str(tmp_path), CPU)
+
+
+@pytest.fixture(scope="module")
+def paper_places(tmp_path_factory):
+    """Folders of a tiny Stable Diffusion 1.5, of both judges and of one subject."""
+    root = tmp_path_factory.mktemp("paper")
+    build("sd15").save_pretrained(root / "sd15")
+    dino(root / "dino")
+    clip(root / "clip")
+    subject = make_subject(root / "subjects" / "rex", 2, size=(80, 64))
+    (subject / "class.txt").write_text("dog\n")
+    return root
+
+
+def paper_command(places, work, *more):
+    sizes = "--steps 12 --resolution 64 --inference_steps 1 --images 1 --rates 1e-2 --seeds 0"
+    named = ["--model", places / "sd15", "--subjects", places / "subjects", "--work", work]
+    return [*map(str, named), *sizes.split(), *more]
+
+
+@pytest.mark.parametrize("row", ["lora", "effilora", "effilora-preserved"])
+def test_a_row_of_the_paper_s_setting_is_judged_by_every_given_judge(paper_places, tmp_path, row, capsys, monkeypatch):
+    judges = ["--dino", str(paper_places / "dino"), "--clip", str(paper_places / "clip")]
+    full = paper_command(paper_places, tmp_path, "--rows", row, *judges)
+    paper.main(full)
+    (file,) = (tmp_path / "results").iterdir()
+    found = json.loads(file.read_text())
+    assert {"CLIP-I", "CLIP-T", "DINO", "drift"} <= set(found)
+    assert found["drift"] > 0
+    assert found["bytes"] > 4 * found["parameters"]
+    assert "| row | lr | runs | CLIP-I | DINO | CLIP-T | drift | loss |" in capsys.readouterr().out
+    monkeypatch.setattr(paper, "measure", None)
+    paper.main(full)
+    assert f"| {row} | 0.01 | 1 |" in capsys.readouterr().out
+
+
+def test_without_a_judge_s_weights_its_columns_are_left_out(paper_places, tmp_path, capsys):
+    paper.main(paper_command(paper_places, tmp_path, "--rows", "effilora-off"))
+    assert "| row | lr | runs | loss | parameters | seconds |" in capsys.readouterr().out
+
+
+def test_the_reducer_of_the_paper_s_row_acts(paper_places, tmp_path):
+    words = argparse.Namespace(model=str(paper_places / "sd15"), work=tmp_path, resolution=64, batch=1, steps=12)
+    (subject,) = paper.subjects(paper_places / "subjects")
+    started = runs.start_ours(paper.settings(words, subject, paper.ROWS["effilora"], 1e-2, 0), lambda family: None)
+    begin = started.settings["reducer"]["warmup"]
+    started.loop.run(begin, begin + 3)
+    frozen = [value for value in started.loop.parameters if not value.requires_grad]
+    started.release()
+    assert started.settings["reducer"]["mode"] == "importance"
+    assert frozen
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda root: (root / "rex" / "class.txt").unlink(), "has no class.txt"),
+        (lambda root: [path.unlink() for path in (root / "rex").glob("*.png")], "has no images"),
+        (lambda root: shutil.rmtree(root / "rex"), "needs a folder of images per subject"),
+    ],
+)
+def test_subjects_that_can_t_be_used_are_one_sentence(tmp_path, change, reason):
+    make_subject(tmp_path / "rex", 1)
+    (tmp_path / "rex" / "class.txt").write_text("dog")
+    change(tmp_path)
+    with pytest.raises(EffiLoRAError, match=reason):
+        paper.subjects(tmp_path)
