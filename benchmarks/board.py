@@ -3,10 +3,10 @@
 Subjects that the embedded base has never seen (:mod:`.concept_subjects`), five images each, learned in 200 steps of three images
 by the methods of :mod:`.board_methods`, all in one training loop (:func:`.peft_baseline.train`), and judged by :mod:`.judging`.
 
-First every method is measured at each of its four rates on ``--rate_subjects`` at seed 0. Its rate is the one of the highest
-likeness whose drift is at most 0.015 (mean of these subjects). Then it is measured at that rate on all ``--subjects``, and on
-``--seeds`` seeds. Rows are appended to ``WORK/board.jsonl`` and never measured twice, by any number of processes at once: the
-same command again, while it runs or later, takes what is left.
+First every method is measured at its four rates on ``--rate_subjects`` at seed 0, in ascending order until drift is beyond 0.03.
+Its rate is the one of the highest likeness whose drift is at most 0.015 (mean of these subjects). At that rate it is measured
+on all ``--subjects`` and ``--seeds``. Rows are appended to ``WORK/board.jsonl`` and never measured twice, by any number of
+processes at once: the same command again, while it runs or later, takes what is left.
 
 A row carries the third loss of a short run of its method (``trace``). When a method is changed so that it learns differently,
 this is another one, and its rows are measured again.
@@ -31,18 +31,16 @@ from effilora_diffusion.diffusion.training.example import example_settings
 
 from .board_methods import MAIN, METHODS
 from .board_rows import Row, Rows, matches
-from .board_table import chosen_rate, current, curve, final_table, plot, rate_subjects_of, rates_table
+from .board_table import chosen_rate, current, curve, final_table, plot, rate_subjects_of, rates_table, rates_to_try
 from .concept_subjects import SUBJECTS, Subject, build
 from .features import Judge, load_judge
-from .judging import Board, Others
+from .judging import OTHER_LEVELS, Board, Others
 from .peft_baseline import train
 
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
 CHOSEN_ON = ("flat-cat", "robot")
 MEASURED_ON = ("flat-cat", "robot", "round-cat", "person", "bird")
 CLASS_IMAGES = 48
-OTHER_LEVELS = 8
-"""Noise levels at which the base's predictions for other prompts are compared."""
 
 
 @dataclass
@@ -134,7 +132,7 @@ class Plan:
         """Method, subject, rate and seed of every row, as far as rates are known."""
         for method in self.methods:
             for subject in self.rate_subjects:
-                yield from ((method, subject, rate, 0) for rate in METHODS[method].rates)
+                yield from ((method, subject, rate, 0) for rate in rates_to_try(rows, method, subject))
         for seed in range(max(self.seeds, self.seeds_of_others)):
             for method in self.methods:
                 if seed < (self.seeds if method in MAIN else self.seeds_of_others):
@@ -144,10 +142,15 @@ class Plan:
                         yield from ((method, subject, rate, seed) for subject in self.subjects)
 
 
+def known(rows: Rows, steps: int, images: int) -> list[Row]:
+    """The rows of this length of run, and of what the methods are now."""
+    return current([row for row in rows.read() if matches(row, {"steps": steps, "images": images})])
+
+
 def run(bench: Bench, plan: Plan) -> None:
     """Measure what is missing and nobody else is measuring."""
     while True:
-        rows = current(bench.rows.read())
+        rows = known(bench.rows, bench.steps, bench.images)
         for parts in plan.wanted(rows):
             key = bench.key(*parts)
             if any(matches(row, key) for row in rows):
@@ -180,8 +183,7 @@ def main() -> None:
     if not args.table:
         plan = Plan(args.methods, args.rate_subjects, args.subjects, args.seeds, args.seeds_of_others)
         run(Bench(args.work, args.steps, args.images), plan)
-    same = {"steps": args.steps, "images": args.images}
-    rows = [row for row in current(Rows(args.work / "board.jsonl").read()) if matches(row, same)]
+    rows = known(Rows(args.work / "board.jsonl"), args.steps, args.images)
     print(rates_table(rows, args.rate_subjects), final_table(rows, args.rate_subjects), sep="\n\n")
     if args.plot:
         plot(rows, args.rate_subjects, args.plot)

@@ -115,10 +115,16 @@ def rates_table(rows: Sequence[Row], rate_subjects: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def rates_to_try(rows: Sequence[Row], method: str, subject: str) -> tuple[float, ...]:
+    """A method's rates on one subject, ascending, without those above one whose drift is beyond twice the bound."""
+    rates, tried = METHODS[method].rates, curve(rows, method, [subject])
+    beyond = [rate for rate, found in tried.items() if not mean(found, "drift") <= 2 * DRIFT_BOUND]
+    return tuple(rate for rate in rates if not beyond or rate <= beyond[0])
+
+
 def rate_subjects_of(rows: Sequence[Row], method: str, rate_subjects: Sequence[str]) -> list[str]:
-    """Those of ``rate_subjects`` on which ``method`` has been measured at all of its rates."""
-    rates = METHODS[method].rates
-    return [one for one in rate_subjects if len(curve(rows, method, [one])) == len(rates)]
+    """Those of ``rate_subjects`` on which ``method`` has been measured at all the rates that are to be tried."""
+    return [one for one in rate_subjects if {*rates_to_try(rows, method, one)} <= {*curve(rows, method, [one])}]
 
 
 def finals(rows: Sequence[Row], method: str, rate_subjects: Sequence[str]) -> list[Row]:

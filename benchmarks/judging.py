@@ -25,8 +25,8 @@ from effilora_diffusion.diffusion.training.loss import DDPMObjective, denoising_
 from .features import Judge
 from .subject import IMAGES, OTHER_PROMPTS, Reference, draw, drift, open_all
 
-LEVELS = 24
-"""Noise levels at which predictions are compared."""
+LEVELS, OTHER_LEVELS = 24, 8
+"""Noise levels at which predictions are compared, and fewer where there are many images."""
 
 
 class Probe:
