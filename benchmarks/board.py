@@ -3,9 +3,10 @@
 Subjects that the embedded base has never seen (:mod:`.concept_subjects`), five images each, learned in 200 steps of three images
 by the methods of :mod:`.board_methods`, all in one training loop (:func:`.peft_baseline.train`), and judged by :mod:`.judging`.
 
-First every method is measured at its four rates on ``--rate_subjects`` at seed 0, in ascending order until drift is beyond 0.03.
-Its rate is the one of the highest likeness whose drift is at most 0.015 (mean of these subjects). At that rate it is measured
-on all ``--subjects`` and ``--seeds``. Rows are appended to ``WORK/board.jsonl`` and never measured twice, by any number of
+First every method is measured at its four rates on ``--rate_subjects`` at seed 0: the third one, and from there up while drift is
+at most 0.015, or down while it is more (mean of these subjects; ``--all_rates``: all four). Its rate is the one of the highest
+likeness within this bound. At that rate it is measured on all ``--subjects`` and ``--seeds``. Rows are appended to
+``WORK/board.jsonl`` and never measured twice, by any number of
 processes at once: the same command again, while it runs or later, takes what is left.
 
 A row carries the third loss of a short run of its method (``trace``). When a method is changed so that it learns differently,
@@ -31,7 +32,7 @@ from effilora_diffusion.diffusion.training.example import example_settings
 
 from .board_methods import MAIN, METHODS
 from .board_rows import Row, Rows, matches
-from .board_table import chosen_rate, current, curve, final_table, plot, rate_subjects_of, rates_table, rates_to_try
+from .board_table import best_rate, current, final_table, plot, rates_table, rates_to_try
 from .concept_subjects import SUBJECTS, Subject, build
 from .features import Judge, load_judge
 from .judging import OTHER_LEVELS, Board, Others
@@ -60,20 +61,19 @@ class Bench:
     judge: Judge = field(default_factory=load_judge)
 
     def __post_init__(self) -> None:
-        self.pictures = build(self.work)
         self.rows = Rows(self.work / "board.jsonl")
         self.board, self.trace = cache(self._board), cache(self._trace)
 
     def _board(self, subject: str) -> Board:
         if not hasattr(self, "others"):
             self.others = Others(OTHER_LEVELS)
-        prompt = BY_NAME[subject].prompt
-        return Board(self.others, self.judge, prompt, *self.pictures[subject], images=self.images)
+        one = BY_NAME[subject]
+        return Board(self.others, self.judge, one.prompt, *build(self.work, [one])[subject], images=self.images)
 
     def settings(self, method: str, subject: Subject, rate: float, seed: int, steps: int) -> TrainingConfig:
         """The example's settings with a method's, a subject and a length."""
         own: dict[str, Any] = {
-            "instance_data_dir": str(self.pictures[subject.name][0]),
+            "instance_data_dir": str(build(self.work, [subject])[subject.name][0]),
             "instance_prompt": subject.prompt,
             "learning_rate": rate,
             "seed": seed,
@@ -127,18 +127,18 @@ class Plan:
     subjects: list[str]
     seeds: int = 5
     seeds_of_others: int = 1
+    all_rates: bool = False
 
     def wanted(self, rows: list[Row]) -> Iterator[tuple[str, str, float, int]]:
         """Method, subject, rate and seed of every row, as far as rates are known."""
         for method in self.methods:
-            for subject in self.rate_subjects:
-                yield from ((method, subject, rate, 0) for rate in rates_to_try(rows, method, subject))
+            for rate in rates_to_try(rows, method, self.rate_subjects, self.all_rates):
+                yield from ((method, subject, rate, 0) for subject in self.rate_subjects)
         for seed in range(max(self.seeds, self.seeds_of_others)):
             for method in self.methods:
                 if seed < (self.seeds if method in MAIN else self.seeds_of_others):
-                    measured = rate_subjects_of(rows, method, self.rate_subjects)
-                    rate = chosen_rate(curve(rows, method, measured))
-                    if measured == self.rate_subjects and rate is not None:
+                    rate = best_rate(rows, method, self.rate_subjects, self.all_rates)
+                    if rate is not None:
                         yield from ((method, subject, rate, seed) for subject in self.subjects)
 
 
@@ -175,13 +175,14 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="*", default=list(MEASURED_ON), choices=BY_NAME)
     parser.add_argument("--seeds", type=int, default=5, help=f"of {'; '.join(MAIN)}")
     parser.add_argument("--seeds_of_others", type=int, default=1)
+    parser.add_argument("--all_rates", action="store_true", help="all four, also those beyond the bound")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--images", type=int, default=8, help="drawn of a subject")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--plot", type=Path, help="draw likeness against drift here, a PNG")
     args = parser.parse_args()
     if not args.table:
-        plan = Plan(args.methods, args.rate_subjects, args.subjects, args.seeds, args.seeds_of_others)
+        plan = Plan(args.methods, args.rate_subjects, args.subjects, args.seeds, args.seeds_of_others, args.all_rates)
         run(Bench(args.work, args.steps, args.images), plan)
     rows = known(Rows(args.work / "board.jsonl"), args.steps, args.images)
     print(rates_table(rows, args.rate_subjects), final_table(rows, args.rate_subjects), sep="\n\n")

@@ -15,6 +15,9 @@ from .plot import Curve, Point, save_plot
 DRIFT_BOUND = 0.015
 """The drift that a method's rate may cost at most, mean of the subjects that rates are chosen on."""
 
+FIRST_RATE = 2
+"""The place of the rate that is tried first."""
+
 EQUAL_DRIFT = 0.01
 """The drift at which curves are compared."""
 
@@ -97,39 +100,55 @@ def shown(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 def rates_table(rows: Sequence[Row], rate_subjects: Sequence[str]) -> str:
     """Every method at every rate: mean likeness / drift of the subjects that rates are chosen on, as Markdown."""
-    lines = ["| method | parameters | kB | CPU s | subjects | rates: likeness / drift at each | chosen |"
-             f" likeness at drift {EQUAL_DRIFT:g} |", "|---" * 8 + "|"]  # fmt: skip
+    lines = ["| method | parameters | kB | CPU s | rates: likeness / drift at each | chosen |"
+             f" likeness at drift {EQUAL_DRIFT:g} |", "|---" * 7 + "|"]  # fmt: skip
     for method in METHODS:
-        subjects = rate_subjects_of(rows, method, rate_subjects)
-        rates = curve(rows, method, subjects)
+        rates = curve(rows, method, rate_subjects)
         if not rates:
             continue
         found = [row for group in rates.values() for row in group]
-        best, level = chosen_rate(rates), at_drift(rates)
+        best, level = best_rate(rows, method, rate_subjects), at_drift(rates)
         cells = "; ".join(
             f"{rate:g}: {mean(group, 'rise_of_gap'):.2f} / {mean(group, 'drift'):.4f}" for rate, group in rates.items()
         )
         size = f"{found[0]['parameters']:,} | {found[0]['bytes'] / 1000:,.0f} | {mean(found, 'cpu_seconds'):.0f}"
         ends = f"{'' if best is None else f'{best:g}'} | {'' if level is None else f'{level:.2f}'}"
-        lines.append(f"| {method} | {size} | {len(subjects)} | {cells} | {ends} |")
+        lines.append(f"| {method} | {size} | {cells} | {ends} |")
     return "\n".join(lines)
 
 
-def rates_to_try(rows: Sequence[Row], method: str, subject: str) -> tuple[float, ...]:
-    """A method's rates on one subject, ascending, without those above one whose drift is beyond twice the bound."""
-    rates, tried = METHODS[method].rates, curve(rows, method, [subject])
-    beyond = [rate for rate, found in tried.items() if not mean(found, "drift") <= 2 * DRIFT_BOUND]
-    return tuple(rate for rate in rates if not beyond or rate <= beyond[0])
+def rates_to_try(
+    rows: Sequence[Row], method: str, rate_subjects: Sequence[str], everything: bool = False
+) -> tuple[float, ...]:
+    """The rates of a method that are to be measured, as far as ``rows`` tell.
+
+    From the third one up while drift is within the bound, or down while it is beyond; ``everything``: all four.
+    """
+    rates, known = METHODS[method].rates, curve(rows, method, rate_subjects)
+    if everything:
+        return rates
+    within = [rate in known and mean(known[rate], "drift") <= DRIFT_BOUND for rate in rates]
+    beyond = [rate in known and not ok for rate, ok in zip(rates, within, strict=True)]
+    place, tried = FIRST_RATE, [rates[FIRST_RATE]]
+    step = 1 if within[place] else -1
+    while (within if step > 0 else beyond)[place] and 0 <= place + step < len(rates):
+        place += step
+        tried.append(rates[place])
+    return tuple(tried)
 
 
-def rate_subjects_of(rows: Sequence[Row], method: str, rate_subjects: Sequence[str]) -> list[str]:
-    """Those of ``rate_subjects`` on which ``method`` has been measured at all the rates that are to be tried."""
-    return [one for one in rate_subjects if {*rates_to_try(rows, method, one)} <= {*curve(rows, method, [one])}]
+def best_rate(
+    rows: Sequence[Row], method: str, rate_subjects: Sequence[str], everything: bool = False
+) -> float | None:
+    """The rate that a method is judged at; ``None`` while one of those to be tried is missing."""
+    known = curve(rows, method, rate_subjects)
+    done = {*rates_to_try(rows, method, rate_subjects, everything)} <= {*known}
+    return chosen_rate(known) if done else None
 
 
 def finals(rows: Sequence[Row], method: str, rate_subjects: Sequence[str]) -> list[Row]:
     """The rows of a method at its chosen rate."""
-    best = chosen_rate(curve(rows, method, rate_subjects_of(rows, method, rate_subjects)))
+    best = best_rate(rows, method, rate_subjects)
     return [row for row in rows if row["method"] == method and row["rate"] == best]
 
 
@@ -160,7 +179,7 @@ def plot(rows: Sequence[Row], rate_subjects: Sequence[str], path: Path) -> None:
     """Likeness against drift, a curve through the rates of every method."""
     curves = []
     for method in METHODS:
-        rates = curve(rows, method, rate_subjects_of(rows, method, rate_subjects))
+        rates = curve(rows, method, rate_subjects)
         key: Callable[[str], list[float]] = lambda name, rates=rates: [mean(group, name) for group in rates.values()]  # type: ignore[misc]  # noqa: E731
         points = [Point(x, y) for x, y in zip(key("drift"), key("rise_of_gap"), strict=True) if not math.isnan(x + y)]
         if points:
