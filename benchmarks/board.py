@@ -35,7 +35,7 @@ from .board_rows import Row, Rows, matches
 from .board_table import best_rate, current, final_table, plot, rates_table, rates_to_try
 from .concept_subjects import SUBJECTS, Subject, build
 from .features import Judge, load_judge
-from .judging import OTHER_LEVELS, Board, Others
+from .judging import LEVELS, OTHER_LEVELS, Board, Others
 from .peft_baseline import train
 
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
@@ -53,12 +53,14 @@ class Bench:
         steps: of a run.
         images: that are drawn of a subject.
         judge: describes them.
+        levels: noise levels of the loss and of the change.
     """
 
     work: Path
     steps: int = 200
     images: int = 8
     judge: Judge = field(default_factory=load_judge)
+    levels: tuple[int, int] = (LEVELS, OTHER_LEVELS)
 
     def __post_init__(self) -> None:
         self.rows = Rows(self.work / "board.jsonl")
@@ -66,9 +68,10 @@ class Bench:
 
     def _board(self, subject: str) -> Board:
         if not hasattr(self, "others"):
-            self.others = Others(OTHER_LEVELS)
+            self.others = Others(self.levels[1])
         one = BY_NAME[subject]
-        return Board(self.others, self.judge, one.prompt, *build(self.work, [one])[subject], images=self.images)
+        folders = build(self.work, [one])[subject]
+        return Board(self.others, self.judge, one.prompt, *folders, self.images, self.levels[0])
 
     def settings(self, method: str, subject: Subject, rate: float, seed: int, steps: int) -> TrainingConfig:
         """The example's settings with a method's, a subject and a length."""

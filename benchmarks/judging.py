@@ -86,14 +86,22 @@ class Board:
         trained: folder of the images that it is learned from.
         held_out: folder of the images that it is judged by.
         images: how many are drawn of it.
+        levels: noise levels of its loss.
     """
 
     def __init__(
-        self, others: Others, judge: Judge | None, prompt: str, trained: Path, held_out: Path, images: int = IMAGES
+        self,
+        others: Others,
+        judge: Judge | None,
+        prompt: str,
+        trained: Path,
+        held_out: Path,
+        images: int = IMAGES,
+        levels: int = LEVELS,
     ):
         self.others, self.prompts = others, [prompt] * images
         pictures = open_all(held_out)
-        self.probe = Probe(others.family, pictures, [prompt] * len(pictures))
+        self.probe = Probe(others.family, pictures, [prompt] * len(pictures), levels)
         self.base_loss = self.probe.loss(others.family)
         self.reference: Reference | None = None
         if judge is not None:

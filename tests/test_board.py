@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import board, board_table, subject
+from benchmarks import board, board_table, judging, subject
 from benchmarks.board import Bench, Plan
 from benchmarks.board_methods import METHODS, STANDARD
 from benchmarks.board_rows import Rows
@@ -32,7 +32,8 @@ def judge():
 def bench(tmp_path, judge, monkeypatch):
     monkeypatch.setitem(subject.EMBEDDED_SAMPLING, "steps", 1)
     monkeypatch.setattr(board, "CLASS_IMAGES", 2)
-    return Bench(tmp_path, steps=2, images=2, judge=judge)
+    monkeypatch.setattr(judging, "OTHER_PROMPTS", subject.OTHER_PROMPTS[:2])
+    return Bench(tmp_path, steps=2, images=1, judge=judge, levels=(2, 2))
 
 
 def settings(bench, method, steps=SHORT):
@@ -83,8 +84,10 @@ def test_a_method_trains_its_own_parameters_and_nothing_else(bench, base, method
 def test_methods_are_of_about_the_same_size(bench):
     sizes = {}
     for method in set(METHODS) - {"full attention", "full UNet", "VeRA"}:
-        done = train(settings(bench, method, 0), METHODS[method].fit)
-        sizes[method] = sum(parameter.numel() for parameter in done.fitted.parameters)
+        fitted = METHODS[method].fit(
+            make_family(load_pipeline(None), torch.device("cpu")), settings(bench, method, 10)
+        )
+        sizes[method] = sum(parameter.numel() for parameter in fitted.parameters)
     assert sizes["LoRA"] == 73_472
     assert all(0.9 < size / sizes["LoRA"] < 1.6 for size in sizes.values()), sizes
 
@@ -107,13 +110,13 @@ def test_adalora_drops_ranks(bench):
 
 
 def test_the_board_measures_every_row_once(bench, monkeypatch):
-    plan = Plan(["EffiLoRA, concept"], ["robot"], ["robot", "flat-cat"], seeds=2)
+    plan = Plan(["EffiLoRA, concept"], ["robot"], ["robot", "flat-cat"], seeds=1)
     monkeypatch.setattr(board_table, "DRIFT_BOUND", 9.0)
     board.run(bench, plan)
     rows = bench.rows.read()
-    assert [row["rate"] for row in rows[:2]] == [4e-3, 8e-3]
+    assert [row["rate"] for row in rows[:2]] == [8e-3, 1.6e-2]
     assert len({row["rate"] for row in rows[2:]}) == 1
-    assert [(row["subject"], row["seed"]) for row in rows[2:]] == [("flat-cat", 0), ("robot", 1), ("flat-cat", 1)]
+    assert [(row["subject"], row["seed"]) for row in rows[2:]] == [("flat-cat", 0)]
     assert {row["untriggered"] for row in rows} == {0.0}
     assert all(row["drift"] > 0 and row["loss"] < row["base_loss"] for row in rows)
     assert rows[0]["loss"] > rows[1]["loss"]
@@ -192,27 +195,27 @@ CURVE = [row("LoRA", rate, *figures) for rate, figures in zip(METHODS["LoRA"].ra
 
 def test_the_rate_of_the_highest_likeness_within_the_bound_is_chosen():
     rates = board_table.curve(CURVE, "LoRA", ["flat-cat"])
-    assert board_table.chosen_rate(rates) == 4e-3
+    assert board_table.chosen_rate(rates) == 8e-3
     assert board_table.at_drift(rates, 0.01) == pytest.approx(0.65)
     assert board_table.at_drift(rates, 0.05) is None
     all_beyond = {rate: [{**one, "drift": one["drift"] + 1} for one in found] for rate, found in rates.items()}
-    assert board_table.chosen_rate(all_beyond) == 1e-3
-    failed = {8e-3: [{"failed": "the loss became nan"}]}
+    assert board_table.chosen_rate(all_beyond) == 2e-3
+    failed = {1.6e-2: [{"failed": "the loss became nan"}]}
     assert board_table.chosen_rate(failed) is None
 
 
 def test_rates_are_tried_upwards_within_the_bound_and_downwards_beyond_it():
     tried = lambda rows, **more: board_table.rates_to_try(rows, "LoRA", ["flat-cat"], **more)
-    assert tried([]) == (4e-3,)
-    assert tried(CURVE[2:3]) == tried(CURVE) == (4e-3, 8e-3)
+    assert tried([]) == (8e-3,)
+    assert tried(CURVE[2:3]) == tried(CURVE) == (8e-3, 1.6e-2)
     beyond = [{**row, "drift": row["drift"] + 0.009} for row in CURVE]
-    assert tried(beyond[2:3]) == (4e-3, 2e-3)
-    assert tried(beyond) == (4e-3, 2e-3, 1e-3)
+    assert tried(beyond[2:3]) == (8e-3, 4e-3)
+    assert tried(beyond) == (8e-3, 4e-3, 2e-3)
     assert tried([], everything=True) == METHODS["LoRA"].rates
     diverged = {name: value for name, value in CURVE[2].items() if name != "drift"}
-    assert tried([diverged]) == (4e-3, 2e-3)
+    assert tried([diverged]) == (8e-3, 4e-3)
     best = lambda rows, subjects, **more: board_table.best_rate(rows, "LoRA", subjects, **more)
-    assert best(CURVE[2:], ["flat-cat"]) == 4e-3
+    assert best(CURVE[2:], ["flat-cat"]) == 8e-3
     assert best(CURVE[2:], ["flat-cat"], everything=True) is None
     assert best(CURVE[2:3], ["flat-cat"]) is None
     assert best(CURVE, ["flat-cat", "robot"]) is None
@@ -239,8 +242,8 @@ def test_the_tables_and_the_plot_come_from_the_rows(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", words)
     board.main()
     said = capsys.readouterr().out
-    assert "| LoRA | 73,472 | 300 | 30 | 0.001: 0.30 / 0.0040; 0.002: 0.60 / 0.0080" in said
-    assert "| LoRA | 0.004 | 1 x 1 | 0.700 | 0.0120 | as drift | 0.667 | 0.0100 | +0.100 | -0.0040 |" in said
+    assert "| LoRA | 73,472 | 300 | 30 | 0.002: 0.30 / 0.0040; 0.004: 0.60 / 0.0080" in said
+    assert "| LoRA | 0.008 | 1 x 1 | 0.700 | 0.0120 | as drift | 0.667 | 0.0100 | +0.400 | +0.0040 |" in said
     with Image.open(picture) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(10**6)}
     assert image.size == (820, 480)
