@@ -89,7 +89,7 @@ class Bench:
         return TrainingConfig(**{**example_settings(), **METHODS[method].settings, **own})
 
     def _trace(self, method: str) -> float:
-        config = self.settings(method, SUBJECTS[0], METHODS[method].rates[-1], 0, 3)
+        config = self.settings(method, SUBJECTS[0], METHODS[method].trace_rate, 0, 3)
         return train(config, METHODS[method].fit).losses[-1]
 
     def key(self, method: str, subject: str, rate: float, seed: int) -> dict[str, Any]:

@@ -36,11 +36,19 @@ FULL = (1e-4, 2e-4, 4e-4, 8e-4)
 
 @dataclass(frozen=True)
 class Method:
-    """One method: how it is put on a model, the rates it is tried at, and settings that differ from the example's."""
+    """One method.
+
+    Args:
+        fit: puts it on a model.
+        rates: that it is tried at, ascending.
+        settings: that differ from the example's.
+        trace_rate: of the short run that tells whether it is still the same method.
+    """
 
     fit: Fit
     rates: tuple[float, ...] = USUAL
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trace_rate: float = 8e-3
 
 
 def peft(make: Callable[[TrainingConfig], PeftConfig]) -> Fit:
@@ -159,8 +167,8 @@ METHODS: dict[str, Method] = {
     "VeRA": Method(peft(lambda config: VeraConfig(r=256, save_projection=False, **of_block())), LARGER),
     "AdaLoRA": Method(fit_adalora),
     "HydraLoRA": Method(fit_ours, settings={"a_sharing": "none", "rank": 2, "heads": 3}),
-    "full attention": Method(fit_full(is_attention), FULL),
-    "full UNet": Method(fit_full(lambda name: True), FULL),
+    "full attention": Method(fit_full(is_attention), FULL, trace_rate=4e-4),
+    "full UNet": Method(fit_full(lambda name: True), FULL, trace_rate=4e-4),
     "EffiLoRA, token": Method(fit_ours, settings={"rank": 4, "heads": 3}),
     "EffiLoRA, one head": Method(fit_ours, settings={"rank": 8, "heads": 1}),
     "EffiLoRA, concept": Method(fit_concept, settings={"rank": 8, "heads": 1}),

@@ -1,8 +1,9 @@
 """The board of methods: what each trains, that measurements are resumed and shared out, and what the tables say."""
 
 import json
-import multiprocessing
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,22 +164,23 @@ def test_a_claim_is_exclusive_and_a_torn_line_costs_one_row(tmp_path):
     assert one.read() == [{**key, "loss": 1.0}, {**key, "seed": 1}]
 
 
-def measure_all(path, count):
-    rows = Rows(path)
-    for number in range(count):
-        with rows.claimed({"number": number}) as mine:
-            if mine:
-                rows.append({"number": number, "text": "x" * 5000})
+MEASURE_ALL = """
+import sys
+from pathlib import Path
+from benchmarks.board_rows import Rows
+rows = Rows(Path(sys.argv[1]))
+for number in range(60):
+    with rows.claimed({"number": number}) as mine:
+        if mine:
+            rows.append({"number": number, "text": "x" * 5000})
+"""
 
 
 def test_processes_share_the_rows_out(tmp_path):
     path = tmp_path / "rows.jsonl"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=measure_all, args=(path, 60)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    root = Path(board.__file__).parents[1]
+    workers = [subprocess.Popen([sys.executable, "-c", MEASURE_ALL, str(path)], cwd=root) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert sorted(row["number"] for row in Rows(path).read()) == list(range(60))
     assert len(path.read_text().splitlines()) == 60
 
