@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,10 +58,10 @@ EYES = ("open", "wide", "left", "right", "closed")
 MOUTHS = ("smile", "line", "round", "frown")
 
 
-def build(work: Path) -> dict[str, tuple[Path, Path]]:
+def build(work: Path, subjects: Sequence[Subject] = SUBJECTS) -> dict[str, tuple[Path, Path]]:
     """Write the pictures of every subject where they are missing; returns the folders to learn from and to be judged by."""
     found = {}
-    for subject in SUBJECTS:
+    for subject in subjects:
         folders = work / subject.name / "train", work / subject.name / "held_out"
         if not all(folder.is_dir() for folder in folders):
             pictures = _pictures(subject.name, work)

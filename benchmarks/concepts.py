@@ -51,7 +51,7 @@ from effilora_diffusion.diffusion.training.optim import learning_rates
 
 from .concept_subjects import SUBJECTS, build
 from .features import Judge, load_judge
-from .subject import OTHER_PROMPTS, draw, drift, open_all
+from .subject import OTHER_PROMPTS, Reference, draw, drift, open_all
 
 METHODS: dict[str, dict[str, Any]] = {
     "concept heads": {"routing": "concept", "rank": 2},
@@ -68,35 +68,38 @@ class Board:
     """What every method is measured against: true pictures of the subjects, and what the base draws."""
 
     def __init__(self, judge: Judge, pictures: dict[str, tuple[Path, Path]], pipe: Any):
-        self.judge = judge
-        self.held_out = [judge.features(open_all(pictures[one.name][1])) for one in SUBJECTS]
-        self.ceiling = [
-            self.own(judge.features(open_all(pictures[one.name][0])), number) for number, one in enumerate(SUBJECTS)
-        ]
-        self.start = [self.rises(pipe, count, words)[0] for count, words in ((IMAGES, ""), (IN_CONTEXT, BLUE))]
-        self.others = draw(pipe, list(OTHER_PROMPTS))
+        self.judge, self.others = judge, draw(pipe, list(OTHER_PROMPTS))
+        self.references = {
+            words: [
+                Reference(judge, drawn, self.others, open_all(pictures[one.name][1]), open_all(pictures[one.name][0]))
+                for one, drawn in zip(SUBJECTS, self.drawn(pipe, count, words), strict=True)
+            ]
+            for count, words in ((IMAGES, ""), (IN_CONTEXT, BLUE))
+        }
 
-    def own(self, features: Tensor, number: int) -> float:
-        """Mean similarity to the held-out pictures of subject ``number``."""
-        return float((features @ self.held_out[number].T).mean())
+    @staticmethod
+    def drawn(pipe: Any, count: int, words: str) -> list[list[Image.Image]]:
+        """``count`` images of every subject, with ``words`` behind its prompt."""
+        images = draw(pipe, [one.prompt + words for one in SUBJECTS for _ in range(count)])
+        return [images[start : start + count] for start in range(0, len(images), count)]
 
     def rises(self, pipe: Any, count: int, words: str) -> tuple[list[float], float, float]:
-        """Similarity by subject, share of images nearest to their own, and share on blue, of ``count`` images each."""
-        images = draw(pipe, [one.prompt + words for one in SUBJECTS for _ in range(count)])
-        groups = self.judge.features(images).split(count)
-        scores = torch.stack([torch.cat([(group @ h.T).mean(1, True) for h in self.held_out], 1) for group in groups])
+        """Rise of the gap by subject, share of images nearest to their own, and share on blue, of ``count`` images each."""
+        images, references = self.drawn(pipe, count, words), self.references[words]
+        described = [self.judge.features(group) for group in images]
+        scores = torch.stack([
+            torch.cat([(group @ reference.held_out.T).mean(1, True) for reference in references], 1) for group in described
+        ])  # fmt: skip
         right = (scores.argmax(2) == torch.arange(len(SUBJECTS))[:, None]).float().mean()
-        return [self.own(group, n) for n, group in enumerate(groups)], float(right), on_blue(images)
+        own = [float(scores[number, :, number].mean()) for number in range(len(SUBJECTS))]
+        rises = [(found - one.start) / (one.ceiling - one.start) for found, one in zip(own, references, strict=True)]
+        return rises, float(right), on_blue([image for group in images for image in group])
 
     def figures(self, pipe: Any, acting: Callable[[], Any]) -> dict[str, float]:
         """Everything the table shows of one run; ``acting`` is a context in which heads act on prompts without a trigger."""
         found: dict[str, float] = {}
-        for name, start, (count, words) in (
-            ("", self.start[0], (IMAGES, "")),
-            ("context ", self.start[1], (IN_CONTEXT, BLUE)),
-        ):
-            similarities, right, blue = self.rises(pipe, count, words)
-            shares = [(s - b) / (c - b) for s, b, c in zip(similarities, start, self.ceiling, strict=True)]
+        for name, count, words in (("", IMAGES, ""), ("context ", IN_CONTEXT, BLUE)):
+            shares, right, blue = self.rises(pipe, count, words)
             found |= {f"{name}likeness": statistics.mean(shares), f"{name}nearest": right}
         found["context background"] = blue
         found["untriggered"] = drift(self.judge, self.others, draw(pipe, list(OTHER_PROMPTS)))

@@ -16,9 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.run_folder import METRICS_FILE
 from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.models import Family
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from . import peft_baseline
@@ -30,9 +33,12 @@ UNTRAINED = 1e-12
 
 def lora_losses(config: TrainingConfig, init: bool | str = "gaussian", seed: int = 0) -> list[float]:
     """The losses of a PEFT LoRA in a run of ours; ``seed`` is that of A alone."""
-    found: list[float] = []
-    peft_baseline.train(config, init, lambda _, figures: found.append(figures["loss"]), seed)
-    return found
+
+    def fit(family: Family, config: TrainingConfig) -> peft_baseline.Fitted:
+        torch.manual_seed(seed)
+        return peft_baseline.fit_peft(family, peft_baseline.lora_config(config.rank, config.lora_alpha, init=init))
+
+    return peft_baseline.train(config, fit).losses
 
 
 def our_losses(config: TrainingConfig) -> list[float]:

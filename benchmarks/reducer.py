@@ -10,11 +10,8 @@ fewer full steps that take as long:
 
 A step's cost at every cut is measured once. Every finished run is a line of ``WORK/reducer_runs.jsonl``; what is there is
 not run again, so the command can be stopped and repeated. Judged by
-
-- loss: denoising loss on the four held-out images x 24 noise levels with the same noise for every run;
-- change: mean squared difference to the base's own predictions for the base's images of 16 prompts without the subject;
-  more training moves every method along one line of loss and change, so that runs are compared at equal change;
-- with ``--images`` rise / gap and drift as ``benchmarks.subject`` defines them.
+loss and change of :mod:`.judging` (more training moves every method along one line of the two, so that runs are compared at equal
+change), with ``--images`` also by rise / gap and drift.
 """
 
 from __future__ import annotations
@@ -31,29 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.depth import DepthPlan, execution_order, fixed_plan
-from effilora_diffusion.core.rng import draw_normal
 from effilora_diffusion.diffusion.config import TrainingConfig
-from effilora_diffusion.diffusion.data.folder import scan_images
-from effilora_diffusion.diffusion.data.images import Preparation, prepare_image
-from effilora_diffusion.diffusion.data.latents import Batch, ExampleSource
-from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training.budget import step_times, trial
 from effilora_diffusion.diffusion.training.example import example_settings
-from effilora_diffusion.diffusion.training.loss import batch_loss
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .features import load_judge
-from .subject import HELD_OUT, OTHER_PROMPTS, Reference, draw, draw_all
-
-LEVELS = 24
-"""Noise levels at which every held-out image's loss is taken."""
-
-OTHER_LEVELS = 8
-"""Noise levels at which every other image's prediction is compared."""
+from .judging import OTHER_LEVELS, Board, Others
+from .subject import HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -106,59 +91,6 @@ def settings(args: argparse.Namespace, seed: int, steps: int, **changes: Any) ->
     return TrainingConfig(**{**example_settings(), **own, **paths, **quiet, **changes})
 
 
-class Probes:
-    """Fixed noisy latents to judge a trained model by: of the subject's held-out images, and of the base's other images.
-
-    Args:
-        trainer: any run on the base; what it has trained has no influence.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.family, self.objective = trainer.family, trainer.objective
-        found, _ = scan_images(HELD_OUT, example_settings()["instance_prompt"])
-        source = ExampleSource(self.family, found, Preparation(64, True, False, "lanczos", 0), "held out")
-        source.fill()
-        self.subject = [self._levels(*source.draw(index), index, LEVELS) for index in range(len(found))]
-        trainer.adapter.enabled = False
-        images = draw(trainer.family.pipe, list(OTHER_PROMPTS))
-        self.others = []
-        for index, (prompt, image) in enumerate(zip(OTHER_PROMPTS, images, strict=True)):
-            mean = self.family.encode_image(prepare_image(image, image.width, True))[0]
-            self.others.append(
-                self._levels(mean, self.family.encode_prompt(prompt), prompt, 100 + index, OTHER_LEVELS)
-            )
-        self.base = [self.predict(batch) for batch in self.others]
-        trainer.adapter.enabled = True
-
-    def _levels(self, latents: Tensor, conditions: Any, name: str, index: int, levels: int) -> Batch:
-        """One image at ``levels`` noise levels."""
-        return Batch(
-            latents.expand(levels, *latents.shape),
-            self.family.collate([conditions] * levels),
-            draw_normal((levels, *latents.shape), 0, "held-out noise", index),
-            self.objective.timesteps((torch.arange(levels) + 0.5) / levels),
-            [name] * levels,
-            levels,
-        )
-
-    @torch.no_grad()
-    def predict(self, batch: Batch, family: Any = None) -> Tensor:
-        """The prediction of ``family``'s denoiser, the probes' own by default."""
-        noisy = self.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-        found: Tensor = (family or self.family).predict(noisy, batch.timesteps, batch.conditions)
-        return found
-
-    @torch.no_grad()
-    def figures(self, trainer: Trainer) -> dict[str, float]:
-        """Loss and change of a trained model."""
-        trainer.adapter.eval()
-        cpu = torch.device("cpu")
-        losses = [float(batch_loss(trainer.family, self.objective, batch, cpu)) for batch in self.subject]
-        pairs = zip(self.others, self.base, strict=True)
-        moved = [float((self.predict(batch, trainer.family) - base).square().mean()) for batch, base in pairs]
-        return {"loss": statistics.mean(losses), "change": statistics.mean(moved)}
-
-
 class Bench:
     """The log, the costs of the cuts, and the base's images."""
 
@@ -167,7 +99,9 @@ class Bench:
         args.work.mkdir(parents=True, exist_ok=True)
         self.rows = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
         torch.manual_seed(0)
-        self.reference = Reference(load_judge(), *draw_all(load_pipeline(None))) if args.images else None
+        example, judge = example_settings(), load_judge() if args.images else None
+        folders = Path(example["instance_data_dir"]), HELD_OUT
+        self.board = Board(Others(OTHER_LEVELS), judge, example["instance_prompt"], *folders)
         self.order, self.times = self.costs()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -179,18 +113,16 @@ class Bench:
     def costs(self) -> tuple[tuple[str, ...], list[float]]:
         """The blocks as they run, and the time of a step by cut; measured once."""
         found = next((row for row in self.rows if "times" in row), None)
-        trainer = Trainer(settings(self.args, 0, self.args.steps))
-        self.probes = Probes(trainer)
         if found is None:
+            trainer = Trainer(settings(self.args, 0, self.args.steps))
             order = execution_order(
                 trainer.family.model, trainer.adapter, lambda: trainer._loss(trainer.batches.draw(0, self.args.batch))
             )
             with trial(trainer.loop, trainer.adapter):
                 times, seconds = step_times(trainer.loop, trainer.adapter, order, range(len(order)), 15)
-            loss = self.probes.figures(trainer)["loss"]
-            found = {"order": order, "times": list(times.values()), "seconds": seconds, "base loss": loss}
+            trainer.folder.release()
+            found = {"order": order, "times": [*times.values()], "seconds": seconds, "base loss": self.board.base_loss}
             self.write(found)
-        trainer.folder.release()
         return tuple(found["order"]), found["times"]
 
     def run(self, name: str, budget: float, seed: int, rate: float, steps: int, plan: DepthPlan) -> None:
@@ -204,9 +136,9 @@ class Bench:
         began, cpu = time.time(), time.process_time()
         trainer.run()
         spent = {"seconds": time.time() - began, "cpu": time.process_time() - cpu}
-        figures = self.reference.figures(*draw_all(trainer.family.pipe)) if self.reference is not None else {}
+        trainer.adapter.eval()
         cost = plan.mean(dict(enumerate(self.times))) * steps / self.args.steps
-        self.write({**key, "cost": cost, **self.probes.figures(trainer), **figures, **spent})
+        self.write({**key, "cost": cost, **self.board.figures(trainer.family), **spent})
         print(json.dumps(self.rows[-1]), flush=True)
 
 

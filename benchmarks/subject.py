@@ -53,17 +53,26 @@ class Reference:
         judge: describes the images.
         subject: the base's images of the subject's prompt.
         others: the base's images of the other prompts.
+        held_out: true images that nobody trains on (default: the example's).
+        trained: the training images (default: the example's).
 
     Attributes:
         start: similarity of the base's images to the held-out ones.
         ceiling: similarity of the training images to them.
     """
 
-    def __init__(self, judge: Judge, subject: list[Image.Image], others: list[Image.Image]):
+    def __init__(
+        self,
+        judge: Judge,
+        subject: list[Image.Image],
+        others: list[Image.Image],
+        held_out: list[Image.Image] | None = None,
+        trained: list[Image.Image] | None = None,
+    ):
         self.judge, self.others = judge, others
-        self.held_out = judge.features(open_all(HELD_OUT))
+        self.held_out = judge.features(held_out or open_all(HELD_OUT))
         self.start = self.similarity(subject)
-        self.ceiling = self.similarity(open_all(Path(str(example_settings()["instance_data_dir"]))))
+        self.ceiling = self.similarity(trained or open_all(Path(str(example_settings()["instance_data_dir"]))))
 
     def similarity(self, images: list[Image.Image]) -> float:
         """Mean cosine of every image to every held-out one."""
@@ -112,7 +121,7 @@ def settings(method: str, seed: int, rate: float, output: str, changes: dict[str
 def train(method: str, config: TrainingConfig) -> Any:
     """Train one method; returns the pipeline with its adapter acting."""
     if method == "PEFT LoRA":
-        return peft_baseline.train(config).pipe
+        return peft_baseline.train(config).family.pipe
     trainer = Trainer(config)
     trainer.run()
     return trainer.family.pipe
