@@ -125,8 +125,8 @@ def _plain_words(summary: Summary, output: Path) -> str:
         words = " or ".join(f"`{word}`" for word in summary.concepts[0].triggers)
         rest = "the common head acts on others" if always else "others are the base's, bit for bit"
         return (
-            f"The adapter acts on prompts with {words}; {rest}.\n\n`{plain}` is its plain LoRA, {summary.plain.words}, which acts on every "
-            f"prompt.{_elsewhere(summary, output, kohya)}"
+            f"The adapter acts on prompts with {words}; {rest}.\n\n`{plain}` is its plain LoRA, {summary.plain.words}, which "
+            f"acts on every prompt.{_elsewhere(summary, output, kohya)}"
         )
     return "\n".join([
         f"The adapter finds a concept by its trigger in the prompt; a prompt may name several.{always}", "",
