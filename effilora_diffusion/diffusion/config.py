@@ -15,6 +15,7 @@ from ..core.concepts import Concept
 from ..core.config import REDUCER_MODES
 from ..core.errors import EffiLoRAError
 from ..core.options import COUNT, NATURAL, POSITIVE, REDUCER, SHARE, AdapterOptions, Bounds, check_options, option
+from . import presets
 from .concepts_list import ConceptData, read_concepts
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -38,8 +39,11 @@ PRIOR_TARGETS = ("base", "images")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
 """Forms the frozen base can be loaded in, by the library that does it."""
 
-ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+ONCE = ("preset", "overwrite_output_dir", "resume_from_checkpoint", "dry_run")
 """What is meant for one start of a run, and is no part of it."""
+
+PRESET_MARK = "# --preset {}, expanded\n"
+"""First line of the config file of a run with a preset."""
 
 BUDGETS = ("reducer_time", "reducer_memory", "reducer_depth", "reducer_plan")
 """Settings that each choose a plan for ``--reducer depth``."""
@@ -102,6 +106,14 @@ class TrainingConfig(AdapterOptions):
     reducer_plan: str | None = option(
         None, "an earlier run's plan, as CUT:SHARE,CUT:SHARE, instead of measuring", REDUCER, form=False
     )
+    preset: str | None = option(
+        None,
+        "settings that were measured together, for whatever is not named here or in --config",
+        MODEL,
+        choices=presets.NAMES,
+        usual=True,
+        form=False,
+    )
     pretrained_model_name_or_path: str | None = option(
         None,
         "model folder, hub id or .safetensors checkpoint (default: the embedded base)",
@@ -149,7 +161,11 @@ class TrainingConfig(AdapterOptions):
         form=False,
     )
     class_prompt: list[str] = option(
-        [], "prompt of the class, e.g. 'a cat'; class images are shared out among several prompts", PRIOR, usual=True
+        [],
+        "prompt of the class, e.g. 'a cat'; class images are shared out among several prompts (default with prior_target base: "
+        "the instance_prompt without the word that names the subject)",
+        PRIOR,
+        usual=True,
     )
     with_prior_preservation: bool = option(
         False, "also train on the class, so that the model does not forget what it knows of it", PRIOR, usual=True
@@ -309,7 +325,7 @@ class TrainingConfig(AdapterOptions):
 
     def _check_prior(self, prompt: str | list[str], folder: str | None, entry: str = "") -> None:
         where = f", or the entry of {entry} in --concepts_list its own" if entry else ""
-        if not prompt:
+        if not prompt and (entry or self.prior_target != "base" or not self.instance_prompt):
             raise EffiLoRAError(f"--with_prior_preservation needs --class_prompt{where}")
         if self.prior_target == "images" and not folder:
             raise EffiLoRAError(f"--prior_target images needs --class_data_dir{where}")
@@ -334,4 +350,5 @@ class TrainingConfig(AdapterOptions):
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""
         kept = {name: value for name, value in asdict(self).items() if name not in ONCE}
-        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        mark = PRESET_MARK.format(self.preset) if self.preset else ""
+        return mark + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
