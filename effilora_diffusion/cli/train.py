@@ -40,9 +40,14 @@ def parse_arguments(
         parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     given = parse(parser, [TrainingConfig], arguments, FLAGS)
     chosen = translate_diffusers_flags({**given.values, **given.extra})
+    return TrainingConfig(**settings_of_run(chosen, example))
+
+
+def settings_of_run(chosen: dict[str, Any], example: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+    """``chosen`` over its preset, over ``example()`` if neither model nor images are named."""
     named = any(chosen.get(name) for name in ("pretrained_model_name_or_path", "instance_data_dir", "concepts_list"))
-    presets = example() if example is not None and not named else {}
-    return TrainingConfig(**{**_launched_precision(), **presets, **expanded(chosen, presets), **chosen})
+    below = example() if example is not None and not named else {}
+    return {**_launched_precision(), **below, **expanded(chosen, below), **chosen}
 
 
 def expanded(chosen: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ from ..sampling.generate import Sampler
 from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 from .preservation import Preservation, preservation
 
+NO_FINGERPRINT = dict.fromkeys(("base_hash", "base_hash_bfloat16", "base_dtype"))
+"""Of a model whose weights mean nothing."""
+
 
 @dataclass
 class RunParts:
@@ -78,19 +81,20 @@ def build(
 ) -> RunParts:
     """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes.
 
-    ``family`` stands in for the model that ``config`` names.
+    ``family`` stands in for the model that ``config`` names; its weights mean nothing.
     """
     device = accelerator.device
     entries = config.concept_data()
     if not config.instance_data_dir and not entries:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
     groups = scan_concepts(entries or [ConceptData(str(config.instance_data_dir), config.instance_prompt)], say)
+    known = family is None
     family = family or make_family(load_base(config), device, config.max_sequence_length)
     family.guidance_scale = config.guidance_scale
     config = _without_unsupported(_with_class(config, family), family, say)
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
-    base = base_fingerprint(family.model)
+    base = base_fingerprint(family.model) if known else NO_FINGERPRINT
     concepts, examples = name_concepts(entries, groups, family.rarest_word) if entries else ((), groups[0])
     adapter_config = replace(config.adapter_config(concepts), timestep_range=family.timestep_range)
     initial: AdapterFile | None = None
@@ -110,7 +114,7 @@ def build(
             )
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    classes, weights = class_folders(config, base, entries), tuple(entry.weight for entry in entries)
+    classes, weights = class_folders(config, base, entries, known), tuple(entry.weight for entry in entries)
     return RunParts(
         config, examples, family, objective, adapter, base, per_step, classes, initial, concepts, weights
     )  # fmt: skip
@@ -147,7 +151,7 @@ def can_checkpoint(family: Family, routing: str) -> bool:
 
 
 def class_folders(
-    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = ()
+    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = (), check: bool = True
 ) -> tuple[ClassFolder, ...]:
     """The folder of class images, if the run has any, or that of each of several subjects if one has its own.
 
@@ -168,7 +172,7 @@ def class_folders(
         ClassFolder(Path(path), tuple(prompts), config.num_class_images, config.seed, model)
         for path, prompts in wanted
     )
-    for folder in folders:
+    for folder in folders if check else ():
         folder.check(config.resolution)
     return folders
 
