@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +119,10 @@ def lines(plan: Plan) -> list[str]:
         f"--preset {c.preset}: {why}",
         f"class       {_class(plan)}",
         f"steps       {plan.parts.steps} of {rows} image{'s' if rows > 1 else ''}, {rate}{cut}: {plan.time:.2f} of the time of "
-        f"{plan.usual} full steps; fewer full steps are better than shortened ones",
+        f"{plan.usual} full steps"
+        + ("; in that time fewer full steps are better than shortened ones" if plan.time < 1 else ""),
         f"memory      {memory}; {_budget(plan)}",
-        *(f"note: {note}" for note in notes(plan.parts)),
+        *(f"note: {note}" for note in notes(replace(plan.parts, config=replace(c, preset=None)))),
     ]
 
 

@@ -61,8 +61,8 @@ def hollow_pipeline(model: str | None, dtype: torch.dtype = torch.float32, revis
 
 def _module(library: str, kind: str, name: str, part: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """One module of a pipeline without weights; ``None`` for what is no module, as a tokenizer."""
-    found = getattr(importlib.import_module(library), kind, None)
-    if not isinstance(found, type) or not issubclass(found, ModelMixin | PreTrainedModel):
+    found: Any = getattr(importlib.import_module(library), kind, None)
+    if not _is_module(found):
         return None
     if issubclass(found, ModelMixin):
         config: Any = found.load_config(name, subfolder=part, **options)
@@ -97,3 +97,7 @@ def emptied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(value, Tensor) and value.is_meta:
                 setattr(part, key, empty(value))
     return module.eval()
+
+
+def _is_module(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel)

@@ -182,7 +182,8 @@ class Planner:
             # two heads are smaller than one of twice their rank
             ranks = range(min(2, config.heads - 1) * config.rank if single else config.rank - 1, 0, -1)
         for rank in ranks:
-            yield replace(config, rank=rank, **({"heads": 1, "routing": "static"} if single else {}))
+            heads, routing = (1, "static") if single else (config.heads, config.routing)
+            yield replace(config, rank=rank, heads=heads, routing=routing)
 
     def _limits(self) -> list[str]:
         found = []
@@ -209,7 +210,7 @@ class Planner:
         report, limit = self.predict(config), self.budget.memory
         if limit is None:
             return config, report
-        levers = self._levers(config)
+        levers, pulled, why = self._levers(config), dict[str, str](), f"--max_memory_gb {limit / GIGA:g}"
         while peak(report) > limit or report.activations is None:
             found = next(levers, None)
             if found is None:
@@ -217,7 +218,9 @@ class Planner:
             changes, words = found
             config = replace(config, **changes)
             report = self.predict(config)
-            self.reduced.append(f"{words} for --max_memory_gb {limit / GIGA:g}")
+            pulled[next(iter(changes))] = words
+        if pulled:
+            self.reduced.append(f"{', '.join(pulled.values())} for {why}")
         if peak(report) <= limit:
             return config, report
         shapes = list(self._smaller(config))
@@ -230,9 +233,7 @@ class Planner:
         index = bisect.bisect_left(range(len(shapes)), True, key=fits)
         if index == len(shapes):
             raise EffiLoRAError(self._too_large(config, reports.get(len(shapes) - 1, report)))
-        self.reduced.append(
-            f"{shape_text(shapes[index])} instead of {shape_text(config)} for --max_memory_gb {limit / GIGA:g}"
-        )
+        self.reduced.append(f"{shape_text(shapes[index])} instead of {shape_text(config)} for {why}")
         return shapes[index], reports[index]
 
     def _levers(self, config: TrainingConfig) -> Iterator[tuple[dict[str, Any], str]]:
