@@ -4,12 +4,13 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from helpers import QUICK, make_subject, metrics, settings
+from helpers import make_subject, metrics
 from tiny_families import build
 
 from effilora_diffusion import cli
 from effilora_diffusion.cli import train as launch
 from effilora_diffusion.core import EffiLoRAError, load_adapter_file
+from effilora_diffusion.core.files import ADAPTER_FILE
 from effilora_diffusion.diffusion import presets
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.presets import NAMES, preset_settings, with_preset
@@ -101,7 +102,7 @@ def test_a_run_writes_what_its_preset_was_and_goes_on_with_that(tiny_pipeline, t
     monkeypatch.setitem(presets.PRESETS, "plain", presets.Preset("", "", later))
     again = [*words, "--resume_from_checkpoint", "checkpoint-2"]
     assert train(tiny_pipeline, subject, out, *again) == 0
-    assert load_adapter_file(out).adapter.config.heads == 1
+    assert load_adapter_file(out / ADAPTER_FILE).adapter.config.heads == 1
     assert metrics(out) == whole
     capsys.readouterr()
     again = ["--preset", "small", *again[2:]]
@@ -137,7 +138,7 @@ def test_every_preset_trains(bases, tmp_path, name, base, capsys):
     assert cli.main(["train", *words]) == 0
     said = capsys.readouterr().out
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    adapter = load_adapter_file(tmp_path / "out").adapter.config
+    adapter = load_adapter_file(tmp_path / "out" / ADAPTER_FILE).adapter.config
     expected = preset_settings(name, embedded=model is None)
     assert (adapter.rank, adapter.heads) == (expected["rank"], expected["heads"])
     assert (adapter.routing, adapter.alpha) == (expected["routing"], expected.get("lora_alpha"))
@@ -149,14 +150,10 @@ def test_every_preset_trains(bases, tmp_path, name, base, capsys):
         assert config["gradient_checkpointing"] is False
 
 
-def test_the_class_prompt_is_the_instance_prompt_without_the_subject(tiny_pipeline, tmp_path, capsys):
-    subject = make_subject(tmp_path / "s", 2)
-    config = settings(tiny_pipeline, subject, tmp_path / "out", with_prior_preservation=True)
-    assert config.class_prompt == []
-    assert QUICK["instance_prompt"] == "a sks cat"
-    words = ["--with_prior_preservation", "--dry_run"]
-    assert train(tiny_pipeline, subject, tmp_path / "out", *words) == 0
-    said = capsys.readouterr().out
-    assert "no images, 'a cat' goes with the instance images" in said
-    assert train(tiny_pipeline, subject, tmp_path / "out", *words, "--instance_prompt", "sks") == 2
+def test_the_class_prompt_is_the_instance_prompt_without_the_subject(tmp_path, capsys):
+    words = ["train", "--instance_data_dir", str(make_subject(tmp_path / "s", 2)), "--resolution", "64", "--dry_run"]
+    words += ["--with_prior_preservation", "--output_dir", str(tmp_path / "out"), "--instance_prompt"]
+    assert cli.main([*words, "a photo of sks, a cat"]) == 0
+    assert "no images, 'a photo of a cat' goes with the instance images" in capsys.readouterr().out
+    assert cli.main([*words, "sks"]) == 2
     assert "names nothing but the subject" in capsys.readouterr().err

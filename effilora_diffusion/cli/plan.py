@@ -89,10 +89,11 @@ def make_plan(chosen: dict[str, Any], wanted: dict[str, Any]) -> Plan:
     )  # fmt: skip
     config = TrainingConfig(**settings_of_run(chosen, example_settings))
     accelerator = start()
-    check_hardware(config, accelerator.device, print)
+    remarks: list[str] = []  # told after the plan
+    check_hardware(config, accelerator.device, remarks.append)
     check_folders(config)
-    plan = Planner(accelerator, set(chosen), budget, print).plan(config)
-    print("\n".join(lines(plan)))
+    plan = Planner(accelerator, set(chosen), budget, remarks.append).plan(config)
+    print("\n".join([*lines(plan), *filter(None, remarks)]))
     print(f"\n{command(plan)}")
     return plan
 

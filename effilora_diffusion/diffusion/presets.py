@@ -61,12 +61,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "plain": Preset(
         "the same images in every program that loads LoRA: one head of twice the rank, exported exactly",
-        "none that was measured for one subject",
+        "nothing that was measured for one subject",
         {**ONE_HEAD, **PRESERVED, "lr_scheduler": "cosine"},
     ),
     "fast": Preset(
         "half the time: half the steps, all of them full, which beats cutting more of them short",
-        "some likeness",
+        "some likeness, as every shorter run",
         {**ONE_HEAD, **PRESERVED, "lr_scheduler": "cosine"},
         length=0.5,
     ),

@@ -38,7 +38,7 @@ class Prediction:
         """What the preset gives and costs, and what the form's settings will take."""
         if preset not in PRESETS:
             return ""
-        said = f"**{preset}** gives {PRESETS[preset].gives}. It costs: {PRESETS[preset].costs}."
+        said = f"**{preset}**: {PRESETS[preset].gives}. Costs: {PRESETS[preset].costs}."
         words = prompt if str(prompt or "").strip() else "a photo of sks dog"
         try:
             settings = run_settings(self.session, words, preset, asset("example_subject"), list(advanced))

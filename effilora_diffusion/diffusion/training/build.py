@@ -28,6 +28,7 @@ from ..data.images import Preparation
 from ..data.latents import ExampleSource
 from ..data.prior import ClassFolder
 from ..models import Family, make_family
+from ..models.base import PUNCTUATION
 from ..models.pipelines import load_pipeline, quantization
 from ..presets import PRESETS
 from ..sampling.generate import Sampler
@@ -126,7 +127,7 @@ def _with_class(config: TrainingConfig, family: Family) -> TrainingConfig:
         return config
     named = str(config.instance_prompt)
     word = family.rarest_word(named)
-    rest = " ".join(one for one in named.split() if word not in one)
+    rest = " ".join(one for one in named.split() if one.strip(PUNCTUATION) != word)
     if not rest:
         raise EffiLoRAError(
             f"--with_prior_preservation needs --class_prompt: --instance_prompt {named!r} names nothing but the subject"
