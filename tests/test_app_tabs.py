@@ -84,7 +84,7 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1,
             "export_distillation_steps": 1}  # fmt: skip
     advanced = by_hand(session, **hand)
-    update, text = tab.begin(files, rows, "a sks cat", "new cat", "quick", *advanced)
+    update, text = tab.begin(files, rows, "a sks cat", "new cat", "fast", *advanced)
     assert text == "Starting ..."
     assert update["value"] == "new cat"
     data = session.outputs / "datasets" / "new cat"
@@ -123,7 +123,7 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
 def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
     tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
-    form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "quick", **change}
+    form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "fast", **change}
     advanced = by_hand(session, **change)
     _, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
     assert text.startswith("**Not started:**")
@@ -140,7 +140,7 @@ def test_the_advanced_section_shows_what_will_be_used(session, tmp_path):
         assert from_component(entry, shown[entry.name].value, usual[entry.name]) == usual[entry.name], entry.name
         assert shown[entry.name].info.startswith(entry.metadata["help"])
     assert {"rank", "heads", "routing", "reducer", "quantization", "lr_scheduler"} <= shown.keys()
-    found = run_settings(session, "a cat", "better", tmp_path, by_hand(session))
+    found = run_settings(session, "a cat", "quality", tmp_path, by_hand(session))
     assert {name: found[name] for name in usual if name not in PRESET_FIELDS} == {
         name: value for name, value in usual.items() if name not in PRESET_FIELDS
     }
@@ -154,11 +154,11 @@ def test_the_advanced_section_shows_what_will_be_used(session, tmp_path):
 
 def test_every_value_can_be_chosen_by_hand(tmp_path):
     session = Session(None, tmp_path / "outputs")  # the embedded base, whose usual settings are the example's
-    found = run_settings(session, "a cat", "quick", tmp_path, by_hand(session))
+    found = run_settings(session, "a cat", "fast", tmp_path, by_hand(session))
     assert (found["with_prior_preservation"], found["train_batch_size"], found["max_train_steps"]) == (True, 5, 125)
     hand = {"with_prior_preservation": False, "center_crop": False, "resolution": 512, "learning_rate": 5e-4, "class_prompt": "",
             "max_train_steps": "100", "validation_prompt": "one\ntwo"}  # fmt: skip
-    found = run_settings(session, "a cat", "quick", tmp_path, by_hand(session, **hand))
+    found = run_settings(session, "a cat", "fast", tmp_path, by_hand(session, **hand))
     expected = {**hand, "class_prompt": [], "max_train_steps": 100, "checkpointing_steps": 25}
     expected["validation_prompt"] = ["one", "two"]
     assert {name: found[name] for name in expected} == expected
@@ -189,9 +189,9 @@ def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
                        ("class images", "reserved"), ("history", "reserved")):  # fmt: skip
-        _, text = tab.begin(files, [], "a cat", name, "quick", *by_hand(session))
+        _, text = tab.begin(files, [], "a cat", name, "fast", *by_hand(session))
         assert word in text, name
-        *_, (_, text) = tab.check_first(files, [], "a cat", name, "quick", *by_hand(session))
+        *_, (_, text) = tab.check_first(files, [], "a cat", name, "fast", *by_hand(session))
         assert word in text, name
     assert {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()} == before
 
@@ -200,13 +200,13 @@ def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     before = sorted(session.outputs.iterdir())
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(session, rank=2))
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session, rank=2))
     assert text == "Nothing is in the way."
     assert "images      2, 1 distinct caption, at" in report["value"]
     assert "rank 2, 3 heads" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "quick", *by_hand(session))
+    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session))
     assert text.startswith("**It would not start:**")
     assert not report["visible"]
     assert sorted(session.outputs.iterdir()) == before

@@ -12,7 +12,7 @@ from benchmarks.subject import settings
 from effilora_diffusion import EffiLoRAConfig, EffiLoRAError, create_adapter
 from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.diffusion.models import make_family
-from effilora_diffusion.diffusion.training.example import EMBEDDED_RATE
+from effilora_diffusion.diffusion.presets import EMBEDDED_RATE
 
 RATE = 5e-4
 STEPS = 30

@@ -9,8 +9,9 @@ import yaml
 from effilora_diffusion.cli import settings_parser, train
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.core.options import hints_of
-from effilora_diffusion.diffusion.config import ONCE, PATHS, SCHEDULES, TrainingConfig
-from effilora_diffusion.diffusion.training.example import EMBEDDED_RATE
+from effilora_diffusion.diffusion.config import ONCE, PATHS, TrainingConfig
+from effilora_diffusion.diffusion.presets import EMBEDDED_RATE
+from effilora_diffusion.diffusion.run_options import SCHEDULES
 
 DIFFUSERS_DEFAULTS = {
     "rank": 4,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapter import EffiLoRA, SharedActivations
 from .concepts import number_of
-from .config import ReducerConfig
+from .config import EffiLoRAConfig, ReducerConfig
 from .errors import EffiLoRAError
 
 RIDGE = 1e-6
@@ -204,6 +204,11 @@ def to_lora(
     return factors
 
 
+def plain_config(config: EffiLoRAConfig) -> EffiLoRAConfig:
+    """The configuration of a plain LoRA that stands for an adapter of ``config``: one head over the same A."""
+    return replace(config, heads=1, routing="static", dropout=0.0, reducer=ReducerConfig())
+
+
 @torch.no_grad()
 def fitted(adapter: EffiLoRA, calibration: dict[str, Tensor]) -> EffiLoRA:
     """The least-squares fit of ``adapter`` as an adapter with one head: its plain LoRA, which can be attached and trained.
@@ -211,7 +216,7 @@ def fitted(adapter: EffiLoRA, calibration: dict[str, Tensor]) -> EffiLoRA:
     It has the same A, sites and scale; raises :class:`EffiLoRAError` as :func:`to_lora` does.
     """
     factors = to_lora(adapter, calibration)
-    config = replace(adapter.config, heads=1, routing="static", dropout=0.0, reducer=ReducerConfig())
+    config = plain_config(adapter.config)
     single = EffiLoRA(config, adapter.sites)
     for key, value in adapter.A.items():
         single.A[key].copy_(value)

@@ -122,6 +122,8 @@ def make_page(session: Session) -> gr.Blocks:
         for label, (refresh, inputs, outputs) in refreshed.items():
             for trigger in (page.load, shown[label].select):
                 trigger(refresh, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+        shown["Train"].select(train.predict, train.asked, train.takes, queue=False, show_progress="hidden",
+                              api_visibility="private")  # fmt: skip
     return page
 
 

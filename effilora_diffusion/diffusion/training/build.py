@@ -28,13 +28,17 @@ from ..data.images import Preparation
 from ..data.latents import ExampleSource
 from ..data.prior import ClassFolder, without_images
 from ..models import Family, make_family
+from ..models.base import PUNCTUATION
 from ..models.pipelines import load_pipeline, quantization
+from ..presets import PRESETS
 from ..sampling.generate import Sampler
 from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 from .preservation import Preservation, preservation
 
 OTHER_IMAGES = 16
 """Images that are enough to see what an adapter does to unrelated prompts."""
+NO_FINGERPRINT = dict.fromkeys(("base_hash", "base_hash_bfloat16", "base_dtype"))
+"""Of a model whose weights mean nothing."""
 
 
 @dataclass
@@ -75,18 +79,25 @@ class RunParts:
         return self.config.max_train_steps or self.config.num_train_epochs * self.steps_per_epoch
 
 
-def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> RunParts:
-    """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes."""
+def build(
+    config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None], family: Family | None = None
+) -> RunParts:
+    """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes.
+
+    ``family`` stands in for the model that ``config`` names; its weights mean nothing.
+    """
     device = accelerator.device
     entries = config.concept_data()
     if not config.instance_data_dir and not entries:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
     groups = scan_concepts(entries or [ConceptData(str(config.instance_data_dir), config.instance_prompt)], say)
-    family = make_family(load_base(config), device, config.max_sequence_length)
+    known = family is None
+    family = family or make_family(load_base(config), device, config.max_sequence_length)
     family.guidance_scale = config.guidance_scale
+    config = _without_unsupported(_with_class(config, family), family, say)
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
-    base = base_fingerprint(family.model)
+    base = base_fingerprint(family.model) if known else NO_FINGERPRINT
     concepts, examples = name_concepts(entries, groups, family.rarest_word) if entries else ((), groups[0])
     adapter_config = replace(config.adapter_config(concepts), timestep_range=family.timestep_range)
     initial: AdapterFile | None = None
@@ -106,14 +117,44 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
             )
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    classes, weights = class_folders(config, base, entries), tuple(entry.weight for entry in entries)
+    classes, weights = class_folders(config, base, entries, known), tuple(entry.weight for entry in entries)
     return RunParts(
         config, examples, family, objective, adapter, base, per_step, classes, initial, concepts, weights
     )  # fmt: skip
 
 
+def _with_class(config: TrainingConfig, family: Family) -> TrainingConfig:
+    """``config`` with a class prompt where it needs one: its instance prompt without the word that names the subject."""
+    if not config.with_prior_preservation or config.class_prompt or config.concepts_list:
+        return config
+    named = str(config.instance_prompt)
+    word = family.rarest_word(named)
+    rest = " ".join(one for one in named.split() if one.strip(PUNCTUATION) != word)
+    if not rest:
+        raise EffiLoRAError(
+            f"--with_prior_preservation needs --class_prompt: --instance_prompt {named!r} names nothing but the subject"
+        )
+    return replace(config, class_prompt=[rest])
+
+
+def _without_unsupported(config: TrainingConfig, family: Family, say: Callable[[str], None]) -> TrainingConfig:
+    """``config`` without the gradient checkpointing of its preset, where the family can't have it."""
+    if not config.preset or not config.gradient_checkpointing:
+        return config
+    if can_checkpoint(family, config.routing) or not PRESETS[config.preset].settings.get("gradient_checkpointing"):
+        return config
+    say(f"note: {family.title} can't have the gradient checkpointing of --preset {config.preset}: it is left out")
+    return replace(config, gradient_checkpointing=False)
+
+
+def can_checkpoint(family: Family, routing: str) -> bool:
+    """Whether a family can recompute activations while gates depend on what ``routing`` says."""
+    supported = bool(getattr(family.model, "_supports_gradient_checkpointing", False))
+    return supported and not (family.one_by_one and routing in ("timestep", "concept"))
+
+
 def class_folders(
-    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = ()
+    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = (), check: bool = True
 ) -> tuple[ClassFolder, ...]:
     """The folder of class images, if the run has any, or that of each of several subjects if one has its own.
 
@@ -134,7 +175,7 @@ def class_folders(
         ClassFolder(Path(path), tuple(prompts), config.num_class_images, config.seed, model)
         for path, prompts in wanted
     )
-    for folder in folders:
+    for folder in folders if check else ():
         folder.check(config.resolution)
     return folders
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...core.assets import asset
 from ..config import EMBEDDED_SAMPLING
+from ..presets import EMBEDDED_RATE
 
 EXAMPLE_CLASS_PROMPTS = (
     "a noto emoji of cat face",
@@ -22,9 +23,6 @@ EXAMPLE_CLASS_PROMPTS = (
     "a fluent emoji of violin",
 )
 """What the example must not forget: a few things of every kind and style. The benchmark's drift is measured on others."""
-
-EMBEDDED_RATE: dict[str, Any] = {"a_start": "kaiming", "learning_rate": 4e-3}
-"""What learns best on the embedded base at equal change of everything else; for other models nobody has measured it."""
 
 
 def example_settings() -> dict[str, Any]:

@@ -14,8 +14,9 @@ from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
 from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, RunFolder, plain_names, separate
 from ..adapters.export import export, has_kohya_form
-from ..config import SAVED, TrainingConfig
+from ..config import TrainingConfig
 from ..models.pipelines import EMBEDDED_BASE
+from ..run_options import SAVED
 from .batches import BatchDrawer
 from .build import RunParts
 from .model_card import Summary, write_report

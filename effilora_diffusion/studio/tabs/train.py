@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from ... import EffiLoRAError
 from ...core.image_io import ImageError, inspect_image
 from ...diffusion.config import TrainingConfig
 from ...diffusion.data.folder import scan_images
+from ...diffusion.presets import DEFAULT, PRESETS
 from ...diffusion.training.example import example_settings
 from .. import figures
+from ..prediction import Prediction
 from ..queue import refusal, shown_file
 from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
 from ..session import Session
@@ -30,7 +31,7 @@ from ..subjects import (
     save_subjects,
     with_subjects,
 )
-from ..train_form import PRESETS, build_advanced, run_settings
+from ..train_form import TrainingData, build_advanced, preset_values, run_settings, shown_fields
 from ..words import Markdown, plain_words
 
 CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
@@ -41,19 +42,11 @@ MAX_IMAGES = 200
 ONE, SEVERAL = "one subject", "several subjects"
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run learns from: ``keep`` copies it into a folder and checks it, ``settings`` are the run's with that folder."""
-
-    keep: Callable[[Path], None]
-    settings: Callable[[Path], dict[str, Any]]
-
-
 class TrainTab:
     """Components and handlers of the tab."""
 
     def __init__(self, session: Session):
-        self.session = session
+        self.session, self.prediction = session, Prediction(session)
         self.subjects = SubjectsForm()
 
     def build(self) -> None:
@@ -67,7 +60,8 @@ class TrainTab:
                     self.subjects.build()
                 with gr.Row():
                     self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
-                    self.preset = gr.Radio(list(PRESETS), value="better", label="Preset", elem_id="train-preset")
+                    self.preset = gr.Radio(list(PRESETS), value=DEFAULT, label="Preset", elem_id="train-preset")
+                self.takes = Markdown("", elem_id="train-takes")
                 with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
                     self.advanced = build_advanced(self.session)
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
@@ -113,6 +107,11 @@ class TrainTab:
     def shown(self) -> list[Any]:
         """What :meth:`look` fills."""
         return [self.status, self.plot, self.sample, self.layers, self.report]
+
+    @property
+    def asked(self) -> list[Any]:
+        """What :meth:`predict` reads."""
+        return [self.preset, self.prompt, *self.advanced]
 
     def runs(self) -> list[str]:
         """Names of the runs on the disk, the newest first."""
@@ -192,6 +191,17 @@ class TrainTab:
             return with_subjects(single, found, folder, self.session)
 
         return TrainingData(keep, settings)
+
+    def choose(self, preset: str, prompt: str, *advanced: Any) -> tuple[Any, ...]:
+        """What a preset gives, costs and takes, and its values in the form."""
+        names, values = [entry.name for entry in shown_fields()], preset_values(self.session, preset)
+        shown = [values.get(name, value) for name, value in zip(names, advanced, strict=True)]
+        changes = [gr.update(value=values[name]) if name in values else gr.skip() for name in names]
+        return self.prediction.text(preset, prompt, shown), *changes
+
+    def predict(self, preset: str, prompt: str, *advanced: Any) -> str:
+        """What the form's settings will take."""
+        return self.prediction.text(preset, prompt, advanced)
 
     def _free_run(self, name: str | None) -> Run:
         """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
@@ -334,6 +344,11 @@ class TrainTab:
             yield from choose(self.check_first, self.check_several)(mode, *values)
 
         form = [self.mode, *one, *several]
+        quiet = {**hidden, "show_progress": "hidden"}
+        self.preset.change(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        for part in self.advanced:  # what somebody writes counts once it is written
+            event = part.blur if isinstance(part, gr.Number | gr.Textbox) else part.input
+            event(self.predict, self.asked, self.takes, **quiet)
         self.look_first.click(
             check, form, [self.checked, self.note], show_progress="hidden",
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
