@@ -179,7 +179,6 @@ class AdapterOptions:
         None,
         "start from an existing adapter: a file, a run's folder or RUN@STEP (default: a fresh one)",
         ADAPTER,
-        usual=True,
         form=False,
     )
     rank: int = option(4, "rank of the shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True)

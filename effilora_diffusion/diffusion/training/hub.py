@@ -9,7 +9,6 @@ from huggingface_hub import HfApi
 
 from ...core import EffiLoRAError
 from ...core.errors import DEBUG
-from ..config import TrainingConfig
 
 LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", ".*", ".*/**", "logs/**"]
 """What is of no use to whoever loads the result."""
@@ -19,16 +18,17 @@ class Publication:
     """The model on the hub that a run is uploaded to.
 
     Args:
-        config: with ``hub_model_id`` (default: the name of the output folder) and ``hub_token``.
+        output: folder of the run.
+        model: id on the hub (default: the folder's name, in the account of the token).
+        token: default: that of ``hf auth login``, or ``HF_TOKEN``.
 
     Raises:
         EffiLoRAError: the model can't be made or written: told before anything is trained.
     """
 
-    def __init__(self, config: TrainingConfig):
-        self.output = Path(config.output_dir)
-        self.api = HfApi(token=config.hub_token)
-        name = config.hub_model_id or self.output.resolve().name
+    def __init__(self, output: Path, model: str | None, token: str | None):
+        self.output, self.api = output, HfApi(token=token)
+        name = model or output.resolve().name
         try:
             self.name = self.api.create_repo(name, exist_ok=True).repo_id
         except Exception as error:  # of the hub, the network or whichever HTTP client its library has

@@ -24,7 +24,7 @@ def run(config: TrainingConfig) -> int:
                 return 0
             accelerator = start()
             if config.push_to_hub and accelerator.is_main_process:
-                publication = Publication(config)
+                publication = Publication(Path(config.output_dir), config.hub_model_id, config.hub_token)
             trainer = Trainer(config, accelerator, signals)
             summary = trainer.run()
     except Interrupted as stop:

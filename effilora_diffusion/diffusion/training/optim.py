@@ -12,6 +12,7 @@ from diffusers.optimization import get_scheduler
 
 from ...core.signals import ACCELERATE_LAUNCH
 from ..config import TrainingConfig
+from .optimizers import Choice
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -34,6 +35,20 @@ def _threads_are_chosen() -> bool:
         return "OMP_NUM_THREADS" in launcher.environ() or any("num_cpu_threads_per_process" in word for word in words)
     except psutil.Error:  # it is gone, or another user's: then what we got is all there is
         return True
+
+
+def optimizer_choice(config: TrainingConfig) -> Choice:
+    """The optimizer that the settings name."""
+    return Choice(
+        config.optimizer,
+        tuple(config.optimizer_args),
+        {
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "weight_decay": config.adam_weight_decay,
+            "eps": config.adam_epsilon,
+        },
+        config.ema_decay if config.use_ema else None,
+    )
 
 
 def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[[int], float]:

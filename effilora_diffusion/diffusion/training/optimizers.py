@@ -6,13 +6,13 @@ import ast
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...core import EffiLoRAError
-from ..config import TrainingConfig
 
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("torch.optim.AdamW", {}),
@@ -87,47 +87,57 @@ def _class_of(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], peak: float) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` names over ``parameters``; what has no gradient in a step is skipped by it.
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer and its arguments.
 
     Args:
-        config: ``optimizer``, ``optimizer_args`` and the ``adam_`` settings.
-        parameters: what is trained.
-        peak: learning rate; the loop sets that of each step.
+        name: a key of :data:`NAMED`, or the import path of a class.
+        arguments: further ones as ``KEY=VALUE``, see :func:`parse_arguments`.
+        adam: ``betas``, ``weight_decay`` and ``eps``, for those of :data:`ADAM_SETTINGS`.
+        ema: see :func:`keep_average`; ``None``: no moving average.
+    """
+
+    name: str = "adamw"
+    arguments: tuple[str, ...] = ()
+    adam: dict[str, Any] = field(default_factory=dict)
+    ema: float | None = None
+
+
+def make_optimizer(choice: Choice, parameters: Iterable[nn.Parameter], peak: float) -> torch.optim.Optimizer:
+    """The optimizer of ``choice`` over ``parameters``, at the learning rate ``peak``; the loop sets that of each step.
+
+    What has no gradient in a step is skipped by it.
 
     Raises:
         EffiLoRAError: it is not known, its package is missing, or it does not take these arguments.
     """
-    name, trained = config.optimizer, list(parameters)
+    name, trained = choice.name, list(parameters)
     kind, arguments = _class_of(name), dict(NAMED[name][1]) if name in NAMED else {}
     if name in ADAM_SETTINGS:
-        arguments |= {
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "weight_decay": config.adam_weight_decay,
-            "eps": config.adam_epsilon,
-        }
+        arguments |= choice.adam
     if name == "adamw":
         arguments["fused"] = trained[0].device.type in ("cpu", "cuda")
-    arguments |= parse_arguments(config.optimizer_args)
+    arguments |= parse_arguments(choice.arguments)
     try:
         return kind(trained, lr=peak, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise EffiLoRAError(f"--optimizer {config.optimizer[:100]} does not take its arguments: {reason}") from error
+        raise EffiLoRAError(f"--optimizer {name[:100]} does not take its arguments: {reason}") from error
 
 
 def run_optimizer(
-    config: TrainingConfig,
+    choice: Choice,
     parameters: Iterable[nn.Parameter],
-    peak: float,
+    peak: float = 1e-3,
     prepare: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> torch.optim.Optimizer:
     """:func:`make_optimizer`, then ``prepare`` for what acts after its steps, then the moving average, if there is one."""
-    optimizer = make_optimizer(config, parameters, peak)
+    optimizer = make_optimizer(choice, parameters, peak)
     if prepare is not None:
         prepare(optimizer)
-    if config.use_ema:
-        keep_average(optimizer, config.ema_decay)
+    if choice.ema is not None:
+        keep_average(optimizer, choice.ema)
     return optimizer
 
 

@@ -14,7 +14,6 @@ from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
 from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, RunFolder, plain_names, separate
 from ..adapters.export import export, has_kohya_form
-from ..config import TrainingConfig
 from ..models.pipelines import EMBEDDED_BASE
 from ..run_options import SAVED
 from .batches import BatchDrawer
@@ -31,7 +30,6 @@ class Result:
     The adapter comes first: whatever goes wrong with what only shows it, the run is a success.
     """
 
-    config: TrainingConfig
     parts: RunParts
     batches: BatchDrawer
     validation: Validation
@@ -46,7 +44,7 @@ class Result:
             device: where the model is.
             scaled: whether losses are scaled, as with float16.
         """
-        c, adapter = self.config, self.parts.adapter
+        c, adapter = self.parts.config, self.parts.adapter
         # as many rows at a time as a training step has
         maker = PlainMaker(self.parts.family, self.parts.objective, adapter, self.batches, device, c.train_batch_size)
         summary.plain = maker.make(c.export_distillation_steps, self.say, scaled)
@@ -88,15 +86,15 @@ class Result:
         """What the native file says about its origin."""
         family = self.parts.family
         return {
-            "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
-            "single_file_config": self.config.single_file_config,
+            "base_model": self.parts.config.pretrained_model_name_or_path or EMBEDDED_BASE,
+            "single_file_config": self.parts.config.single_file_config,
             **self.parts.base,
             "base_class": type(family.model).__name__,
             "component": family.component,
             "architecture": family.architecture,
             "layers_per_block": family.model.config.get("layers_per_block"),
             "prediction_type": family.pipe.scheduler.config.get("prediction_type"),
-            "resolution": self.config.resolution,
+            "resolution": self.parts.config.resolution,
             "trigger_prompt": summary.prompt,
             "steps": summary.steps,
             "images": len(self.parts.examples),

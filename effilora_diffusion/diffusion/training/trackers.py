@@ -14,7 +14,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from PIL import Image
 
 from ...core import EffiLoRAError
-from ..config import TrainingConfig
 
 PROJECT = "dreambooth-effilora"
 """Name of the project in trackers that have projects."""
@@ -49,14 +48,22 @@ class Trackers:
 
     Args:
         accelerator: which holds them.
-        config: of the run, which they show without the token of the hub.
+        wanted: their names, see :func:`wanted_trackers`.
+        settings: of the run, which they show without the token of the hub.
         folder: for those that write files.
         say: prints a line.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig, folder: Path, say: Callable[[str], None]):
-        self.accelerator, self.config, self.folder, self.say = accelerator, config, folder, say
-        self.names = wanted_trackers(config.report_to)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        wanted: list[str],
+        settings: dict[str, Any],
+        folder: Path,
+        say: Callable[[str], None],
+    ):
+        self.accelerator, self.settings, self.folder, self.say = accelerator, settings, folder, say
+        self.names = wanted_trackers(wanted)
         self.trackers: list[Any] = []
 
     def open(self, step: int) -> None:
@@ -65,7 +72,7 @@ class Trackers:
             return
         settings = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in vars(self.config).items()
+            for name, value in self.settings.items()
             if name != "hub_token" and value is not None
         }
         for name in self.names:

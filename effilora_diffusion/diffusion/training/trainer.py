@@ -38,7 +38,7 @@ from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary
 from .notes import caption_table, notes, trigger_prompt
-from .optim import learning_rates, use_all_cores
+from .optim import learning_rates, optimizer_choice, use_all_cores
 from .optimizers import averaged, run_optimizer
 from .processes import Processes, launch_note, start
 from .result import Result
@@ -96,18 +96,20 @@ class Trainer:
         prompts = config.validation_prompt or self._concept_prompts() or [config.instance_prompt or ""]
         prompts = [prompt for prompt in prompts if prompt]
         draw = sampler(config, self.family)
-        self.trackers = Trackers(accelerator, config, self.output / config.logging_dir, self.say)
+        self.trackers = Trackers(
+            accelerator, config.report_to, vars(config), self.output / config.logging_dir, self.say
+        )
         show = self.trackers.images
         self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own, show)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
-        self.optimizer = run_optimizer(
-            config, self.adapter.parameters(), config.learning_rate * factor, self.adapter.keep_heads
-        )
+        self.choice = optimizer_choice(config)
+        peak = config.learning_rate * factor
+        self.optimizer = run_optimizer(self.choice, self.adapter.parameters(), peak, self.adapter.keep_heads)
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
-            learning_rates(config, self.steps, config.learning_rate * factor),
+            learning_rates(config, self.steps, peak),
             self._batch,
             self._loss,
             config.gradient_accumulation_steps,
@@ -205,9 +207,8 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         """Continue from ``checkpoint``; raises :class:`EffiLoRAError` if there is nothing left to do."""
-        state = load_checkpoint(
-            checkpoint, self.adapter, self.optimizer, self.fingerprint, partial(run_optimizer, self.config, peak=1e-3)
-        )
+        fresh = partial(run_optimizer, self.choice)
+        state = load_checkpoint(checkpoint, self.adapter, self.optimizer, self.fingerprint, fresh)
         self.step, self.seconds = state.step, state.seconds
         self.reducer.load_state_dict(state.reducer)
         check_resumed(self.config, self.reducer.plan, checkpoint)
@@ -324,7 +325,7 @@ class Trainer:
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
         if self.is_main:
-            Result(self.config, self.parts, self.batches, self.validation, self.folder, self.say).write(
+            Result(self.parts, self.batches, self.validation, self.folder, self.say).write(
                 summary, self.accelerator.device, self.loop.scaler.is_enabled()
             )
         self.processes.wait_for_everyone()
