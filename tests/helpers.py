@@ -27,7 +27,10 @@ QUICK = {
     "validation_inference_steps": 1,
     "validation_guidance_scale": 1.0,
 }
-"""Settings of a run that takes a second, at rates that suit the shorter A; the model, the images and the output folder are given by each test."""
+"""Settings of a run that takes a second, at rates that suit the shorter A.
+
+The model, the images and the output folder are given by each test.
+"""
 
 
 def image(seed, size=(32, 32)):
