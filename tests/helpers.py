@@ -21,13 +21,17 @@ QUICK = {
     "resolution": 32,
     "center_crop": True,
     "train_batch_size": 1,
+    "a_start": "kaiming",
     "max_train_steps": 2,
     "num_validation_images": 1,
     "validation_inference_steps": 1,
     "validation_guidance_scale": 1.0,
     "export_distillation_steps": 1,
 }
-"""Settings of a run that takes a second; the model, the images and the output folder are given by each test."""
+"""Settings of a run that takes a second, at rates that suit the shorter A.
+
+The model, the images and the output folder are given by each test.
+"""
 
 
 def image(seed, size=(32, 32)):

@@ -25,6 +25,7 @@ LEARNED = {
     "train_batch_size": 2,
     "max_train_steps": 30,
     "learning_rate": 3e-2,
+    "a_start": "kaiming",
     "adapt_feed_forward": True,
     "num_validation_images": 0,
     "export_distillation_steps": 8,
