@@ -254,7 +254,8 @@ def export_lora(
         concept: which one, of an adapter with several: a plain LoRA acts on every prompt, so it can hold one only.
 
     Returns:
-        Relative output error of the plain LoRA: 0 where it is exact (one head, static gates, a concept).
+        Relative error of the plain LoRA: 0 where it is exact (one head, static gates, a concept); else of the model's
+        predictions for the subject, as the training run measured it, or of the linears' outputs.
 
     Raises:
         EffiLoRAError: the format does not suit the model, the adapter has several concepts and none of them is named, or
