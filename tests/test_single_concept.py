@@ -204,9 +204,9 @@ def test_a_single_subject_is_added_to_a_finished_adapter_whose_head_and_a_keep_t
     options = {"init_from": str(run), "learning_rate": 0.1, "max_train_steps": 2, "num_validation_images": 0}
     dog = {"instance_prompt": "a photo of zwx dog", "trigger": "zwx"}
     images = make_subject(tmp_path / "dog", 2, first=20)
+    unnamed = settings(tiny_pipeline, images, tmp_path / "out", **options, instance_prompt="a photo of zwx dog")
     with pytest.raises(EffiLoRAError, match="or train one with --routing concept"):
-        named = settings(tiny_pipeline, images, tmp_path / "out", **options, instance_prompt="a photo of zwx dog")
-        Trainer(named, Accelerator(cpu=True))
+        Trainer(unnamed, Accelerator(cpu=True))
     named = settings(tiny_pipeline, images, tmp_path / "out", **options, **dog, routing="concept")
     Trainer(named, Accelerator(cpu=True)).run()
     old, new = (load_adapter_file(folder / "effilora.safetensors").adapter for folder in (run, tmp_path / "out"))
