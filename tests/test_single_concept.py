@@ -196,3 +196,25 @@ def test_an_adapter_of_another_routing_has_no_concepts_to_take_out(tmp_path):
     save_adapter_file(tmp_path / "plain.safetensors", AdapterFile(make_adapter()))
     with pytest.raises(EffiLoRAError, match="has no concepts"):
         remove_concepts(tmp_path / "plain.safetensors", tmp_path / "out.safetensors", "sks")
+
+
+def test_a_single_subject_is_added_to_a_finished_adapter_whose_head_and_a_keep_their_bits(
+    run, tiny_pipeline, tmp_path
+):
+    options = {"init_from": str(run), "learning_rate": 0.1, "max_train_steps": 2, "num_validation_images": 0}
+    dog = {"instance_prompt": "a photo of zwx dog", "trigger": "zwx"}
+    images = make_subject(tmp_path / "dog", 2, first=20)
+    unnamed = settings(tiny_pipeline, images, tmp_path / "out", **options, instance_prompt="a photo of zwx dog")
+    with pytest.raises(EffiLoRAError, match="or train one with --routing concept"):
+        Trainer(unnamed, Accelerator(cpu=True))
+    named = settings(tiny_pipeline, images, tmp_path / "out", **options, **dog, routing="concept")
+    Trainer(named, Accelerator(cpu=True)).run()
+    old, new = (load_adapter_file(folder / "effilora.safetensors").adapter for folder in (run, tmp_path / "out"))
+    assert [concept.name for concept in new.concepts] == ["sks", "zwx"]
+    assert all(torch.equal(old.A[key], new.A[key]) for key in old.A)
+    assert all(
+        torch.equal(one[:, 0], other[:, 0]) and other[:, 1].any() for one, other in zip(old.B, new.B, strict=True)
+    )
+    remove_concepts(tmp_path / "out", tmp_path / "again.safetensors", "zwx")
+    back = load_adapter_file(tmp_path / "again.safetensors").adapter
+    assert all(torch.equal(one, other) for one, other in zip(old.B, back.B, strict=True))
