@@ -234,6 +234,7 @@ def test_the_written_file_starts_the_trainer_with_the_planned_figures(tiny_pipel
         (["--time", "0.5", "--max_train_steps", "10"], "both say how long"),
         (["--quantization", "torchao-int8"], "quantised base is not predicted"),
         (["--max_parameters", "10"], "the smallest adapter here"),
+        (["--pretrained_model_name_or_path", __file__], "give --single_file_config"),
         (["--preset", "quick"], "--preset"),
     ],
 )

@@ -69,7 +69,7 @@ def test_micro_batches_of_a_preset_give_way_together():
 
 def test_the_embedded_example_has_presets_too():
     config = launch.parse_arguments(["--preset", "fast"])
-    assert (config.heads, config.max_train_steps, config.learning_rate) == (1, 125, presets.EMBEDDED_RATE)
+    assert (config.heads, config.max_train_steps, config.learning_rate) == (1, 125, presets.EMBEDDED_RATE["learning_rate"])
     assert config.instance_prompt == "an emoji of sks cat"
 
 
@@ -105,7 +105,7 @@ def test_a_run_writes_what_its_preset_was_and_goes_on_with_that(tiny_pipeline, t
     assert load_adapter_file(out / ADAPTER_FILE).adapter.config.heads == 1
     assert metrics(out) == whole
     capsys.readouterr()
-    again = ["--preset", "small", *again[2:]]
+    again = ["--preset", "quality", *again[2:]]
     assert train(tiny_pipeline, subject, out, *again) == 2  # another preset than the one it was begun with
     assert "belongs to another run" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..core.assets import asset
@@ -33,12 +34,15 @@ class Prediction:
     def __init__(self, session: Session):
         self.session, self.lock = session, threading.Lock()
         self.planner: Planner | None = None
+        self.last: tuple[str, DryRunReport] | None = None  # fields are left more often than they are changed
 
     def text(self, preset: str, prompt: str, advanced: Sequence[Any]) -> str:
         """What the preset gives and costs, and what the form's settings will take."""
         if preset not in PRESETS:
             return ""
         said = f"**{preset}**: {PRESETS[preset].gives}. Costs: {PRESETS[preset].costs}."
+        if self.session.model and Path(self.session.model).is_file():  # which has no configuration to predict from
+            return said
         words = prompt if str(prompt or "").strip() else "a photo of sks dog"
         try:
             settings = run_settings(self.session, words, preset, asset("example_subject"), list(advanced))
@@ -51,7 +55,9 @@ class Prediction:
         with self.lock:
             if self.planner is None:
                 self.planner = Planner(start(), (), Budget(), lambda text: None)
-            report: DryRunReport = self.planner.predict(TrainingConfig(**settings))
+            if self.last is None or self.last[0] != repr(settings):
+                self.last = repr(settings), self.planner.predict(TrainingConfig(**settings))
+            report = self.last[1]
         return (
             f"{report.counts['stored']:,} parameters, file {size_text(report.file)}, plain LoRA {size_text(report.plain)}, "
             f"{report.memory} of memory, {report.steps} steps"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,8 +116,16 @@ class Planner:
     def family(self, config: TrainingConfig) -> Family:
         """The model without weights, in the precision of ``config``."""
         if config.mixed_precision not in self.families:
+            name = config.pretrained_model_name_or_path
+            if name is not None and Path(name).is_file():
+                name = config.single_file_config
+                if name is None:
+                    raise EffiLoRAError(
+                        "a plan reads configurations, and a single file has none: give --single_file_config, a folder of the "
+                        "same architecture"
+                    )
             dtype = getattr(torch, PRECISIONS[config.mixed_precision])
-            pipe = hollow_pipeline(config.pretrained_model_name_or_path, dtype, config.revision)
+            pipe = hollow_pipeline(name, dtype, config.revision)
             made = make_family(pipe, self.accelerator.device, config.max_sequence_length)
             self.families[config.mixed_precision] = made
         return self.families[config.mixed_precision]
