@@ -142,7 +142,7 @@ def adapt(method: str, family: Family, config: TrainingConfig) -> EffiLoRA | Non
     shape = config.adapter_config()
     if METHODS[method].get("routing") == "concept":
         shape = replace(shape, routing="concept", heads=len(concepts), concepts=concepts)
-    adapter = attach(family.model, create_adapter(family.model, shape, config.seed))
+    adapter = attach(family.model, create_adapter(family.model, shape, config.seed, config.a_start))
     follow_prompts(family.pipe)
     return adapter
 

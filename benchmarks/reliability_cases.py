@@ -35,6 +35,7 @@ SETTINGS = {
     "resolution": "64",
     "train_batch_size": "1",
     "max_train_steps": "6",
+    "export_distillation_steps": "2",
     "checkpointing_steps": str(INTERVAL),
     "checkpoints_total_limit": "1",
     "learning_rate": "1e-3",

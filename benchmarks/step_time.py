@@ -165,26 +165,27 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     return taken
 
 
-def peak_memory(args: argparse.Namespace, name: str, device: torch.device) -> float:
-    """Peak memory in megabytes of a process that takes three steps of one method."""
+def peak_memory(args: argparse.Namespace, name: str, device: torch.device) -> tuple[float, float]:
+    """Peak memory of a process that takes a few steps of one method, and what the deepest of them keep, in megabytes."""
     base, inputs = built(args, device)
     run = method(name, base, inputs, args.rank)
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
-    for index in range(3):
+    for index in range(args.peak_steps):
         run.step(index)
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+        return torch.cuda.max_memory_allocated() / 1e6, run.kept()
     status = Path("/proc/self/status").read_text(encoding="ascii")  # Linux; getrusage would count the parent's memory
-    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3, run.kept()
 
 
 def measured_apart(args: argparse.Namespace, name: str) -> float:
-    """:func:`peak_memory` in a new process."""
+    """The peak of :func:`peak_memory` in a new process."""
     words = ["--model", args.model, "--resolution", args.resolution, "--rank", args.rank, "--batch", args.batch]
+    words += ["--peak_steps", args.peak_steps]
     words += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
     command = [sys.executable, "-m", __spec__.name, *map(str, words), "--peak_of", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2])
 
 
 def row(found: Taken, peft: Taken) -> dict[str, Any]:
@@ -214,11 +215,14 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
     parser.add_argument("--json", help="also write the figures here")
-    parser.add_argument("--peak_of", choices=(PEFT, *CONFIGS), help="only print the peak memory of one method")
+    parser.add_argument(
+        "--peak_of", choices=(PEFT, *CONFIGS), help="only print the peak and the kept megabytes of one method"
+    )
+    parser.add_argument("--peak_steps", type=int, default=3, help="steps of a process whose peak is measured")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.peak_of:
-        print(peak_memory(args, args.peak_of, device))
+        print(*(f"{value:.1f}" for value in peak_memory(args, args.peak_of, device)))
         return
     taken = compare(args, [PEFT, *args.methods], device)
     memory = {name: measured_apart(args, name) for name in taken} if args.memory else {}

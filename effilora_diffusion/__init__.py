@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         load_adapter,
         merge,
         remove_adapter,
+        remove_concepts,
         save_adapter,
         unmerge,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "remove_adapter",
+    "remove_concepts",
     "save_adapter",
     "unmerge",
 ]

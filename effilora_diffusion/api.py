@@ -10,6 +10,7 @@ from torch import nn
 
 from . import core
 from .core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
+from .core.convert import without_concepts
 from .core.files import LANGUAGE, adapter_path
 from .core.fingerprint import base_fingerprint
 from .core.load import Attach, host_model, load, remove
@@ -37,7 +38,9 @@ def _follow_prompts(pipeline_or_model: Any, adapter: EffiLoRA) -> None:
         follow_prompts(pipeline_or_model)
 
 
-def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None, seed: int = 0) -> EffiLoRA:
+def create_adapter(
+    pipeline_or_model: Any, config: EffiLoRAConfig | None = None, seed: int = 0, a_start: str | None = None
+) -> EffiLoRA:
     """Create an adapter to be trained; until then it changes nothing.
 
     Args:
@@ -45,6 +48,8 @@ def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None,
         config: rank, heads, routing, targets; default: ``EffiLoRAConfig()``. ``target_modules`` are groups
             (``attention``, ``feed_forward``, for language models also ``paper`` and ``all-linear``) and name endings.
         seed: of the initial values of A and the routers.
+        a_start: what A starts as: ``"gaussian"`` as in diffusers' scripts (the default for diffusers models, whose learning
+            rates mean the same then) or ``"kaiming"`` as PEFT's LoRA elsewhere (the default for all other models).
 
     Returns:
         The adapter, on the CPU in float32, not yet attached.
@@ -61,12 +66,12 @@ def create_adapter(pipeline_or_model: Any, config: EffiLoRAConfig | None = None,
     if _comes_from(model, "diffusers"):
         from .diffusion.adapters.processors import create_adapter as create
 
-        return create(model, config, seed)
+        return create(model, config, seed, a_start or "gaussian")
     if _comes_from(model, "transformers"):
         from .language.targets import create_adapter as create
 
-        return create(model, config, seed)
-    return EffiLoRA(config, single_sites(model, config.target_modules), seed)
+        return create(model, config, seed, a_start or "kaiming")
+    return EffiLoRA(config, single_sites(model, config.target_modules), seed, a_start or "kaiming")
 
 
 def attach(pipeline_or_model: Any, adapter: EffiLoRA, name: str = "default") -> EffiLoRA:
@@ -270,6 +275,33 @@ def export_lora(
     from .diffusion.adapters.export import export as export_image_adapter
 
     return export_image_adapter(content, Path(output), format, model, single_file_config, concept=concept)
+
+
+def remove_concepts(adapter: str | Path | AdapterFile, output: str | Path, *names: str) -> AdapterFile:
+    """Write an adapter of several concepts without some of them; nothing is trained, the others keep their bits.
+
+    Args:
+        adapter: native file, output folder of a training run, or an :class:`AdapterFile`; it is not changed.
+        output: the native file to write.
+        names: of the concepts to take out.
+
+    Returns:
+        What was written.
+
+    Raises:
+        EffiLoRAError: it has no concept of such a name, none would be left, or the output can't be written.
+
+    Example:
+        >>> remove_concepts("outputs/rex-and-mug", "rex.safetensors", "mug")
+    """
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    smaller = without_concepts(content.adapter, names)
+    facts = dict(content.metadata)
+    if facts.get("trigger_prompt") not in [concept.prompt for concept in smaller.concepts]:
+        facts["trigger_prompt"] = smaller.concepts[0].prompt or smaller.concepts[0].triggers[0]
+    found = AdapterFile(smaller, facts)
+    found.sha256 = save_adapter_file(Path(output), found)
+    return found
 
 
 def default_format(content: AdapterFile) -> str:

@@ -64,7 +64,7 @@ def main(model, images, folder, cases):
         f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={images}", "--instance_prompt=a sks cat",
         "--resolution=32", "--center_crop", "--train_batch_size=1", "--max_train_steps=3", "--checkpointing_steps=1",
         "--reducer=importance", "--reducer_warmup=0", "--reducer_interval=1", "--num_validation_images=1",
-        "--validation_inference_steps=1",
+        "--validation_inference_steps=1", "--export_distillation_steps=1",
     ]  # fmt: skip
     whole = case(words, folder, ROOM)
     print(json.dumps({"size": ROOM, **whole}), flush=True)

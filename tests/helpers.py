@@ -25,6 +25,7 @@ QUICK = {
     "num_validation_images": 1,
     "validation_inference_steps": 1,
     "validation_guidance_scale": 1.0,
+    "export_distillation_steps": 1,
 }
 """Settings of a run that takes a second; the model, the images and the output folder are given by each test."""
 

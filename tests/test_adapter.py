@@ -106,6 +106,24 @@ def test_the_seed_alone_decides_the_initial_values():
     assert not torch.equal(one.G[0], other.G[0])
 
 
+def gate_entropy(rank, width, **options):
+    """Mean entropy of a fresh adapter's token gates over random inputs, as a share of that of equal gates."""
+    site, found = Site("to_q", "to_q", width, (("to_q", 8),)), []
+    x = torch.randn(width, 500, generator=torch.Generator().manual_seed(0))
+    for seed in range(8):  # a router of a few numbers is harder or softer by chance
+        adapter = EffiLoRA(EffiLoRAConfig(rank=rank), [site], seed, **options)
+        gates = adapter.gates(0, adapter.shared_a(site) @ x).detach()
+        found.append(float(-(gates * gates.log()).sum(0).mean()) / math.log(3))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("start", ["kaiming", "gaussian"])
+def test_gates_of_a_fresh_adapter_are_as_soft_at_every_rank_and_width(start):
+    soft = [gate_entropy(rank, width, a_start=start) for rank, width in ((4, 96), (16, 96), (64, 96), (4, 768))]
+    assert max(soft) - min(soft) < 0.06
+    assert 0.7 < min(soft) < 0.9
+
+
 @pytest.mark.parametrize("routing", ["token", "static", "timestep"])
 def test_heads_of_a_fresh_adapter_grow_apart_in_the_first_step(toy, x, routing):
     adapter = attach(toy, make_adapter(seed=None, routing=routing))

@@ -178,8 +178,9 @@ def test_export_writes_each_format_and_says_how_close_it_is(place, tmp_path, cap
     assert capsys.readouterr().out == f"{output} ({format}, exact)\n"
     assert expected <= files_in(tmp_path).keys()
     assert cli.main(["export", str(place / "run"), str(tmp_path / "second"), "--format", format]) == 0
-    error = load_adapter_file(place / "run" / "effilora.safetensors").metadata["export_error"]
-    assert f"least squares, {error:.1%} of the update missing" in capsys.readouterr().out
+    facts = load_adapter_file(place / "run" / "effilora.safetensors").metadata
+    told = f"a fit, {facts['export_error']:.1%} of the update missing on the subject, "
+    assert f"{told}{facts['export_error_others']:.1%} on everything else" in capsys.readouterr().out
 
 
 def test_export_is_in_the_diffusers_format_by_default(place, tmp_path):

@@ -35,10 +35,9 @@ def test_layers_are_named_once():
         parse_arguments(["--lora_layers", "to_q", "--target_modules", "to_k"])
 
 
-def test_only_adamw_is_an_optimizer():
+def test_an_optimizer_is_known_by_any_spelling():
     assert parse_arguments(["--optimizer", "AdamW"]) == TrainingConfig()
-    with pytest.raises(EffiLoRAError, match="--optimizer prodigy is not supported"):
-        parse_arguments(["--optimizer", "prodigy"])
+    assert parse_arguments(["--optimizer", "AdamW_8bit"]).optimizer == "adamw8bit"
 
 
 COMMANDS = {

@@ -13,11 +13,13 @@ from helpers import QUICK, make_subject, metrics, same_content
 from effilora_diffusion import EffiLoRAError, export_lora, load_adapter
 from effilora_diffusion.cli import main
 from effilora_diffusion.core import load_adapter_file
-from effilora_diffusion.core.concepts import find_concepts
+from effilora_diffusion.core.concepts import Concept, find_concepts
+from effilora_diffusion.core.inspection import single_head
 from effilora_diffusion.diffusion.concepts_list import ConceptData, read_concepts
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.data.concepts import ConceptSource, name_concepts, scan_concepts
 from effilora_diffusion.diffusion.sampling.generate import draw_images
+from effilora_diffusion.diffusion.sampling.leakage import leakage_prompts
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 PROMPTS = {"sks": "a photo of sks cat", "zwx": "a photo of zwx dog"}
@@ -248,9 +250,9 @@ def test_other_routings_train_on_several_subjects_too(tiny_pipeline, tmp_path):
     ("text", "words"),
     [
         ("[", "not valid JSON"),
-        ("{}", "a JSON list of 1 to 63 objects"),
-        ("[]", "a JSON list of 1 to 63 objects"),
-        ("[3]", "entry 1 of .* is not a JSON object"),
+        ("{}", "a list of 1 to 63 objects"),
+        ("[]", "a list of 1 to 63 objects"),
+        ("[3]", "entry 1 of .* is not an object"),
         ('[{"instance_prompt": "a"}]', "has no instance_data_dir"),
         ('[{"instance_data_dir": "a", "instance_prompt": " "}]', "has no instance_prompt"),
         ('[{"instance_data_dir": "a", "instance_prompt": "b", "steps": 3}]', "unknown key 'steps'"),
@@ -291,7 +293,8 @@ def test_a_list_of_another_trainer_is_read(tmp_path):
         ),
         ({"sks": {"instance_data_dir": "no-such-folder"}}, {}, "'no-such-folder' does not exist"),
         ({}, {"routing": "token", "common_head": True}, "common_head are for concept routing"),
-        ({}, {"concepts_list": None}, "--routing concept needs --concepts_list"),
+        ({}, {"concepts_list": None}, "--routing concept needs --instance_prompt .* or --concepts_list"),
+        ({}, {"trigger": "sks"}, "--trigger is for a single subject .* into the subjects' list"),
     ],
 )
 def test_settings_that_can_not_work_are_refused_in_a_sentence(tiny_pipeline, tmp_path, changes, options, words):
@@ -362,3 +365,47 @@ def test_training_on_from_several_concepts_needs_to_know_which(run, tiny_pipelin
     }
     with pytest.raises(EffiLoRAError, match=r"several concepts \(sks, zwx\).*--concepts_list"):
         trainer(tiny_pipeline, None, tmp_path / "out", **{"init_from": str(run), **options})
+
+
+def test_a_leakage_grid_from_the_command_line_says_how_to_read_it(run, tiny_pipeline, tmp_path, capsys):
+    words = [
+        "generate",
+        "--model",
+        str(tiny_pipeline),
+        "--width",
+        "32",
+        "--height",
+        "32",
+        "--num_inference_steps",
+        "2",
+    ]
+    output = tmp_path / "leak.png"
+    grid = [*words, "--adapter", str(run), "--output", str(output), "--leakage_grid"]
+    assert main(grid) == 0
+    said = capsys.readouterr().out
+    assert "Read along a row: under adapter" in said
+    assert said.strip().endswith("Without a trigger the image is the base's, pixel for pixel.")
+    assert output.exists()
+    assert main([*grid, "--prompt", "a cat"]) == 2
+    assert "--leakage_grid draws prompts of its own" in capsys.readouterr().err
+    assert main([*words, "--output", str(output), "--leakage_grid"]) == 2
+    assert "give one --adapter" in capsys.readouterr().err
+    assert main([*words, "--output", str(output)]) == 2
+    assert "--prompt is missing" in capsys.readouterr().err
+
+
+def test_the_prompts_of_a_leakage_grid_name_each_two_and_none():
+    cat, dog = Concept("cat", ("sks",), PROMPTS["sks"]), Concept("dog", ("zwx", "zwx dog"), PROMPTS["zwx"])
+    own = [PROMPTS["sks"], PROMPTS["zwx"]]
+    assert leakage_prompts([cat, dog]) == [*own, "a photo of sks cat and zwx dog", "a photo of cat"]
+    assert leakage_prompts([cat]) == [PROMPTS["sks"], "a photo of cat"]
+    classed = Concept("cat", ("sks",), PROMPTS["sks"], "a cat, drawn")
+    assert leakage_prompts([classed, dog])[-1] == "a cat, drawn"
+    assert leakage_prompts([Concept("cat", ("sks",)), Concept("dog", ("zwx",))]) == ["sks", "zwx", "sks and zwx"]
+
+
+def test_a_head_alone_acts_on_every_prompt(run, tiny_pipeline):
+    pipe, one = fresh(tiny_pipeline), fresh(tiny_pipeline)
+    load_adapter(pipe, run).set_concept("zwx")
+    load_adapter(one, single_head(load_adapter_file(run / "effilora.safetensors"), 2))
+    assert np.array_equal(draw(pipe, "a photo of a house"), draw(one, "a photo of a house"))

@@ -182,6 +182,20 @@ def test_rows_of_one_batch_have_concepts_of_their_own_and_rows_without_one_are_t
             assert not torch.allclose(alone, base[4 * half + row], atol=1e-2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("common", [False, True])
+def test_two_concepts_share_a_row_and_the_common_head_acts_whole(common):
+    model, x = make_toy(), toy_input(2)
+    adapter = attach(model, make_adapter(**config(common)))
+    mean = (adapter.B[0][:, 0] + adapter.B[0][:, 2]) / 2 + (adapter.B[0][:, 3] if common else 0)
+    adapter.set_concept("cat", "mug")
+    assert torch.allclose(adapter.mixed_heads(0), mean)
+    together = model(x)
+    adapter.set_concepts([["cat", "mug"], ["dog"]])
+    assert adapter.routed.rows[:, 0].tolist() == [0.5, 0.0, 0.5, *[1.0] * common]
+    assert torch.allclose(model(x)[0], together[0], atol=1e-5)
+
+
 def test_a_batch_that_the_rows_do_not_divide_is_refused():
     model = make_toy()
     adapter = attach(model, make_adapter(**config()))

@@ -69,6 +69,7 @@ def trained(installed, tmp_path_factory):
     run(
         installed, folder, "effilora", "train", "--max_train_steps", "2",
         "--num_validation_images", "1", "--validation_inference_steps", "2",
+        "--export_distillation_steps", "2",
     )  # fmt: skip
     return folder
 

@@ -5,12 +5,16 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
 from helpers import arguments, make_subject, metrics, settings, trainer
 from ranks import Ranks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from effilora_diffusion.cli import train as launch
 from effilora_diffusion.cli.settings_parser import read_config_file
@@ -141,6 +145,43 @@ def test_a_memory_budget_is_kept_by_every_step(tiny_pipeline, subject, tmp_path,
     run.run()
     assert {line["active_layers"] for line in metrics(tmp_path / "out")} == {len(plan.order) - cut}
     assert f"at most {plan.kept:.2f} of its activations were kept" in capsys.readouterr().out
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that are alive at once of what operations have made in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def test_measuring_a_memory_budget_takes_less_than_the_steps_it_chooses(tiny_pipeline, subject, tmp_path):
+    """Where a full step does not fit, it must not be tried."""
+    run = trainer(tiny_pipeline, subject, tmp_path / "out", **COMMON, train_batch_size=4, reducer_depth=1.0)
+    run.config = replace(run.config, reducer_depth=None, reducer_memory=0.6)
+    most = {}
+    for name, act in (
+        ("full", partial(run.loop.step, 0)),
+        ("measuring", run._plan_depth),
+        ("cut", partial(run.loop.step, 0)),
+    ):
+        run.optimizer.state.clear()
+        with Peak() as peak:
+            act()
+        most[name] = peak.most
+    assert {cut for cut, _ in run.reducer.plan.shares} != {0}
+    run.folder.release()
+    assert most["measuring"] < most["cut"] < most["full"]
 
 
 def test_both_budgets_together_are_both_kept(tiny_pipeline, subject, tmp_path, fixed_times):

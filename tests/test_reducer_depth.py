@@ -10,6 +10,7 @@ import torch._dynamo
 from conftest import make_adapter, make_toy, randomise, tiny_unet, toy_input, unet_input
 from test_family_runs import example
 from tiny_families import FAMILIES, build
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from effilora_diffusion import EffiLoRAConfig, attach, create_adapter
 from effilora_diffusion.core import EffiLoRAError, Reducer, ReducerConfig
@@ -221,6 +222,27 @@ def test_kept_bytes_are_those_of_the_graph_without_weights():
     assert kept_bytes(deep, lambda: run(deep, x, use_reentrant=False).sum()) == 4 * 4 * 3
     deep.requires_grad_(False)
     assert kept_bytes(deep, lambda: run(deep, x.detach(), use_reentrant=False).sum()) == 0
+
+
+def test_counting_what_is_kept_keeps_nothing():
+    deep = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in range(8)])
+    outputs, alive = [], []
+    for layer in deep:
+        layer.register_forward_hook(
+            lambda module, args, value: outputs.append(StorageWeakRef(value.untyped_storage()))
+        )
+    x = torch.randn(4, 3)
+
+    def run():
+        outputs.clear()
+        loss = deep(x).sum()
+        alive.append(sum(not storage.expired() for storage in outputs))
+        return loss
+
+    loss = run()
+    assert kept_bytes(deep, run) == kept_bytes(deep, run) == 4 * 4 * 3 * 9  # the input and every output
+    assert alive == [8, 0, 0]
+    assert loss.requires_grad
 
 
 def test_two_cuts_compile_into_at_most_two_graphs_a_block():

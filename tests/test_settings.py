@@ -9,7 +9,9 @@ import yaml
 from effilora_diffusion.cli import settings_parser, train
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.core.options import hints_of
-from effilora_diffusion.diffusion.config import ONCE, PATHS, SCHEDULES, TrainingConfig
+from effilora_diffusion.diffusion.config import ONCE, PATHS, TrainingConfig
+from effilora_diffusion.diffusion.presets import EMBEDDED_RATE
+from effilora_diffusion.diffusion.run_options import SCHEDULES
 
 DIFFUSERS_DEFAULTS = {
     "rank": 4,
@@ -253,10 +255,11 @@ def test_names_of_files_and_folders_are_not_empty_and_may_begin_at_home(monkeypa
 
 def test_example_is_used_only_if_neither_model_nor_images_are_named(tmp_path):
     plain = TrainingConfig()
-    assert parse_arguments([], example) == replace(plain, **EXAMPLE)
-    assert parse_arguments(["--resolution", "32"], example) == replace(plain, **{**EXAMPLE, "resolution": 32})
-    for name in ("instance_data_dir", "pretrained_model_name_or_path"):
-        named = replace(plain, **{name: "mine"})
+    embedded = replace(plain, **EMBEDDED_RATE)
+    assert parse_arguments([], example) == replace(embedded, **EXAMPLE)
+    assert parse_arguments(["--resolution", "32"], example) == replace(embedded, **{**EXAMPLE, "resolution": 32})
+    for name, base in (("instance_data_dir", embedded), ("pretrained_model_name_or_path", plain)):
+        named = replace(base, **{name: "mine"})
         assert parse_arguments([f"--{name}", "mine"], example) == named
         assert parse_arguments(["--config", write(tmp_path / "a.yaml", f"{name}: mine\n")], example) == named
 

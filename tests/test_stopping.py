@@ -8,6 +8,7 @@ import pytest
 from helpers import arguments, files_in, make_subject, same_content, settings
 
 import effilora_diffusion.diffusion.training.build as build_module
+import effilora_diffusion.diffusion.training.plain as plain_module
 import effilora_diffusion.diffusion.training.trainer as trainer_module
 import effilora_diffusion.diffusion.training.validation as validation_module
 from effilora_diffusion.cli import train as launch
@@ -50,7 +51,7 @@ def test_a_signal_while_the_result_is_written_is_made_good_by_resuming(
     words = arguments(settings(tiny_pipeline, subject, tmp_path / "out", num_validation_images=0))
     assert launch.main([*words, f"--output_dir={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
-        killed_in(patch, trainer_module, moment, signal.SIGTERM)
+        killed_in(patch, plain_module if moment == "calibrate" else trainer_module, moment, signal.SIGTERM)
         assert launch.main(words) == 143
     assert "--resume_from_checkpoint latest completes it" in capsys.readouterr().err
     assert launch.main([*words, "--resume_from_checkpoint=latest"]) == 0

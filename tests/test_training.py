@@ -28,6 +28,7 @@ RESULT = {
     "config.yaml",
     "effilora.safetensors",
     "metrics.jsonl",
+    "plain_lora.png",
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights_kohya.safetensors",
     "samples/step-000000.png",
@@ -108,7 +109,7 @@ def test_summary_and_model_card_state_the_run_s_figures(finished):
     text = "\n".join(summary.lines(run.output))
     stored = sum(p.numel() for p in run.adapter.parameters())
     assert f"{stored:,} trained per step, {stored:,} ever, {stored:,} stored" in text
-    assert f"{summary.export_error:.1%} of the update missing" in text
+    assert f"of what the adapter changes, it misses {summary.plain.gap}" in text
     card = (run.output / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["instance_prompt"] == "a sks cat"

@@ -11,6 +11,7 @@ from .environment import prepare
 
 COMMANDS = {
     "train": "train an adapter on images",
+    "plan": "choose the settings of a training for a budget",
     "train-llm": "train an adapter for a language model on instructions and chats",
     "train-vlm": "train an adapter for a vision-language model on conversations about images",
     "generate": "draw images with adapters",
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare()
     module = import_module(f".{command.replace('-', '_')}", __name__)
     prog = f"effilora {command}"
-    if command.startswith("train"):
+    if command.startswith("train") or command == "plan":
         return int(module.main(words[1:], prog))
     own = argparse.ArgumentParser(prog=prog, description=COMMANDS[command])
     module.add_arguments(own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..core import EffiLoRAError
 from ..core.reference import adapter_file
@@ -25,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:STRENGTH]",
         help="native file, training folder (RUN@STEP: its checkpoint) or plain LoRA; may be given several times",
     )
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", help="what to draw; needed but for --leakage_grid")
+    parser.add_argument(
+        "--leakage_grid",
+        action="store_true",
+        help="a grid that shows whether the subjects of an adapter stay apart, instead of images of a prompt",
+    )
     parser.add_argument("--negative_prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_images", type=int, default=1, help="further images use the seeds that follow")
@@ -50,9 +56,12 @@ def run(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".png":
         raise EffiLoRAError(f"--output {args.output} must end in .png")
     adapters = [(adapter_file(path), strength) for path, strength in map(parse_adapter, args.adapter)]
+    concepts: Any = _grid_concepts(args, adapters) if args.leakage_grid else ()
+    if args.prompt is None and not concepts:
+        raise EffiLoRAError("--prompt is missing: say what to draw")
     usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
     request = GenerationRequest(
-        args.prompt,
+        args.prompt or concepts[0].prompt or concepts[0].triggers[0],
         args.negative_prompt or "",
         [(label_of(path), strength) for path, strength in adapters],
         usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
@@ -64,11 +73,47 @@ def run(args: argparse.Namespace) -> None:
     )
     request.check()
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
-    ActiveAdapters(pipe).use([AdapterRef(path, strength) for path, strength in adapters])
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
+    if concepts:
+        _draw_grid(args.output, ActiveAdapters(pipe), concepts, AdapterRef(adapters[0][0], adapters[0][1]), request)
+        return
+    ActiveAdapters(pipe).use([AdapterRef(path, strength) for path, strength in adapters])
     for number, seed in enumerate(request.seeds(), 1):
         (image,) = draw_images(pipe, [request.prompt], [seed], **request.options())
         path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{number}")
         save_png(image, path, request.parameters(image, seed, args.model))
         print(path)
+
+
+def _grid_concepts(args: argparse.Namespace, adapters: list[tuple[Path, float]]) -> Any:
+    """The concepts of a grid's only adapter; raises :class:`EffiLoRAError` for what would have no effect in a grid."""
+    from ..core.files import is_native, load_adapter_file
+    from ..diffusion.sampling.leakage import shown_concepts
+
+    if args.prompt is not None or args.num_images != 1:
+        raise EffiLoRAError("--leakage_grid draws prompts of its own, once each: leave --prompt and --num_images out")
+    if len(adapters) != 1:
+        raise EffiLoRAError("--leakage_grid shows one adapter: give one --adapter")
+    path = adapters[0][0]
+    return shown_concepts(load_adapter_file(path).adapter.concepts if is_native(path) else ())
+
+
+def _draw_grid(output: Path, active: Any, concepts: Any, adapter: Any, request: Any) -> None:
+    """Write the leakage grid, and say how to read it."""
+    from dataclasses import replace
+
+    from ..diffusion.sampling.generate import draw_images
+    from ..diffusion.sampling.leakage import READING, leakage_columns, leakage_image, leakage_prompts, verdict
+    from ..diffusion.sampling.png import save_png
+
+    prompts, columns = leakage_prompts(concepts), leakage_columns(concepts)
+    rows: list[list[Any]] = [[] for _ in prompts]
+    for column in columns:  # by column: each loads its form of the adapter once
+        active.use([replace(adapter, head=column.head)] if column.acts else [])
+        images = draw_images(active.pipe, prompts, [request.seed] * len(prompts), **request.options())
+        for row, image in zip(rows, images, strict=True):
+            row.append(image)
+    save_png(leakage_image(prompts, columns, rows, f"seed {request.seed}"), output)
+    print(output)
+    print(" ".join(filter(None, [READING.replace("*", ""), verdict(concepts, prompts, rows)])))

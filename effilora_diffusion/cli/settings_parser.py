@@ -106,7 +106,7 @@ def groups_of(kinds: Sequence[type], usual: Iterable[str] = ()) -> dict[str, lis
         hints = get_type_hints(kind)
         # inherited settings come first in a dataclass, and what is trained on what should come first in the help
         for entry in sorted(fields(kind), key=lambda entry: entry.metadata.get("group") in (ADAPTER, REDUCER)):
-            if entry.init:
+            if entry.init and entry.metadata.get("command", True):
                 is_usual = entry.metadata.get("usual") or entry.name in usual
                 group = USUAL if is_usual else entry.metadata.get("group", "Settings of transformers' Trainer")
                 found.setdefault(group, []).append((entry, hints[entry.name]))
@@ -184,7 +184,8 @@ def parse(
     config = given.pop("config")
     hints = hints_of(kinds)
     if unknown:
-        raise _unknown(unknown[0].split("=")[0], [*hints, *flags], "this command")
+        own = [name for name in hints if f"--{name}" in parser._option_string_actions]
+        raise _unknown(unknown[0].split("=")[0], [*own, *flags], "this command")
     extra = {name: given.pop(name) for name in list(given) if name not in hints}
     values = {**(read_config_file(config, hints) if config else {}), **given}
     return Given(values, extra)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import EffiLoRAError, exit_code
-from ..diffusion.config import PRECISIONS, TrainingConfig
+from ..core.options import hints_of
+from ..core.run_folder import CONFIG_FILE
+from ..core.text_io import read_user_text
+from ..diffusion.config import PRECISIONS, PRESET_MARK, TrainingConfig
+from ..diffusion.presets import EMBEDDED_RATE, PRESETS, with_preset
 from ..diffusion.training.diffusers_flags import FLAGS, translate_diffusers_flags
 from ..diffusion.training.example import example_settings
 from .environment import prepare
-from .settings_parser import make_parser, parse
+from .settings_parser import make_parser, parse, read_config_file
 
 DESCRIPTION = "Train an EffiLoRA adapter on images of a subject. With neither model nor images: the embedded example."
 
@@ -28,16 +33,54 @@ def parse_arguments(
 ) -> TrainingConfig:
     """Settings from the command line over those of ``--config`` over defaults.
 
-    If neither model nor images are named, ``example()`` gives the defaults (the embedded example).
+    If neither model nor images are named, ``example()`` gives the defaults (the embedded example); without a model and a rate
+    there are those of the embedded base.
     """
     parser = make_parser([TrainingConfig], DESCRIPTION, prog)
     for name in FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     given = parse(parser, [TrainingConfig], arguments, FLAGS)
     chosen = translate_diffusers_flags({**given.values, **given.extra})
-    named = any(chosen.get(name) for name in ("pretrained_model_name_or_path", "instance_data_dir", "concepts_list"))
-    presets = example() if example is not None and not named else {}
-    return TrainingConfig(**{**_launched_precision(), **presets, **chosen})
+    return TrainingConfig(**settings_of_run(chosen, example))
+
+
+def settings_of_run(chosen: dict[str, Any], example: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+    """``chosen`` over its preset, over what suits the embedded base where no other model is named."""
+    below = _embedded(chosen, example) if example is not None else {}
+    return {**_launched_precision(), **below, **expanded(chosen, below), **chosen}
+
+
+def expanded(chosen: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the preset that ``chosen`` names, which give way to all others there and stand above ``below``.
+
+    A run that is resumed has them as they were when it began.
+    """
+    name = chosen.get("preset")
+    if name not in PRESETS:  # TrainingConfig says what is wrong
+        return {}
+    found = with_preset(name, chosen, not chosen.get("pretrained_model_name_or_path"))
+    folder = chosen.get("output_dir") or below.get("output_dir") or TrainingConfig.output_dir
+    file = Path(folder).expanduser() / CONFIG_FILE
+    if not chosen.get("resume_from_checkpoint") or not file.is_file():
+        return found
+    if read_user_text(file, what=str(file)).startswith(PRESET_MARK.format(name)):
+        begun = read_config_file(file, hints_of([TrainingConfig]))
+        found |= {setting: begun[setting] for setting in found if setting in begun}
+    return found
+
+
+def _embedded(chosen: dict[str, Any], example: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of a run on the embedded base, beside what was ``chosen``; none for other models.
+
+    A rate that somebody chose means what it means in diffusers' scripts, and then A starts as there.
+    """
+    if chosen.get("pretrained_model_name_or_path"):
+        return {}
+    named = any(chosen.get(name) for name in ("instance_data_dir", "concepts_list", "concepts"))
+    found = {} if named else example()
+    if EMBEDDED_RATE.keys() & chosen.keys():
+        return {name: value for name, value in found.items() if name not in EMBEDDED_RATE}
+    return found if chosen.get("init_from") else {**found, **EMBEDDED_RATE}
 
 
 def _launched_precision() -> dict[str, str]:

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from .concept_gates import ConceptGates, per_row
 from .concepts import Concept, find_concepts, number_of
-from .config import EffiLoRAConfig
+from .config import A_STARTS, EffiLoRAConfig
 from .errors import EffiLoRAError
 from .sites import Site
 
 TIMESTEP_FEATURES = 16
 """Width of the noise level's encoding that the ``timestep`` router reads."""
+
+GATE_LENGTH = 2.0
+"""Length of the rows of a fresh token router on an A by Kaiming's rule: at rank 4 its entries have deviation 1."""
 
 SharedActivations = tuple[Tensor, tuple[Tensor, ...]]
 """What the linears of one site share for one input, see :meth:`EffiLoRA.activations`."""
@@ -54,12 +57,26 @@ def router_shape(config: EffiLoRAConfig) -> tuple[int, ...]:
     return (config.heads, *rows)
 
 
+def a_length(start: str, rank: int, width: int) -> float:
+    """How much longer than by Kaiming's rule the rows of a fresh A ``(rank, width)`` are."""
+    return math.sqrt(3 * width) / rank if start == "gaussian" else 1.0
+
+
+def fresh_a(start: str, rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """A fresh A, ``(rank, width)``: one of :data:`.A_STARTS`."""
+    if start == "gaussian":
+        return torch.randn(rank, width, generator=generator) / rank
+    bound = math.sqrt(3 / width) / math.sqrt(3)  # kaiming_uniform with a = sqrt(5), as PEFT's LoRA
+    return (torch.rand(rank, width, generator=generator) * 2 - 1) * bound
+
+
 class EffiLoRA(nn.Module):
     """Owner of every A, head and router of one adapter (paper equations 1 and 2).
 
     For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)``,
     ``y = W x + strength * scale * sum_i w_i B_i h``. Heads start at zero, so a fresh adapter changes nothing. Routers
-    start at random: from equal gates all heads would receive the same gradient and stay copies of one another.
+    start at random: from equal gates all heads would receive the same gradient and stay copies of one another. Token routers
+    start shorter the longer the code h is, so that gates are as soft at rank 64 as at rank 4.
 
     Parameters by site index ``s``: ``B[s]`` is ``(sum of d_out, N, r)``, the heads of all maps of the site stacked;
     ``G[s]`` is ``(N, r)``, ``(N,)`` (static) or ``(N, features)`` (timestep), absent with one head and concept routing; ``A``
@@ -68,7 +85,9 @@ class EffiLoRA(nn.Module):
     Args:
         config: the adapter's configuration.
         sites: where it acts; at least one.
-        seed: of A's initial values (uniform with the variance of Kaiming's rule, as in LoRA).
+        seed: of the initial values of A and the routers.
+        a_start: what A starts as, one of :data:`.A_STARTS`: ``"kaiming"`` as PEFT's LoRA by itself, ``"gaussian"`` as that of
+            diffusers' scripts; a learning rate means what it does there if A is as long.
 
     Attributes:
         strength: factor on the whole adapter; 0 leaves the base's computation untouched, bit for bit.
@@ -79,8 +98,10 @@ class EffiLoRA(nn.Module):
         chosen: those that :meth:`set_concept` or :meth:`set_concepts` named, which prompts do not change.
     """
 
-    def __init__(self, config: EffiLoRAConfig, sites: Iterable[Site], seed: int = 0):
+    def __init__(self, config: EffiLoRAConfig, sites: Iterable[Site], seed: int = 0, a_start: str = "kaiming"):
         super().__init__()
+        if a_start not in A_STARTS:
+            raise EffiLoRAError(f"a_start must be one of {A_STARTS}, not {a_start!r}")
         self.config = config
         self.sites = tuple(sites)
         if not self.sites:
@@ -100,16 +121,25 @@ class EffiLoRA(nn.Module):
         self.A = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
         for key, width in a_widths(config, self.sites).items():
-            bound = math.sqrt(3 / width) / math.sqrt(3)  # kaiming_uniform with a = sqrt(5), as LoRA's A
-            start = (torch.rand(config.rank, width, generator=generator) * 2 - 1) * bound
-            self.A[key] = nn.Parameter(start)
+            self.A[key] = nn.Parameter(fresh_a(a_start, config.rank, width, generator))
         self.B = nn.ParameterList(
             nn.Parameter(torch.zeros(site.out_features, config.heads, config.rank)) for site in self.sites
         )
         routed = self.sites if config.has_routers else ()
         self.G = nn.ParameterList(
-            nn.Parameter(torch.randn(*router_shape(config), generator=generator)) for _ in routed
+            nn.Parameter(
+                torch.randn(*router_shape(config), generator=generator) * self._router_deviation(site, a_start)
+            )
+            for site in routed
         )
+
+    def _router_deviation(self, site: Site, a_start: str) -> float:
+        """Of the entries of a fresh router: for inputs of the same size the logits of all sites and ranks have the same one."""
+        if self.config.routing != "token":
+            return 1.0
+        rank, width = self.config.rank, site.in_features
+        widest = max(each.in_features for each in self.sites) if self.config.a_sharing == "slice" else width
+        return GATE_LENGTH / math.sqrt(rank) / (a_length(a_start, rank, widest) * math.sqrt(width / widest))
 
     def shared_a(self, site: Site) -> Tensor:
         """The A that reads this site's input, ``(r, in_features)``; with ``slice`` the first columns of the only one."""
@@ -237,7 +267,7 @@ class EffiLoRA(nn.Module):
     def mixed_heads(self, index: int) -> Tensor:
         """The heads of site ``index`` as one matrix: ``(sum of d_out, r)`` if they can be mixed, else ``(.., N r)``.
 
-        With concept routing only the heads that act are computed: their sum, or ``(.., k r)`` where they differ by row.
+        With concept routing only the heads that act are computed: their mean, or ``(.., k r)`` where they differ by row.
         """
         heads = self.B[index]
         if self.config.routing == "concept":
@@ -247,7 +277,10 @@ class EffiLoRA(nn.Module):
                     f"adapter.set_concept({self.concepts[0].name!r})"
                 )
             acting = heads.index_select(1, self.routed.heads.to(heads.device))
-            return acting.sum(1) if self.row_gates is None else acting.flatten(1)
+            if self.row_gates is not None:
+                return acting.flatten(1)
+            shares = self.routed.shares
+            return acting.sum(1) if shares is None else torch.matmul(shares.to(acting), acting)
         if self.config.heads > 1 and self.config.routing == "static":
             gates = self.gates(index)
             assert gates is not None

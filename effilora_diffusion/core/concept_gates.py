@@ -1,4 +1,7 @@
-"""Gates of ``concept`` routing: constants per row of a batch, 1 for the heads of the row's concepts."""
+"""Gates of ``concept`` routing: constants per row of a batch, which average the heads of the row's concepts.
+
+The mean, not the sum: two heads of full strength spoil what either draws (``benchmarks.concept_pairs``).
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,26 @@ class ConceptGates:
     Args:
         heads: ``(k,)`` numbers of the heads that act on any row.
         rows: ``(k, n)`` gates of the n rows; ``None``: all of ``heads`` act on every row, however many there are.
+        shares: ``(k,)`` gates of all rows where ``rows`` is ``None``; ``None``: each is 1.
     """
 
     heads: Tensor
     rows: Tensor | None = None
+    shares: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], always: Sequence[int] = ()) -> ConceptGates:
-        """Gates of rows that are given by the numbers of their heads; ``always``: heads that act on each of them."""
-        wanted = [sorted({*row, *always}) for row in rows]
+        """Gates of rows that are given by the numbers of their heads, of which each gets an equal share.
+
+        ``always``: heads that act on each row beside them, whole.
+        """
+        wanted = [{**{head: 1 / len({*row}) for head in row}, **dict.fromkeys(always, 1.0)} for row in rows]
         acting = sorted({head for row in wanted for head in row})
         heads = torch.tensor(acting, dtype=torch.long)
-        if all(row == acting for row in wanted):
-            return cls(heads)
-        return cls(heads, torch.tensor([[float(head in row) for row in wanted] for head in acting]))
+        if any(row != wanted[0] for row in wanted):
+            return cls(heads, torch.tensor([[row.get(head, 0.0) for row in wanted] for head in acting]))
+        shares = [wanted[0][head] for head in acting]
+        return cls(heads, None, torch.tensor(shares) if any(share != 1 for share in shares) else None)
 
     def repeated(self, times: int) -> ConceptGates:
         """The gates of as many images of each row, which follow one another."""

@@ -109,7 +109,9 @@ def find_concepts(prompt: str, concepts: Iterable[Concept]) -> tuple[int, ...]:
 
 
 def number_of(concepts: Sequence[Concept], name: str | None) -> int:
-    """The number of the concept ``name``; raises :class:`EffiLoRAError` for another, and for none named."""
+    """The number of the concept ``name``; raises :class:`EffiLoRAError` for another, and for none named of several."""
+    if name is None and len(concepts) == 1:
+        return 0
     for number, concept in enumerate(concepts):
         if concept.name == name:
             return number

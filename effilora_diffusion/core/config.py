@@ -15,6 +15,7 @@ FORMAT_VERSION = 1
 
 ROUTINGS = ("token", "static", "timestep", "concept")
 A_SHARINGS = ("width", "slice", "none")
+A_STARTS = ("kaiming", "gaussian")
 SCALINGS = ("standard", "rslora")
 PAPER_MODES = ("importance", "random", "off")
 REDUCER_MODES = (*PAPER_MODES, "depth")

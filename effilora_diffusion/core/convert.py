@@ -7,7 +7,7 @@ calibration; the error itself needs ``E[w_i w_j h h^T]`` and is measured while t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapter import EffiLoRA, SharedActivations
 from .concepts import number_of
+from .config import EffiLoRAConfig, ReducerConfig
 from .errors import EffiLoRAError
 
 RIDGE = 1e-6
@@ -41,19 +42,54 @@ def single_concept(adapter: EffiLoRA, name: str | None) -> EffiLoRA:
     Raises:
         EffiLoRAError: ``name`` is no concept of the adapter, or ``None``.
     """
-    number, config = number_of(adapter.concepts, name), adapter.config
-    single = EffiLoRA(replace(config, heads=1, routing="static", concepts=(), common_head=False), adapter.sites)
-    gates = adapter.concept_gates([[number]]).heads
+    return fixed_heads(adapter, adapter.concept_gates([[number_of(adapter.concepts, name)]]).heads.tolist())
+
+
+@torch.no_grad()
+def fixed_heads(adapter: EffiLoRA, numbers: list[int]) -> EffiLoRA:
+    """The sum of some heads of an adapter with concepts, as an adapter with one head, which acts always."""
+    config = replace(adapter.config, heads=1, routing="static", concepts=(), common_head=False)
+    single = EffiLoRA(config, adapter.sites)
     for key, value in adapter.A.items():
         single.A[key].copy_(value)
     for target, heads in zip(single.B, adapter.B, strict=True):
-        target.copy_(heads.index_select(1, gates.to(heads.device)).sum(1, keepdim=True))
+        target.copy_(heads[:, numbers].sum(1, keepdim=True))
     return single
 
 
-def describe_export_error(error: float | None) -> str:
-    """How close the plain LoRA is, in words; ``error`` is its relative output error, ``None`` where it is exact."""
-    return "exact" if error is None else f"least squares, {error:.1%} of the update missing"
+@torch.no_grad()
+def without_concepts(adapter: EffiLoRA, names: Sequence[str]) -> EffiLoRA:
+    """A copy of ``adapter`` without some of its concepts; A, the other heads and the common one keep their bits.
+
+    Raises:
+        EffiLoRAError: one of ``names`` is no concept of the adapter, or none would be left.
+    """
+    config = adapter.config
+    if not config.concepts:
+        raise EffiLoRAError("the adapter has no concepts, of which one could be taken out")
+    gone = {number_of(config.concepts, name) for name in names}
+    kept = [number for number in range(len(config.concepts)) if number not in gone]
+    if not kept:
+        raise EffiLoRAError("no concept would be left in the adapter: keep one, or delete the file")
+    concepts = tuple(config.concepts[number] for number in kept)
+    heads = [*kept, len(config.concepts)] if config.common_head else kept
+    smaller = EffiLoRA(replace(config, heads=len(heads), concepts=concepts), adapter.sites)
+    for key, value in adapter.A.items():
+        smaller.A[key].copy_(value)
+    for target, found in zip(smaller.B, adapter.B, strict=True):
+        target.copy_(found[:, heads])
+    return smaller
+
+
+def describe_export_error(error: float | None, others: float | None = None) -> str:
+    """How close the plain LoRA is, in words.
+
+    ``error`` is its relative error, ``None`` where it is exact; ``others`` that on everything but the subject, if it is known.
+    """
+    if error is None:
+        return "exact"
+    missing = f"a fit, {error:.1%} of the update missing"
+    return missing if others is None else f"{missing} on the subject, {others:.1%} on everything else"
 
 
 class Moments:
@@ -166,3 +202,24 @@ def to_lora(
                 raise EffiLoRAError(f"the plain LoRA of {path} is not finite: its heads or its calibration are broken")
             factors[path] = PlainLoRA(adapter.shared_a(site).detach().float().cpu().clone().contiguous(), up)
     return factors
+
+
+def plain_config(config: EffiLoRAConfig) -> EffiLoRAConfig:
+    """The configuration of a plain LoRA that stands for an adapter of ``config``: one head over the same A."""
+    return replace(config, heads=1, routing="static", dropout=0.0, reducer=ReducerConfig())
+
+
+@torch.no_grad()
+def fitted(adapter: EffiLoRA, calibration: dict[str, Tensor]) -> EffiLoRA:
+    """The least-squares fit of ``adapter`` as an adapter with one head: its plain LoRA, which can be attached and trained.
+
+    It has the same A, sites and scale; raises :class:`EffiLoRAError` as :func:`to_lora` does.
+    """
+    factors = to_lora(adapter, calibration)
+    config = plain_config(adapter.config)
+    single = EffiLoRA(config, adapter.sites)
+    for key, value in adapter.A.items():
+        single.A[key].copy_(value)
+    for target, site in zip(single.B, adapter.sites, strict=True):
+        target[:, 0] = torch.cat([factors[path].up for path, _ in site.linears]) / config.scale
+    return single

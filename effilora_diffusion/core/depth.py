@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .adapter import EffiLoRA
 from .attachment import unwrap
@@ -215,33 +216,40 @@ class _Watch:
 def kept_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, without the model's own weights.
 
-    Counted is what is alive at the end: gradient checkpointing also saves its inputs where nothing needs a gradient, and
+    Nothing is kept while they are counted: only a step that fits into memory would tell what others save otherwise. Counted
+    is what would be alive at the end: gradient checkpointing also saves its inputs where nothing needs a gradient, and
     drops them at once.
 
     Args:
         model: whose weights do not count.
-        run: calls the model with gradients and returns what would be backpropagated from.
+        run: calls the model with gradients and returns what would be backpropagated from; its backward pass is impossible.
     """
     own = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
-    packed: list[Any] = []
+    packed: list[weakref.ref[_Kept]] = []
 
-    def keep(value: Tensor) -> _Kept:
+    def count(value: Tensor) -> _Kept:
         kept = _Kept(value)
         packed.append(weakref.ref(kept))
         return kept
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.value):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, _Kept.never):
         loss = run()
-    alive = [kept.value.untyped_storage() for kept in (reference() for reference in packed) if kept is not None]
-    sizes = {storage._cdata: storage.nbytes() for storage in alive}
+    alive = (reference() for reference in packed)
+    sizes = {kept.storage.cdata: kept.size for kept in alive if kept is not None}
     del loss
     return sum(size for storage, size in sizes.items() if storage not in own)
 
 
 class _Kept:
-    """A tensor that autograd keeps."""
+    """What autograd would keep: a storage, which is freed with its tensors although its identity is remembered."""
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("__weakref__", "size", "storage")
 
     def __init__(self, value: Tensor):
-        self.value = value
+        storage = value.untyped_storage()
+        self.size = storage.nbytes()
+        self.storage = StorageWeakRef(storage)  # a plain number would be another storage's when this one is freed
+
+    def never(self) -> Tensor:
+        """Nothing is there for a backward pass."""
+        raise AssertionError("no backward pass after a forward pass that was only counted")

@@ -1,9 +1,10 @@
 """The native file: one ``.safetensors`` file with a checksum, in which every tensor is stored once.
 
 Names: ``shared_A.<width>`` (or, unshared, ``shared_A.<site>`` with "/" for "."), ``<path of linear>.stacked_B``
-``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration`` ``(N + 1, r, r)``; none contains "lora", so that loaders
-of plain LoRA reject the file. The metadata key ``effilora`` is JSON: format version, configuration, sites,
-base model, trigger prompt, library version, and the SHA-256 of the tensors and of itself.
+``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration`` ``(N + 1, r, r)``; where the plain LoRA was distilled, its A and
+heads under the same names behind ``plain/``. None contains "lora", so that loaders of plain LoRA reject the file. The
+metadata key ``effilora`` is JSON: format version, configuration (of the plain LoRA too), sites, base model, trigger prompt,
+library version, and the SHA-256 of the tensors and of itself.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .adapter import EffiLoRA, a_widths, router_shape
 from .config import FORMAT_VERSION, EffiLoRAConfig
+from .convert import PlainLoRA, is_exact, to_lora
 from .errors import EffiLoRAError
 from .metadata import read_metadata
 from .sites import Site
@@ -36,6 +38,9 @@ HEADER_KEY = "effilora"
 LANGUAGE = "language"
 """The ``component`` in the metadata of an adapter for a language model."""
 
+PLAIN = "plain/"
+"""Before the names of the plain LoRA's tensors; no module's path contains a slash."""
+
 HEADER_DEPTH = 8
 """How deep the header's JSON may be nested; what is written has half of it."""
 
@@ -46,16 +51,24 @@ class AdapterFile:
 
     Args:
         adapter: the adapter.
-        metadata: ``base_model``, ``base_hash``, ``trigger_prompt``, ``export_error`` (relative output error of the plain
-            LoRA) and others.
+        metadata: ``base_model``, ``base_hash``, ``trigger_prompt``, ``export_error`` (relative error of the plain LoRA: of the
+            model's predictions where a run of image training measured it, else of the linears' outputs) and others.
         calibration: second moments ``(N + 1, r, r)`` by site name, see :mod:`.convert`.
         sha256: of the tensors.
+        plain: the plain LoRA as an adapter with one head on the same sites, where it was distilled.
     """
 
     adapter: EffiLoRA
     metadata: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Tensor] = field(default_factory=dict)
     sha256: str = ""
+    plain: EffiLoRA | None = None
+
+    def factors(self) -> dict[str, PlainLoRA]:
+        """The plain LoRA by module path: the distilled one, else as :func:`.to_lora` converts the adapter."""
+        if self.plain is None or is_exact(self.adapter):
+            return to_lora(self.adapter, self.calibration)
+        return to_lora(self.plain)
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -101,6 +114,8 @@ def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype
         EffiLoRAError: for weights that are not finite, before anything is written.
     """
     tensors = adapter_tensors(content.adapter)
+    if content.plain is not None:
+        tensors |= {PLAIN + name: value for name, value in adapter_tensors(content.plain).items()}
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     tensors |= {f"{site}.calibration": c.detach().cpu().contiguous() for site, c in content.calibration.items()}
@@ -117,6 +132,8 @@ def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype
         "metadata": content.metadata,
         "sha256": tensors_sha256(tensors),
     }
+    if content.plain is not None:
+        header["plain"] = content.plain.config.to_dict()
     header = json.loads(json.dumps(header))  # as it will be parsed: tuples become lists, keys strings
     text = {HEADER_KEY: json.dumps({**header, "header_sha256": header_sha256(header)})}
     write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
@@ -154,14 +171,22 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
         try:
             header = _read_header(text)
             config, sites = _described(header)
+            plain = _plain_config(header, sites)
         except EffiLoRAError as error:
             raise EffiLoRAError(f"{path}: {printable(error)[:400]}") from error
-        tensors = read_tensors(path, file, *tensor_shapes(config, sites))
+        required, optional = tensor_shapes(config, sites)
+        if plain is not None:
+            required |= {PLAIN + name: shape for name, shape in tensor_shapes(plain, sites)[0].items()}
+        tensors = read_tensors(path, file, required, optional)
     if header.get("sha256") != tensors_sha256(tensors):
         raise EffiLoRAError(f"{path}: the weights do not match their checksum: the file is damaged, get it again")
     adapter = EffiLoRA(config, sites)
     calibration = _fill(path, adapter, tensors)
-    return AdapterFile(adapter, read_metadata(header["metadata"]), calibration, header["sha256"])
+    content = AdapterFile(adapter, read_metadata(header["metadata"]), calibration, header["sha256"])
+    if plain is not None:
+        content.plain = EffiLoRA(plain, sites)
+        _fill(path, content.plain, tensors, PLAIN)
+    return content
 
 
 def _read_header(text: str) -> dict[str, Any]:
@@ -188,10 +213,25 @@ def _described(header: dict[str, Any]) -> tuple[EffiLoRAConfig, list[Site]]:
     paths = [path for site in sites for path, _ in site.linears]
     if len(names) < len(sites) or len(set(paths)) < len(paths):
         raise EffiLoRAError("its header names a site or a linear twice: get the file again")
+    _check_names(config, sites)
+    return config, sites
+
+
+def _plain_config(header: dict[str, Any], sites: list[Site]) -> EffiLoRAConfig | None:
+    """Configuration of the plain LoRA that the file holds beside the adapter, if it does."""
+    if "plain" not in header:
+        return None
+    config = EffiLoRAConfig.from_dict(header["plain"])
+    if config.heads != 1 or config.routing != "static":
+        raise EffiLoRAError("its header claims a plain LoRA with several heads: get the file again")
+    _check_names(config, sites)
+    return config
+
+
+def _check_names(config: EffiLoRAConfig, sites: list[Site]) -> None:
     reserved = nn.ParameterDict()
     if any(hasattr(reserved, key) for key in a_widths(config, sites)):  # torch could not hold a weight of that name
         raise EffiLoRAError("its header names a site as no module can be named: get the file again")
-    return config, sites
 
 
 def tensor_shapes(
@@ -210,11 +250,11 @@ def tensor_shapes(
 
 
 @torch.no_grad()
-def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors into ``adapter``; return the calibration."""
+def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Copy the tensors with ``prefix`` into ``adapter``; return the calibration."""
 
     def take(name: str) -> Tensor:
-        tensor = tensors[name].float()
+        tensor = tensors[prefix + name].float()
         if not tensor.isfinite().all():
             raise EffiLoRAError(f"{path}: {name} has NaN or infinite values")
         return tensor
@@ -227,6 +267,6 @@ def _fill(path: Path, adapter: EffiLoRA, tensors: dict[str, Tensor]) -> dict[str
             adapter.B[index][site.rows(linear_path)] = take(f"{linear_path}.stacked_B")
         if len(adapter.G):
             adapter.G[index].copy_(take(f"{site.name}.router"))
-        if f"{site.name}.calibration" in tensors:
+        if not prefix and f"{site.name}.calibration" in tensors:
             calibration[site.name] = take(f"{site.name}.calibration")
     return calibration

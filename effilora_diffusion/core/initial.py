@@ -51,7 +51,8 @@ def start_from(
     if given.concepts and not concepts:
         names = ", ".join(concept.name for concept in given.concepts)
         raise EffiLoRAError(
-            f"--init_from {source} has several concepts ({names}): name those to be trained in --concepts_list"
+            f"--init_from {source} has several concepts ({names}): name those to be trained in --concepts_list, or train "
+            "one with --routing concept"
         )
     _check_agreement(options.adapter_config(concepts), type(options)().adapter_config(), given, source)
     shaped = replace(

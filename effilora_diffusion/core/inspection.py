@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import is_number
-from .convert import describe_export_error, is_exact
+from .convert import describe_export_error, fixed_heads, is_exact
 from .errors import EffiLoRAError
 from .files import AdapterFile, adapter_path, load_adapter_file
 from .text_io import TextError, parse_json, read_user_text
@@ -96,9 +96,14 @@ def head_usage(content: AdapterFile) -> dict[str, list[float] | None]:
 
 
 def single_head(content: AdapterFile, head: int) -> AdapterFile:
-    """Copy the adapter and zero all heads but ``head`` (counted from 1); its gates stay as they are among all heads."""
+    """Copy the adapter and zero all heads but ``head`` (counted from 1); its gates stay as they are among all heads.
+
+    The head of a concept acts on every prompt then, as its plain LoRA does.
+    """
     if not 1 <= head <= content.adapter.config.heads:
         raise EffiLoRAError(f"the adapter has heads 1 to {content.adapter.config.heads}, not {head}")
+    if content.adapter.concepts:
+        return AdapterFile(fixed_heads(content.adapter, [head - 1]), content.metadata, sha256=content.sha256)
     adapter = copy.deepcopy(content.adapter)
     with torch.no_grad():
         for heads in adapter.B:
@@ -201,7 +206,8 @@ def describe(facts: dict[str, Any]) -> str:
     """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
     alpha = config["alpha"] if config["alpha"] is not None else config["rank"]
-    export = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
+    error, others = facts.get("export_error", 0.0), facts.get("export_error_others")
+    export = describe_export_error(None if facts["exact_export"] else error, others)
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
         f"template        {facts['prompt_template']}"

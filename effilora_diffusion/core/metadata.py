@@ -35,6 +35,10 @@ def _small(value: Any) -> bool:
     return value is None or _text(1000)(value) or isinstance(value, bool) or is_number(value, -1e18, 1e18)
 
 
+def _error(value: Any) -> bool:
+    return is_number(value, 0, 1e6)
+
+
 _FACTS: dict[str, Callable[[Any], bool]] = {
     "base_model": _text(4096),
     "single_file_config": _text(4096),
@@ -58,7 +62,10 @@ _FACTS: dict[str, Callable[[Any], bool]] = {
     "max_length": _count,
     "images": _count,  # how many; for language models whether there are any
     "fan_in_fan_out": lambda value: isinstance(value, bool),
-    "export_error": lambda value: is_number(value, 0, 1e6),
+    "export_error": _error,
+    "export_error_others": _error,
+    "fit_error": _error,
+    "fit_error_others": _error,
 }
 
 

@@ -68,6 +68,7 @@ def option(
     usual: bool = False,
     fixed: bool = False,
     form: bool = True,
+    command: bool = True,
 ) -> Any:
     """A dataclass field that is also a setting.
 
@@ -80,6 +81,7 @@ def option(
         usual: whether it is among the settings that most runs name; those come first.
         fixed: whether a resumed run must have the same value, since it decides what a step computes.
         form: whether the web UI shows it among the advanced settings.
+        command: whether it is a flag of the command line; else config files alone have it.
     """
     metadata = {
         "help": text,
@@ -89,6 +91,7 @@ def option(
         "usual": usual,
         "fixed": fixed,
         "form": form,
+        "command": command,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -137,6 +140,10 @@ def from_text(name: str, hint: Any, value: Any) -> Any:
         return None
     if get_origin(hint) is list:
         items = [] if value is None else value if isinstance(value, list) else [value]
+        if get_origin(kind) is dict:
+            if not isinstance(value or [], list):
+                raise EffiLoRAError(f"the setting {name} must be a list, not {value!r:.200}")
+            return items
         if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
             raise EffiLoRAError(f"the setting {name} must be a list of text, not {value!r:.200}")
         return [str(item) for item in items]
@@ -187,7 +194,7 @@ class AdapterOptions:
     )
     routing: str = option(
         "token",
-        "what the gates of the heads depend on; concept: one head per subject of --concepts_list",
+        "what the gates of the heads depend on; concept: one head per subject, which acts where the prompt names it",
         ADAPTER,
         choices=ROUTINGS,
         fixed=True,
@@ -223,7 +230,7 @@ class AdapterOptions:
         extra = ("feed_forward",) if self.adapt_feed_forward else ()
         by_concept = self.routing == "concept"
         if by_concept and not concepts:
-            raise EffiLoRAError("--routing concept needs --concepts_list, which image runs have")
+            raise EffiLoRAError("--routing concept is for runs on images: leave it out")
         return EffiLoRAConfig(
             rank=self.rank,
             alpha=self.lora_alpha,

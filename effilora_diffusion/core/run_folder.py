@@ -10,13 +10,14 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .concepts import Concept
 from .errors import EffiLoRAError
 from .files import ADAPTER_FILE
 from .names import is_inside
@@ -29,6 +30,7 @@ REDUCER_FILE = "reducer.jsonl"
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 COMPARISON_FILE = "before_after.png"
+PLAIN_COMPARISON_FILE = "plain_lora.png"
 SAMPLE_FILE = "sample.png"
 SAMPLES_FOLDER = "samples"
 
@@ -59,6 +61,11 @@ def plain_names(concept: str | None) -> tuple[str, str]:
     if concept is None:
         return LORA_FILE, KOHYA_FILE
     return f"pytorch_lora_weights_{concept}.safetensors", f"pytorch_lora_weights_{concept}_kohya.safetensors"
+
+
+def separate(concepts: Sequence[Concept]) -> list[str | None]:
+    """The concepts by whose names :func:`plain_names` tells plain LoRAs apart; ``[None]`` where there is only one."""
+    return [concept.name for concept in concepts] if len(concepts) > 1 else [None]
 
 
 def checkpoints(folder: Path) -> list[Path]:

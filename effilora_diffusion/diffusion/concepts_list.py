@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from ..core.text_io import parse_json, printable, read_user_text
 
 MOST_CONCEPTS = 63
 """Heads that an adapter can have, but for the common one."""
+
+EDGES = ".,;:!?\"'()[]"
+"""What may stand before and after a word without being a part of it."""
+
+ARTICLES = {"", "a", "an", "the"}
+"""What differs between two prompts without telling subjects apart."""
 
 _TEXTS = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "name")
 _KEYS = (*_TEXTS, "trigger", "weight")
@@ -45,7 +52,7 @@ class ConceptData:
         """What the adapter keeps of it; ``rarest_word`` is the trigger where none is given."""
         prompt = str(self.instance_prompt)
         triggers = self.triggers or (rarest_word,)
-        name = self.name or re.sub(r"[^\w-]+", "-", triggers[0]).strip("-")[:80]
+        name = self.name or re.sub(r"[^\w-]+", "-", triggers[0]).strip("-")[:80] or "subject"
         if not any(contains(prompt, trigger) for trigger in triggers):
             raise EffiLoRAError(
                 f"the instance_prompt {prompt!r:.200} does not contain the trigger of its concept "
@@ -68,14 +75,48 @@ def read_concepts(path: str | Path) -> list[ConceptData]:
         entries = parse_json(text, depth=4)
     except EffiLoRAError as error:
         raise EffiLoRAError(f"{where} is not valid JSON ({error})") from error
+    return check_entries(entries, where)
+
+
+def check_entries(entries: Any, where: str) -> list[ConceptData]:
+    """The subjects of a list as JSON and YAML give it; ``where`` it stands, for messages. Raises as :func:`read_concepts`."""
     if not isinstance(entries, list) or not 1 <= len(entries) <= MOST_CONCEPTS:
-        raise EffiLoRAError(f"{where} must be a JSON list of 1 to {MOST_CONCEPTS} objects, one for each subject")
+        raise EffiLoRAError(f"{where} must be a list of 1 to {MOST_CONCEPTS} objects, one for each subject")
     return [_entry(entry, f"entry {number} of {where}") for number, entry in enumerate(entries, 1)]
+
+
+def own_trigger(prompt: str, class_prompts: Sequence[str]) -> str:
+    """What names the only subject of a run: the words of its ``prompt`` that no class prompt has, as ``sks`` in "a sks cat".
+
+    Raises:
+        EffiLoRAError: there is no class prompt, no such word, or several that do not follow one another.
+    """
+    ask = "name it with --trigger"
+    if not class_prompts:
+        raise EffiLoRAError(
+            f"--routing concept can't tell which word of {prompt!r:.200} names the subject without a --class_prompt: {ask}"
+        )
+    known = {word for text in class_prompts for word in map(_bare, text.split())} | ARTICLES
+    words = prompt.split()
+    own = [number for number, word in enumerate(words) if _bare(word) not in known]
+    if not own:
+        raise EffiLoRAError(f"every word of --instance_prompt {prompt!r:.200} is in --class_prompt too: {ask}")
+    if own != list(range(own[0], own[-1] + 1)):
+        named = ", ".join(repr(words[number]) for number in own)
+        raise EffiLoRAError(
+            f"--routing concept can't tell what names the subject in {prompt!r:.200}, where no --class_prompt has "
+            f"{named:.200}: {ask}"
+        )
+    return " ".join(words[own[0] : own[-1] + 1]).strip(EDGES)
+
+
+def _bare(word: str) -> str:
+    return word.strip(EDGES).casefold()
 
 
 def _entry(entry: Any, where: str) -> ConceptData:
     if not isinstance(entry, dict):
-        raise EffiLoRAError(f"{where} is not a JSON object")
+        raise EffiLoRAError(f"{where} is not an object of names and values")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
         raise EffiLoRAError(f"{where} has the unknown key {unknown[0]!r:.80}: it may have {', '.join(_KEYS)}")

@@ -7,39 +7,28 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..core.concepts import Concept
-from ..core.config import REDUCER_MODES
 from ..core.errors import EffiLoRAError
-from ..core.options import COUNT, NATURAL, POSITIVE, REDUCER, SHARE, AdapterOptions, Bounds, check_options, option
-from .concepts_list import ConceptData, read_concepts
+from ..core.options import check_options
+from .concepts_list import ConceptData, check_entries, own_trigger, read_concepts
+from .run_options import OPTIMIZERS, RunOptions
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names for the values of ``--mixed_precision``."""
 
-SAVED = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""torch's names for the values of ``--save_precision``, which are sd-scripts'."""
-
 EMBEDDED_SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0}
 """Sampling that suits the embedded base; other models have defaults of their own."""
 
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-"""Schedules of the learning rate that are functions of the step."""
-
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-"""Densities and weightings of flow matching, by diffusers' names."""
-
-PRIOR_TARGETS = ("base", "images")
-"""What class rows are held to."""
-
-QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8")
-"""Forms the frozen base can be loaded in, by the library that does it."""
-
-ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+ONCE = ("preset", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "hub_token")
 """What is meant for one start of a run, and is no part of it."""
+
+PRESET_MARK = "# --preset {}, expanded\n"
+"""First line of the config file of a run with a preset."""
 
 BUDGETS = ("reducer_time", "reducer_memory", "reducer_depth", "reducer_plan")
 """Settings that each choose a plan for ``--reducer depth``."""
@@ -55,230 +44,13 @@ PATHS = (
 )
 """Settings that may name a file or folder, ``~`` included."""
 
-MODEL = "Model"
-DATA = "Images and prompts"
-PRIOR = "Prior preservation"
-LENGTH = "Length and batches"
-OPTIMIZER = "Optimizer"
-LOSS = "Loss"
-MEMORY = "Precision and memory"
-OUTPUT = "Output and checkpoints"
-VALIDATION = "Validation"
-"""Groups of settings, as they stand in ``--help``."""
-
 
 @dataclass
-class TrainingConfig(AdapterOptions):
+class TrainingConfig(RunOptions):
     """All settings of one training run."""
 
-    reducer: str = option(
-        "off",
-        "which blocks' heads are trained; depth: those after a cut, chosen by a budget",
-        REDUCER,
-        choices=REDUCER_MODES,
-        fixed=True,
-    )
-    reducer_time: float | None = option(
-        None,
-        "share of a full step's time that steps may take on average (measured at the start)",
-        REDUCER,
-        bounds=SHARE,
-        fixed=True,
-    )
-    reducer_memory: float | None = option(
-        None,
-        "share of a full step's activations that a step may keep (measured at the start)",
-        REDUCER,
-        bounds=SHARE,
-        fixed=True,
-    )
-    reducer_depth: float | None = option(
-        None,
-        "share of the blocks, counted from the last one, that every step trains",
-        REDUCER,
-        bounds=SHARE,
-        fixed=True,
-    )
-    reducer_plan: str | None = option(
-        None, "an earlier run's plan, as CUT:SHARE,CUT:SHARE, instead of measuring", REDUCER, form=False
-    )
-    pretrained_model_name_or_path: str | None = option(
-        None,
-        "model folder, hub id or .safetensors checkpoint (default: the embedded base)",
-        MODEL,
-        usual=True,
-        form=False,
-    )
-    single_file_config: str | None = option(
-        None, "model folder or hub id with the configuration and tokenizers of a .safetensors checkpoint", MODEL
-    )
-    revision: str | None = option(None, "revision of a hub model", MODEL)
-    variant: str | None = option(None, "weight variant of the model, e.g. fp16", MODEL)
-    instance_data_dir: str | None = option(
-        None, "folder with the subject's images (default: the example subject)", DATA, usual=True, form=False
-    )
-    instance_prompt: str | None = option(
-        None, "prompt that names the subject, for images without a caption of their own", DATA, usual=True, form=False
-    )
-    concepts_list: str | None = option(
-        None,
-        "JSON list of several subjects, each with instance_data_dir and instance_prompt, and if needed class_data_dir, "
-        "class_prompt, trigger, name and weight",
-        DATA,
-        usual=True,
-        form=False,
-    )
-    resolution: int = option(
-        512,
-        "edge of the training images, in pixels",
-        DATA,
-        bounds=Bounds(at_least=8, multiple_of=8),
-        usual=True,
-        fixed=True,
-    )
-    center_crop: bool = option(False, "crop the centre instead of a random place", DATA, fixed=True)
-    random_flip: bool = option(False, "mirror images at random", DATA, fixed=True)
-    image_interpolation_mode: str = option("lanczos", "filter for resizing images", DATA, fixed=True)
-    max_sequence_length: int | None = option(
-        None, "longest prompt in tokens (default: what the pipeline samples with)", DATA, bounds=COUNT, fixed=True
-    )
-    class_data_dir: str | None = option(
-        None,
-        "folder with class images, filled up if needed (default: none, the class prompts go with the instance images)",
-        PRIOR,
-        form=False,
-    )
-    class_prompt: list[str] = option(
-        [], "prompt of the class, e.g. 'a cat'; class images are shared out among several prompts", PRIOR, usual=True
-    )
-    with_prior_preservation: bool = option(
-        False, "also train on the class, so that the model does not forget what it knows of it", PRIOR, usual=True
-    )
-    prior_target: str = option(
-        "base",
-        "what the class is held to: the frozen base's own prediction, or the class images themselves as in diffusers",
-        PRIOR,
-        choices=PRIOR_TARGETS,
-        fixed=True,
-    )
-    prior_interval: int | None = option(
-        None,
-        "instance images per class image (default: about one class image a step with prior_target base, else 1)",
-        PRIOR,
-        bounds=COUNT,
-        fixed=True,
-    )
-    prior_loss_weight: float | None = option(
-        None,
-        "weight of the prior preservation loss (default: 3 with prior_target base, else 1)",
-        PRIOR,
-        bounds=NATURAL,
-        fixed=True,
-    )
-    num_class_images: int = option(100, "number of class images used; missing ones are drawn", PRIOR, bounds=COUNT)
-    train_batch_size: int = option(
-        4, "images per micro-batch and process", LENGTH, bounds=COUNT, usual=True, fixed=True
-    )
-    gradient_accumulation_steps: int = option(
-        1, "micro-batches per optimizer step", LENGTH, bounds=COUNT, usual=True, fixed=True
-    )
-    num_train_epochs: int = option(1, "epochs, if max_train_steps is not given", LENGTH, bounds=COUNT, form=False)
-    max_train_steps: int | None = option(None, "optimizer steps", LENGTH, bounds=COUNT, usual=True)
-    seed: int = option(
-        0,
-        "seed of everything that is drawn",
-        LENGTH,
-        bounds=Bounds(at_least=0, at_most=2**63 - 1),
-        usual=True,
-        fixed=True,
-        form=False,
-    )
-    learning_rate: float = option(5e-4, "peak learning rate", OPTIMIZER, bounds=POSITIVE, usual=True, fixed=True)
-    scale_lr: bool = option(
-        False, "multiply the learning rate by processes, accumulation and batch size", OPTIMIZER, fixed=True
-    )
-    lr_scheduler: str = option(
-        "constant",
-        "schedule of the learning rate, by diffusers' names",
-        OPTIMIZER,
-        choices=SCHEDULES,
-        usual=True,
-        fixed=True,
-    )
-    lr_warmup_steps: int = option(0, "warm-up steps of the schedule", OPTIMIZER, bounds=NATURAL, fixed=True)
-    lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", OPTIMIZER, bounds=COUNT, fixed=True)
-    lr_power: float = option(1.0, "power of the polynomial schedule", OPTIMIZER, bounds=NATURAL, fixed=True)
-    adam_beta1: float = option(0.9, "AdamW's beta1", OPTIMIZER, bounds=Bounds(at_least=0, below=1), fixed=True)
-    adam_beta2: float = option(0.999, "AdamW's beta2", OPTIMIZER, bounds=Bounds(at_least=0, below=1), fixed=True)
-    adam_weight_decay: float = option(1e-2, "AdamW's weight decay", OPTIMIZER, bounds=NATURAL, fixed=True)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon", OPTIMIZER, bounds=POSITIVE, fixed=True)
-    max_grad_norm: float = option(1.0, "gradient clipping", OPTIMIZER, bounds=POSITIVE, fixed=True)
-    snr_gamma: float | None = option(
-        None, "min-SNR gamma (5.0 is usual) for DDPM models; none: unweighted loss", LOSS, bounds=POSITIVE, fixed=True
-    )
-    weighting_scheme: str | None = option(
-        None,
-        "density or weighting of the noise levels of flow matching (default: the family's own)",
-        LOSS,
-        choices=WEIGHTING_SCHEMES,
-        fixed=True,
-    )
-    logit_mean: float = option(0.0, "mean of the logit_normal scheme", LOSS, fixed=True)
-    logit_std: float = option(1.0, "deviation of the logit_normal scheme", LOSS, bounds=POSITIVE, fixed=True)
-    mode_scale: float = option(1.29, "scale of the mode scheme", LOSS, bounds=NATURAL, fixed=True)
-    guidance_scale: float = option(
-        3.5, "guidance scale given to FLUX.1 dev and FLUX.2 dev while training", LOSS, bounds=NATURAL, fixed=True
-    )
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower", MEMORY, usual=True)
-    mixed_precision: str = option(
-        "no", "type of the frozen base's weights", MEMORY, choices=("no", "fp16", "bf16"), usual=True, fixed=True
-    )
-    quantization: str | None = option(
-        None,
-        "quantise the frozen base: needs bitsandbytes (bnb) or torchao and mostly a GPU",
-        MEMORY,
-        choices=QUANTIZATIONS,
-        fixed=True,
-    )
-    allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later", MEMORY)
-    sample_batch_size: int = option(4, "batch size when drawing class and validation images", MEMORY, bounds=COUNT)
-    output_dir: str = option(
-        "lora-dreambooth-model", "folder for everything the run writes", OUTPUT, usual=True, form=False
-    )
-    save_precision: str = option(
-        "float",
-        "type of the weights in the adapter and its plain forms; checkpoints keep float32",
-        OUTPUT,
-        choices=tuple(SAVED),
-    )
-    overwrite_output_dir: bool = option(
-        False, "replace an earlier run found in output_dir, once this one has saved its adapter", OUTPUT, form=False
-    )
-    dry_run: bool = option(False, "only load, check and print the report; write and train nothing", OUTPUT, form=False)
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints", OUTPUT, bounds=COUNT)
-    checkpoints_total_limit: int | None = option(None, "number of newest checkpoints to keep", OUTPUT, bounds=COUNT)
-    resume_from_checkpoint: str | None = option(
-        None, "'latest', a checkpoint's name, or its folder", OUTPUT, form=False
-    )
-    validation_prompt: list[str] = option(
-        [], "one or more prompts drawn on fixed seeds into a grid", VALIDATION, usual=True
-    )
-    num_validation_images: int = option(4, "images per validation prompt; 0: none", VALIDATION, bounds=NATURAL)
-    validation_steps: int | None = option(
-        None, "optimizer steps between grids (default: first and last only)", VALIDATION, bounds=COUNT
-    )
-    validation_epochs: int | None = option(
-        None, "epochs between grids, if validation_steps is not given", VALIDATION, bounds=COUNT
-    )
-    validation_inference_steps: int | None = option(
-        None, "sampling steps of validation and class images (default: the pipeline's own)", VALIDATION, bounds=COUNT
-    )
-    validation_guidance_scale: float | None = option(
-        None, "guidance of validation and class images (default: the pipeline's own)", VALIDATION, bounds=NATURAL
-    )
-
     def __post_init__(self) -> None:
-        for name in ("class_prompt", "validation_prompt", "target_modules"):
+        for name in ("class_prompt", "validation_prompt", "target_modules", "optimizer_args", "report_to", "trigger"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self.check()
@@ -286,30 +58,78 @@ class TrainingConfig(AdapterOptions):
     def check(self) -> None:
         """Raise :class:`EffiLoRAError` for values that can't work; one sentence each."""
         check_options(self)
+        plain = self.optimizer.lower().replace("_", "").replace("-", "").removesuffix("optimizer")
+        if "." not in self.optimizer:  # no import path
+            self.optimizer = {"adamwschedulefree": "schedulefree"}.get(plain, plain)
+            if self.optimizer not in OPTIMIZERS:
+                raise EffiLoRAError(
+                    f"--optimizer must be one of {', '.join(OPTIMIZERS)}, or a class by its import path as torch.optim.RMSprop, "
+                    f"not {plain[:100]!r}"
+                )
+        if Path(self.logging_dir).is_absolute() or ".." in Path(self.logging_dir).parts:
+            raise EffiLoRAError("--logging_dir is the name of a folder in output_dir: logs, for example")
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
-        if self.concepts_list and (self.instance_data_dir or self.instance_prompt):
-            raise EffiLoRAError(
-                "--concepts_list names folders and prompts: leave --instance_data_dir and --instance_prompt out"
-            )
-        if self.with_prior_preservation and not self.concepts_list:
-            self._check_prior(self.class_prompt, self.class_data_dir)
+        self._check_subjects()
         self._choose_mode()
-        self.adapter_config([Concept("any", ("any",))] if self.concepts_list else [])
+        self.adapter_config([Concept("any", ("any",))] if self.routing == "concept" else [])
+
+    def _check_subjects(self) -> None:
+        """Raise :class:`EffiLoRAError` where subjects are named in two ways, or not at all."""
+        lists = [name for name in ("concepts_list", "concepts") if getattr(self, name)]
+        if len(lists) > 1:
+            raise EffiLoRAError(
+                "--concepts_list names a file with the subjects, and concepts lists them: leave one out"
+            )
+        if lists and (self.instance_data_dir or self.instance_prompt):
+            raise EffiLoRAError(
+                f"{'--' if lists[0] == 'concepts_list' else ''}{lists[0]} names folders and prompts: leave --instance_data_dir "
+                "and --instance_prompt out"
+            )
+        if self.trigger and (lists or self.routing != "concept"):
+            raise EffiLoRAError(
+                "--trigger is for a single subject with --routing concept: leave it out"
+                + (", and write it into the subjects' list" if lists else "")
+            )
+        if self.routing == "concept" and not lists and not self.instance_prompt:
+            raise EffiLoRAError(
+                "--routing concept needs --instance_prompt with what names the subject, or --concepts_list for several"
+            )
+        if self.with_prior_preservation and not lists:
+            self._check_prior(self.class_prompt, self.class_data_dir)
+        if self.concepts:
+            check_entries(self.concepts, "concepts")
 
     def concept_data(self) -> list[ConceptData]:
-        """Read the subjects of ``concepts_list``; none where the run has a single one."""
-        entries = read_concepts(self.concepts_list) if self.concepts_list else []
+        """The subjects that the run tells apart: those of its list, or its only one with ``concept`` routing; else none.
+
+        Raises :class:`EffiLoRAError` for a list that can't be used, and where nothing tells what names the only subject.
+        """
+        if self.concepts:
+            entries = check_entries(self.concepts, "concepts")
+        elif self.concepts_list:
+            entries = read_concepts(self.concepts_list)
+        elif self.routing == "concept" and self.instance_data_dir:
+            return [self._only_subject()]
+        else:
+            return []
         if self.with_prior_preservation:
             for entry in entries:
                 prompt, folder = entry.class_prompt or self.class_prompt, entry.class_data_dir or self.class_data_dir
                 self._check_prior(prompt, folder, entry.instance_data_dir)
         return entries
 
+    def _only_subject(self) -> ConceptData:
+        prompt = str(self.instance_prompt)
+        triggers = tuple(self.trigger) or (own_trigger(prompt, self.class_prompt),)
+        class_prompt = self.class_prompt[0] if len(self.class_prompt) == 1 else ""
+        return ConceptData(str(self.instance_data_dir), prompt, class_prompt=class_prompt, triggers=triggers)
+
     def _check_prior(self, prompt: str | list[str], folder: str | None, entry: str = "") -> None:
-        where = f", or the entry of {entry} in --concepts_list its own" if entry else ""
-        if not prompt:
+        named = "concepts" if self.concepts else "--concepts_list"
+        where = f", or the entry of {entry} in {named} its own" if entry else ""
+        if not prompt and (entry or self.prior_target != "base" or not self.instance_prompt):
             raise EffiLoRAError(f"--with_prior_preservation needs --class_prompt{where}")
         if self.prior_target == "images" and not folder:
             raise EffiLoRAError(f"--prior_target images needs --class_data_dir{where}")
@@ -334,4 +154,5 @@ class TrainingConfig(AdapterOptions):
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""
         kept = {name: value for name, value in asdict(self).items() if name not in ONCE}
-        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        mark = PRESET_MARK.format(self.preset) if self.preset else ""
+        return mark + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

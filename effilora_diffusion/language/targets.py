@@ -97,8 +97,11 @@ def _grouped(found: dict[str, tuple[int, int]]) -> list[Site]:
     return sites
 
 
-def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0) -> EffiLoRA:
-    """A fresh adapter for ``model`` (identity until trained); raises :class:`EffiLoRAError` if nothing is targeted."""
+def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0, a_start: str = "kaiming") -> EffiLoRA:
+    """A fresh adapter for ``model`` (identity until trained); raises :class:`EffiLoRAError` if nothing is targeted.
+
+    A starts as that of PEFT's LoRA unless ``a_start`` says otherwise, so that a learning rate means what it means there.
+    """
     if config.routing == "timestep":
         raise EffiLoRAError("--routing timestep is for diffusion models: language models have no timestep")
-    return EffiLoRA(config, find_sites(model, config.target_modules), seed)
+    return EffiLoRA(config, find_sites(model, config.target_modules), seed, a_start)

@@ -7,8 +7,9 @@ from typing import Any
 import gradio as gr
 
 from .. import EffiLoRAError
+from ..core.concepts import Concept, contains
 from .session import LIMITS, Session
-from .words import Markdown, plain_words
+from .words import Markdown, clean, plain_words
 
 NONE = "none"
 """Stands for no adapter in lists."""
@@ -42,6 +43,10 @@ class AdapterRow:
             self.insert = gr.Button(
                 "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
             )
+        self.triggers = gr.Dataset(
+            components=[gr.Textbox(visible=False)], samples=[], label="Triggers: click one to put it into the prompt",
+            visible=False, elem_id=f"triggers-{self.number}", samples_per_page=64,
+        )  # fmt: skip
 
     @property
     def parts(self) -> list[Any]:
@@ -51,7 +56,15 @@ class AdapterRow:
     def wire(self, prompt: gr.Textbox) -> None:
         """Show the trigger prompt of whatever is chosen; an empty prompt gets it at once."""
         self.choice.change(
-            self.chosen, self.choice, [self.row, self.words], show_progress="hidden", api_visibility="private"
+            self.chosen, self.choice, [self.row, self.words, self.insert, self.triggers], show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
+        self.triggers.click(
+            self.put_trigger,
+            [prompt, self.choice, self.triggers],
+            prompt,
+            show_progress="hidden",
+            api_visibility="private",
         )
         self.choice.input(self.fill, [prompt, self.choice], prompt, show_progress="hidden", api_visibility="private")
         self.insert.click(self.put, [prompt, self.choice], prompt, show_progress="hidden", api_visibility="private")
@@ -63,15 +76,31 @@ class AdapterRow:
         except EffiLoRAError:  # deleted in the meantime
             return ""
 
-    def chosen(self, name: str | None) -> tuple[Any, str]:
-        """The row with the trigger prompt, shown if there is one."""
-        trigger = self.trigger(name)
+    def concepts(self, name: str | None) -> tuple[Concept, ...]:
+        """The concepts of the chosen adapter that a prompt may name."""
+        try:
+            return self.session.concepts_of(name) if name and name != NONE else ()
+        except EffiLoRAError:  # deleted in the meantime
+            return ()
+
+    def chosen(self, name: str | None) -> tuple[Any, str, Any, Any]:
+        """The row with the trigger prompt, shown if there is one, and the triggers of an adapter that has concepts."""
+        trigger, concepts = self.trigger(name), self.concepts(name)
         words = f"Trained with: **{plain_words(trigger)}**" if trigger else ""
-        concepts = self.session.concepts(str(name)) if trigger else []
         if concepts:
-            named = ", ".join(f"**{plain_words(words)}** ({plain_words(concept)})" for concept, words in concepts)
-            words = f"A prompt may name: {named}"
-        return gr.update(visible=bool(trigger)), words
+            words = "Several subjects: each is drawn where the prompt has its trigger."
+        samples = [[clean(word)] for concept in concepts for word in concept.triggers]
+        shown = gr.Dataset(samples=samples, visible=bool(samples))
+        return gr.update(visible=bool(trigger or concepts)), words, gr.update(visible=not concepts), shown
+
+    def put_trigger(self, prompt: str, name: str | None, sample: Any) -> Any:
+        """The prompt with a trigger: the whole prompt of its subject where nothing is written so far."""
+        word = str((list(sample or []) or [""])[0])
+        found = [one for one in self.concepts(name) if word in map(clean, one.triggers)]
+        prompt = (prompt or "").strip()
+        if not found or contains(prompt, word):
+            return gr.skip()
+        return f"{prompt}, {word}" if prompt else clean(found[0].prompt or word, int(LIMITS.prompt))
 
     def fill(self, prompt: str, name: str | None) -> Any:
         """The trigger prompt for an empty prompt; else what is typed meanwhile stays."""

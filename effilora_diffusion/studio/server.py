@@ -35,6 +35,7 @@ STYLE = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #slider { max-width: 460px; }
 #status p, #compare-status p { font-variant-numeric: tabular-nums; }
+.subject-note { padding: 4px 12px; background: var(--block-background-fill); }
 .trigger { align-self: center; padding-left: 4px; font-size: 14px; }
 @media (max-width: 480px) {
   .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
@@ -52,7 +53,8 @@ document.addEventListener("keydown", (event) => {
   const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
   if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
 }, true);
-const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status", "draw-heads": "inspect-status" };
+const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status",
+  "draw-leakage": "compare-status", "draw-heads": "inspect-status" };
 document.addEventListener("click", (event) => {
   const button = event.target.closest && event.target.closest("button");
   if (button && below[button.id] && window.innerWidth <= 640)
@@ -120,6 +122,8 @@ def make_page(session: Session) -> gr.Blocks:
         for label, (refresh, inputs, outputs) in refreshed.items():
             for trigger in (page.load, shown[label].select):
                 trigger(refresh, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+        shown["Train"].select(train.predict, train.asked, train.takes, queue=False, show_progress="hidden",
+                              api_visibility="private")  # fmt: skip
     return page
 
 

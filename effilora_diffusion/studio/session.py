@@ -16,6 +16,7 @@ from PIL import Image
 
 from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
+from ..core.concepts import Concept
 from ..core.files import ADAPTER_FILE
 from ..core.fingerprint import base_fingerprint
 from ..core.load import host_model
@@ -111,11 +112,11 @@ class Session:
             settle(self.pipe)
             yield
 
-    def concepts(self, name: str) -> list[tuple[str, str]]:
-        """The concepts of an adapter that has several: the name and the triggers of each."""
-        path = self.base_file(name)
-        found = load_adapter_file(path).adapter.concepts if is_native(path) else ()
-        return [(concept.name, clean(", ".join(concept.triggers))) for concept in found]
+    def concepts_of(self, name: str) -> tuple[Concept, ...]:
+        """The concepts that an adapter tells apart; none of one with another routing, and where a single head acts."""
+        reference = self._reference(name)
+        path = self.wanted(str(replace(reference, head=None))).path
+        return load_adapter_file(path).adapter.concepts if is_native(path) and reference.head is None else ()
 
     def trigger(self, name: str) -> str:
         """The prompt that an adapter was trained with; empty if it is not known."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import Field
+from collections.abc import Callable
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -11,18 +12,23 @@ import gradio as gr
 from .. import EffiLoRAError
 from ..core.options import base_type, default_of, settings_of
 from ..diffusion.config import TrainingConfig
+from ..diffusion.presets import DEFAULT, PRESETS, preset_settings
 from ..diffusion.training.example import example_settings
 from .session import Session
+from .subjects import steps_for
 from .words import Markdown
-
-PRESETS = {"quick": 0.5, "better": 1.0, "best": 2.0}
-"""Length of training by name, as a share of the usual number of steps."""
-
-USUAL_STEPS = 800
 
 PRESET_FIELDS = {"max_train_steps": "the preset's", "validation_steps": "a quarter of the steps",
                  "checkpointing_steps": "a quarter of the steps", "validation_prompt": "the prompt"}  # fmt: skip
 """Settings that are empty in the form, and what they are unless something is written there."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from: ``keep`` copies it into a folder and checks it, ``settings`` are the run's with that folder."""
+
+    keep: Callable[[Path], None]
+    settings: Callable[[Path], dict[str, Any]]
 
 
 def shown_fields() -> list[Field[Any]]:
@@ -32,12 +38,14 @@ def shown_fields() -> list[Field[Any]]:
     return sorted(entries, key=lambda entry: groups.index(entry.metadata["group"]))
 
 
-def usual_settings(session: Session) -> dict[str, Any]:
+def usual_settings(session: Session, preset: str = DEFAULT) -> dict[str, Any]:
     """What suits the open model, for every shown field but those of :data:`PRESET_FIELDS`: the form shows just these."""
     found = {entry.name: default_of(entry) for entry in shown_fields()}
-    found |= {"resolution": session.defaults()["edge"], "learning_rate": 1e-4}
+    found |= {"resolution": session.defaults()["edge"]}
     if session.model is None:
         found |= {name: value for name, value in example_settings().items() if name in found}
+    found["with_prior_preservation"] = False  # a preset says so, or it is off
+    found |= {name: value for name, value in preset_settings(preset, session.model is None).items() if name in found}
     return {name: None if name in PRESET_FIELDS else value for name, value in found.items()}
 
 
@@ -67,8 +75,23 @@ def component_of(entry: Field[Any], usual: Any) -> Any:
         return gr.Dropdown(["", *entry.metadata["choices"]], value=usual or "", **common)
     if kind in (int, float) and usual is not None:  # a Number without a value comes back from the browser as 0
         return gr.Number(usual, precision=0 if kind is int else None, **common)
-    text = "\n".join(usual) if isinstance(usual, list) else usual or ""
-    return gr.Textbox(text, lines=1, max_lines=6, **common)
+    return gr.Textbox(shown_value(usual), lines=1, max_lines=6, **common)
+
+
+def shown_value(value: Any) -> Any:
+    """A setting's value as its component shows it."""
+    return "\n".join(value) if isinstance(value, list) else "" if value is None else value
+
+
+GOVERNED = tuple(dict.fromkeys(name for preset in PRESETS for name in preset_settings(preset, batch=2)))
+"""Settings that some preset has a value for."""
+
+
+def preset_values(session: Session, preset: str) -> dict[str, Any]:
+    """What the form shows of these settings once a preset is chosen; others stay as they are."""
+    usual = usual_settings(session, preset)
+    names = [entry.name for entry in shown_fields() if entry.name in GOVERNED and entry.name not in PRESET_FIELDS]
+    return {name: shown_value(usual[name]) for name in names}
 
 
 def from_component(entry: Field[Any], value: Any, usual: Any) -> Any:
@@ -86,25 +109,31 @@ def from_component(entry: Field[Any], value: Any, usual: Any) -> Any:
         raise EffiLoRAError(f"--{entry.name} must be {wanted}, not {value!r}") from error
 
 
-def run_settings(session: Session, prompt: str, preset: str, folder: Path, advanced: list[Any]) -> dict[str, Any]:
-    """The settings of a run: those that the form shows, and what follows from preset and prompt where it shows nothing."""
-    usual = usual_settings(session)
+def run_settings(
+    session: Session, prompt: str, preset: str, folder: Path, advanced: list[Any], subjects: int = 1
+) -> dict[str, Any]:
+    """The settings of a run: those that the form shows, and what follows from preset and prompt where it shows nothing.
+
+    Several ``subjects`` need more steps, and without a prompt the trainer draws those of its own.
+    """
+    usual = usual_settings(session, preset)
     entries = zip(shown_fields(), advanced, strict=True)
     chosen = {entry.name: from_component(entry, value, usual[entry.name]) for entry, value in entries}
     if chosen["max_train_steps"] is None:
-        steps = example_settings()["max_train_steps"] if session.model is None else USUAL_STEPS
-        chosen["max_train_steps"] = round(steps * PRESETS[preset])
+        steps = preset_settings(preset, session.model is None)["max_train_steps"]
+        chosen["max_train_steps"] = steps_for(steps, subjects)
     quarter = max(1, chosen["max_train_steps"] // 4)
     for name, value in (
         ("validation_steps", quarter),
         ("checkpointing_steps", quarter),
-        ("validation_prompt", [prompt]),
+        ("validation_prompt", [prompt] if prompt else []),
     ):
         chosen[name] = value if chosen[name] is None else chosen[name]
     drawn = chosen["with_prior_preservation"] and chosen["prior_target"] == "images"
     classes = str(session.outputs / "datasets" / "class images")
     return {
         **chosen,
+        "preset": preset,
         "pretrained_model_name_or_path": session.model,
         "instance_prompt": prompt,
         "instance_data_dir": str(folder),

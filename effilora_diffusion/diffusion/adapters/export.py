@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
-from ...core import AdapterFile, EffiLoRAError, is_exact, to_lora
+from ...core import AdapterFile, EffiLoRAError, is_exact
 from ...core.attachment import check_sites
 from ...core.concepts import number_of
 from ...core.convert import PlainLoRA, single_concept
@@ -46,7 +46,7 @@ def export(
         )
     factors = {
         path: PlainLoRA(_stored(pair.down, dtype, path), _stored(pair.up, dtype, path))
-        for path, pair in to_lora(content.adapter, content.calibration).items()
+        for path, pair in content.factors().items()
     }
     error = 0.0 if is_exact(content.adapter) else float(content.metadata.get("export_error", 0.0))
     if format == "diffusers":

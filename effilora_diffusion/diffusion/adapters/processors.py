@@ -102,9 +102,13 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0) -> EffiLoRA:
-    """A fresh adapter for ``model`` (identity until trained); raises :class:`EffiLoRAError` if nothing is targeted."""
-    return EffiLoRA(config, find_sites(model, config), seed)
+def create_adapter(model: nn.Module, config: EffiLoRAConfig, seed: int = 0, a_start: str = "gaussian") -> EffiLoRA:
+    """A fresh adapter for ``model`` (identity until trained); raises :class:`EffiLoRAError` if nothing is targeted.
+
+    A starts as in diffusers' scripts (PEFT's ``init_lora_weights="gaussian"``) unless ``a_start`` says otherwise: under Adam an
+    update grows in proportion to A, so that a learning rate only means what it means there if A is as long.
+    """
+    return EffiLoRA(config, find_sites(model, config), seed, a_start)
 
 
 class _EqualToBase(type):

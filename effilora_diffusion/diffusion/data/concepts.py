@@ -35,7 +35,10 @@ def name_concepts(
         EffiLoRAError: two concepts can't be told apart, or a caption does not name its own.
     """
     prompts = [str(entry.instance_prompt) for entry in entries]
-    own = [own_words(prompt, [other for other in prompts if other != prompt]) for prompt in prompts]
+    own = [
+        own_words(prompt, [entry.class_prompt, *(other for other in prompts if other != prompt)])
+        for prompt, entry in zip(prompts, entries, strict=True)
+    ]
     concepts = tuple(entry.concept(rarest_word(words)) for entry, words in zip(entries, own, strict=True))
     check_concepts(concepts)
     named = []

@@ -21,6 +21,9 @@ Conditions = dict[str, Tensor]
 MOST_TOKENS = 1 << 20
 """Tokenizers without a limit say a number above this."""
 
+PUNCTUATION = ".,;:!?\"'()[]"
+"""What is no part of a word of a prompt."""
+
 IMAGE = "image"
 """Size condition of an image, ``(6,)``: original height and width, top and left of the crop, its height and width."""
 
@@ -123,7 +126,7 @@ class Family(ABC):
             return len(ids), max(ids, default=0)
 
         tokenizers = self._tokenizers()
-        words = [stripped for word in prompt.split() if (stripped := word.strip(".,;:!?\"'()[]"))]
+        words = [stripped for word in prompt.split() if (stripped := word.strip(PUNCTUATION))]
         return max(words, key=rarity, default=prompt)
 
     @contextlib.contextmanager

@@ -42,7 +42,7 @@ def public_name(model: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Any:
+def quiet_loading() -> Any:
     """Hide loading progress bars in this context, and a warning of every download that diffusers itself gives rise to."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -94,14 +94,11 @@ def load_pipeline(
     options = {key: value for key, value in kwargs.items() if value is not None}
     options |= loading_options(name, options.get("revision"))
     try:
-        with _quiet_loading():
+        with quiet_loading():
             if path.is_file():
                 pipe = _load_single_file(path, dtype, single_file_config, options)
             else:
-                if path.exists() and not (path / "model_index.json").is_file():
-                    raise EffiLoRAError(f"{name} is not a diffusers model folder: it has no model_index.json")
-                known = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-                parts = DiffusionPipeline.load_config(name, **known)
+                parts = read_index(name, options)
                 if to_train:
                     trainable(str(parts.get("_class_name")))
                 options |= {name: None for name in UNUSED_PARTS if name in parts}
@@ -111,12 +108,26 @@ def load_pipeline(
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError, KeyError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        if options.get("local_files_only"):
-            raise EffiLoRAError(f"the model can't be loaded: {not_cached(name)}") from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EffiLoRAError(f"the model {name!r} can't be loaded: {first}") from error
+        raise EffiLoRAError(reason_for(name, error, options)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def read_index(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``model_index.json`` says; raises :class:`EffiLoRAError` for a folder that has none."""
+    path = Path(name)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise EffiLoRAError(f"{name} is not a diffusers model folder: it has no model_index.json")
+    known = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    return dict(DiffusionPipeline.load_config(name, **known))
+
+
+def reason_for(name: str, error: Exception, options: dict[str, Any]) -> str:
+    """Why a model could not be loaded, in one sentence."""
+    if options.get("local_files_only"):
+        return f"the model can't be loaded: {not_cached(name)}"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the model {name!r} can't be loaded: {first}"
 
 
 def _load_single_file(

@@ -14,7 +14,10 @@ from .preservation import Preservation
 
 
 class BatchDrawer:
-    """Draws micro-batches of instance images, and of class images behind them for prior preservation."""
+    """Draws micro-batches of instance images, and of class images behind them for prior preservation.
+
+    ``others`` are the rows that stand for everything but the subject where a plain LoRA is fitted; by default the class images.
+    """
 
     def __init__(
         self,
@@ -23,9 +26,11 @@ class BatchDrawer:
         instance: ExampleSource | ConceptSource,
         classes: ExampleSource | ConceptSource | None = None,
         prior: Preservation | None = None,
+        others: ExampleSource | ConceptSource | None = None,
     ):
         self.family, self.objective, self.instance = family, objective, instance
         self.classes, self.prior = classes, prior
+        self.others = others or classes or instance
         self.seed = instance.preparation.seed
 
     def draw(self, first: int, count: int) -> Batch:
@@ -48,6 +53,22 @@ class BatchDrawer:
         noise = draw_normal((count, *rows[0][0].shape), self.seed, "reducer noise", step)
         captions = [self.instance.caption(position) for position in range(count)]
         return self._batch(rows, noise, (torch.arange(count) + 0.5) / count, count, captions)
+
+    def mixed(self, purpose: str, index: int, numbers: range, count: int) -> Batch:
+        """The rows ``numbers`` of a batch of ``count``: of the subject and of everything else in turn.
+
+        Each kind's noise levels are spread evenly; a row is a function of ``purpose``, ``index`` and its number. All count as
+        instances, and captions are left out.
+        """
+        each, rows, noise, levels = count // 2, [], [], []
+        for number in numbers:
+            kind, source = ("others", self.others) if number % 2 else ("subject", self.instance)
+            place = number // 2
+            rows.append(source.draw(index * each + place))
+            what = f"{purpose} {kind}"
+            noise.append(draw_normal(tuple(rows[-1][0].shape), self.seed, f"{what} noise", index, place))
+            levels.append((place + draw_uniform(1, self.seed, f"{what} level", index)) / each)
+        return self._batch(rows, torch.stack(noise), torch.cat(levels), len(rows), [])
 
     def _batch(self, rows: list[Row], noise: Tensor, uniform: Tensor, instances: int, captions: list[str]) -> Batch:
         return Batch(

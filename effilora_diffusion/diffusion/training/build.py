@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ...core import AdapterFile, EffiLoRA, EffiLoRAError
+from ...core import AdapterFile, EffiLoRA, EffiLoRAError, is_exact
 from ...core.concepts import Concept
 from ...core.fingerprint import base_fingerprint
 from ...core.initial import initial_file, start_from
@@ -26,12 +26,19 @@ from ..data.concepts import ConceptSource, concept_rows, name_concepts, scan_con
 from ..data.folder import Example
 from ..data.images import Preparation
 from ..data.latents import ExampleSource
-from ..data.prior import ClassFolder
+from ..data.prior import ClassFolder, without_images
 from ..models import Family, make_family
+from ..models.base import PUNCTUATION
 from ..models.pipelines import load_pipeline, quantization
+from ..presets import PRESETS
 from ..sampling.generate import Sampler
 from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
 from .preservation import Preservation, preservation
+
+OTHER_IMAGES = 16
+"""Images that are enough to see what an adapter does to unrelated prompts."""
+NO_FINGERPRINT = dict.fromkeys(("base_hash", "base_hash_bfloat16", "base_dtype"))
+"""Of a model whose weights mean nothing."""
 
 
 @dataclass
@@ -72,23 +79,30 @@ class RunParts:
         return self.config.max_train_steps or self.config.num_train_epochs * self.steps_per_epoch
 
 
-def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None]) -> RunParts:
-    """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes."""
+def build(
+    config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], None], family: Family | None = None
+) -> RunParts:
+    """Read the images, load the model, create and attach the adapter; raises :class:`EffiLoRAError` for mistakes.
+
+    ``family`` stands in for the model that ``config`` names; its weights mean nothing.
+    """
     device = accelerator.device
     entries = config.concept_data()
     if not config.instance_data_dir and not entries:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
     groups = scan_concepts(entries or [ConceptData(str(config.instance_data_dir), config.instance_prompt)], say)
-    family = make_family(load_base(config), device, config.max_sequence_length)
+    known = family is None
+    family = family or make_family(load_base(config), device, config.max_sequence_length)
     family.guidance_scale = config.guidance_scale
+    config = _without_unsupported(_with_class(config, family), family, say)
     check_resolution(config.resolution, family)
     objective = make_objective(config, family)
-    base = base_fingerprint(family.model)
+    base = base_fingerprint(family.model) if known else NO_FINGERPRINT
     concepts, examples = name_concepts(entries, groups, family.rarest_word) if entries else ((), groups[0])
     adapter_config = replace(config.adapter_config(concepts), timestep_range=family.timestep_range)
     initial: AdapterFile | None = None
     if config.init_from is None:
-        adapter = create_adapter(family.model, adapter_config, config.seed)
+        adapter = create_adapter(family.model, adapter_config, config.seed, config.a_start)
     else:
         source = initial_file(config.init_from)
         initial = read_initial(source, family.pipe, family.component, adapter_config)
@@ -103,14 +117,44 @@ def build(config: TrainingConfig, accelerator: Accelerator, say: Callable[[str],
             )
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    classes, weights = class_folders(config, base, entries), tuple(entry.weight for entry in entries)
+    classes, weights = class_folders(config, base, entries, known), tuple(entry.weight for entry in entries)
     return RunParts(
         config, examples, family, objective, adapter, base, per_step, classes, initial, concepts, weights
     )  # fmt: skip
 
 
+def _with_class(config: TrainingConfig, family: Family) -> TrainingConfig:
+    """``config`` with a class prompt where it needs one: its instance prompt without the word that names the subject."""
+    if not config.with_prior_preservation or config.class_prompt or config.concepts_list:
+        return config
+    named = str(config.instance_prompt)
+    word = family.rarest_word(named)
+    rest = " ".join(one for one in named.split() if one.strip(PUNCTUATION) != word)
+    if not rest:
+        raise EffiLoRAError(
+            f"--with_prior_preservation needs --class_prompt: --instance_prompt {named!r} names nothing but the subject"
+        )
+    return replace(config, class_prompt=[rest])
+
+
+def _without_unsupported(config: TrainingConfig, family: Family, say: Callable[[str], None]) -> TrainingConfig:
+    """``config`` without the gradient checkpointing of its preset, where the family can't have it."""
+    if not config.preset or not config.gradient_checkpointing:
+        return config
+    if can_checkpoint(family, config.routing) or not PRESETS[config.preset].settings.get("gradient_checkpointing"):
+        return config
+    say(f"note: {family.title} can't have the gradient checkpointing of --preset {config.preset}: it is left out")
+    return replace(config, gradient_checkpointing=False)
+
+
+def can_checkpoint(family: Family, routing: str) -> bool:
+    """Whether a family can recompute activations while gates depend on what ``routing`` says."""
+    supported = bool(getattr(family.model, "_supports_gradient_checkpointing", False))
+    return supported and not (family.one_by_one and routing in ("timestep", "concept"))
+
+
 def class_folders(
-    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = ()
+    config: TrainingConfig, base: dict[str, Any], entries: Sequence[ConceptData] = (), check: bool = True
 ) -> tuple[ClassFolder, ...]:
     """The folder of class images, if the run has any, or that of each of several subjects if one has its own.
 
@@ -131,7 +175,7 @@ def class_folders(
         ClassFolder(Path(path), tuple(prompts), config.num_class_images, config.seed, model)
         for path, prompts in wanted
     )
-    for folder in folders:
+    for folder in folders if check else ():
         folder.check(config.resolution)
     return folders
 
@@ -234,20 +278,27 @@ def class_prompts(parts: RunParts) -> list[tuple[list[Example], list[str]]]:
     ]
 
 
-def example_sources(parts: RunParts, prior: list[list[Example]]) -> tuple[Source, Source | None]:
-    """Where the rows of a run's batches come from: its images, and its class images, by folder, if it has any."""
+def example_sources(parts: RunParts, prior: list[list[Example]]) -> tuple[Source, Source | None, ExampleSource | None]:
+    """Where the rows of a run's batches come from: its images, and its class images, by folder, if it has any.
+
+    Without class images the third is what stands for everything but the subject where a plain LoRA has to be fitted: some
+    of the images without a prompt, which is also what guidance draws with.
+    """
 
     def source(examples: list[Example], purpose: str) -> ExampleSource:
         return ExampleSource(parts.family, examples, preparation(parts.config), purpose)
 
     names = [concept.name for concept in parts.concepts]
     classes: Source | None = source(prior[0], "class") if prior else None
+    others = None
+    if classes is None and not is_exact(parts.adapter):
+        others = source(without_images(parts.examples[:OTHER_IMAGES], [""]), "class")
     if len(prior) > 1:
         classes = concept_rows(source, zip(names, prior, strict=True), parts.weights, "class")
     if not names:
-        return source(parts.examples, "instance"), classes
+        return source(parts.examples, "instance"), classes, others
     groups = [(name, [example for example in parts.examples if example.concept == name]) for name in names]
-    return concept_rows(source, groups, parts.weights, "instance"), classes
+    return concept_rows(source, groups, parts.weights, "instance"), classes, others
 
 
 def sampler(config: TrainingConfig, family: Family) -> Sampler:

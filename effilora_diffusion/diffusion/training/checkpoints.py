@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
 from ...core.adapter import a_key
@@ -28,16 +29,17 @@ from ...core.run_folder import (
     KOHYA_FILE,
     LORA_FILE,
     METRICS_FILE,
+    PLAIN_COMPARISON_FILE,
     REDUCER_FILE,
     SAMPLES_FOLDER,
     Layout,
     checkpoints,
     step_of,
 )
-from ...core.tensor_io import open_tensors, read_tensors
 from ...core.text_io import open_regular, parse_json, printable, read_user_text
 from ...core.writing import TEMPORARY, sync, sync_folder, writing
 from .identity import RENAMED, check_same_run
+from .optimizer_state import read_optimizer, restore_state, state_tensors
 
 MANIFEST = "manifest.json"
 CONTENT = (CHECKPOINT_ADAPTER, "optimizer.safetensors", "state.json")
@@ -63,15 +65,6 @@ class TrainingState:
 def _sha256(path: Path) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _optimizer_tensors(adapter: EffiLoRA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in adapter.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            tensors[f"{name}:{key}"] = tensor.detach().cpu().contiguous().clone()
-    return tensors
 
 
 def save_checkpoint(
@@ -107,7 +100,7 @@ def save_checkpoint(
 
 def _write_content(folder: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
     save_adapter_file(folder / CHECKPOINT_ADAPTER, AdapterFile(adapter))
-    save_file(_optimizer_tensors(adapter, optimizer), folder / "optimizer.safetensors")
+    save_file(state_tensors(adapter.named_parameters(), optimizer), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
     files = {name: _sha256(folder / name) for name in CONTENT}
     (folder / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
@@ -137,6 +130,7 @@ IMAGE_RUN = Layout(
         CONFIG_FILE,
         CARD_FILE,
         COMPARISON_FILE,
+        PLAIN_COMPARISON_FILE,
         f"{SAMPLES_FOLDER}/step-*.png",
     ),
     finished=lambda folder: fault_of(folder) is None,
@@ -146,9 +140,13 @@ IMAGE_RUN = Layout(
 
 
 def load_checkpoint(
-    folder: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
+    folder: Path,
+    adapter: EffiLoRA,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: dict[str, Any],
+    fresh: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> TrainingState:
-    """Restore ``adapter``, which is fresh, and its ``optimizer`` in place.
+    """Restore ``adapter``, which is fresh, and its ``optimizer`` in place; ``fresh`` makes another of its kind.
 
     Raises:
         EffiLoRAError: the checkpoint is another run's, or anything in it is not what such a run can have written; nothing is
@@ -161,15 +159,11 @@ def load_checkpoint(
         raise EffiLoRAError(
             f"{folder}: {CHECKPOINT_ADAPTER} has another configuration or other layers than this run's"
         )
-    moments = _read_moments(folder, adapter, saved, state)
+    moments, counters = _read_moments(folder, adapter, saved, state, fresh)
     with torch.no_grad():
         for target, source in zip(adapter.parameters(), saved.parameters(), strict=True):
             target.copy_(source)
-    for name, parameter in adapter.named_parameters():
-        if name in moments:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments[name].items()
-            }
+    restore_state(list(adapter.named_parameters()), optimizer, moments, counters)
     return state
 
 
@@ -240,27 +234,25 @@ def _blocks(adapter: EffiLoRA) -> dict[str, str]:
 
 
 def _read_moments(
-    folder: Path, adapter: EffiLoRA, saved: EffiLoRA, state: TrainingState
-) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by parameter: it must be there for what was trained, and for heads only if their block was."""
+    folder: Path,
+    adapter: EffiLoRA,
+    saved: EffiLoRA,
+    state: TrainingState,
+    fresh: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The optimizer's state by parameter: it must be there for what was trained, and for heads only if their block was."""
     path, blocks, ever = folder / "optimizer.safetensors", _blocks(adapter), {*state.reducer["ever_active"]}
-    shapes: dict[str, tuple[int, ...]] = {}
-    trained = set()
-    for (name, fresh), old in zip(adapter.named_parameters(), saved.parameters(), strict=True):
+    named, trained = [], set()
+    for (name, parameter), old in zip(adapter.named_parameters(), saved.parameters(), strict=True):
         block = blocks.get(name)
         if not name.startswith("B.") or block in ever:
-            shapes |= {f"{name}:step": (), f"{name}:exp_avg": (*fresh.shape,), f"{name}:exp_avg_sq": (*fresh.shape,)}
-            if (block is None or block in ever) and not torch.equal(fresh.detach().cpu(), old.detach()):
+            named.append((name, parameter))
+            if (block is None or block in ever) and not torch.equal(parameter.detach().cpu(), old.detach()):
                 trained.add(name)
-    with open_tensors(path) as file:
-        owners = {name.rpartition(":")[0] for name in file.keys()} | trained  # noqa: SIM118 (not a dict)
-        required = {name: shape for name, shape in shapes.items() if name.rpartition(":")[0] in owners}
-        tensors = read_tensors(path, file, required, types=("F32",))
-    moments: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition(":")
-        whole = key != "step" or (tensor == tensor.round() and 1 <= tensor <= max(1, state.step))
-        if not tensor.isfinite().all() or not whole or (key == "exp_avg_sq" and (tensor < 0).any()):
-            raise EffiLoRAError(f"{path}: {name} is out of range: take another checkpoint")
-        moments.setdefault(owner, {})[key] = tensor
-    return moments
+    moments, counters = read_optimizer(path, named, fresh, trained)
+    for name, entries in moments.items():
+        for key, value in entries.items():
+            whole = key != "step" or (float(value).is_integer() and 1 <= value <= max(1, state.step))
+            if not whole or (key == "exp_avg_sq" and isinstance(value, Tensor) and (value < 0).any()):
+                raise EffiLoRAError(f"{path}: {name}:{key} is out of range: take another checkpoint")
+    return moments, counters

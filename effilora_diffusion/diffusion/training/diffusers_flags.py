@@ -13,7 +13,6 @@ NOT_NEEDED = {
     "enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is used",
     "enable_npu_flash_attention": "torch's own memory-efficient attention is used",
     "use_8bit_adam": "the optimizer only holds the adapter, a few megabytes at most",
-    "logging_dir": "metrics go to metrics.jsonl in output_dir",
     "local_rank": "accelerate sets it",
     "prior_generation_precision": "class images are drawn in the precision of training",
     "pretrained_vae_model_name_or_path": "the model's own autoencoder is used, in float32, which does not overflow",
@@ -27,10 +26,6 @@ NOT_NEEDED = {
 NOT_SUPPORTED = {
     "train_text_encoder": "only the UNet or transformer is trained",
     "text_encoder_lr": "only the UNet or transformer is trained",
-    "report_to": "metrics go to metrics.jsonl in output_dir",
-    "push_to_hub": "upload the output folder yourself; its README.md is a model card",
-    "hub_token": "nothing is uploaded",
-    "hub_model_id": "nothing is uploaded",
     "tokenizer_name": "the model's own tokenizer is used",
     "tokenizer_max_length": "the tokenizer's own length is used",
     "text_encoder_use_attention_mask": "DeepFloyd IF can't be trained",
@@ -56,10 +51,6 @@ NOT_SUPPORTED = {
     "remote_text_encoder": "prompts are encoded here",
     "fsdp_text_encoder": "prompts are encoded on each process",
     "validation_num_inference_steps": "use --validation_inference_steps",
-    "prodigy_beta3": "the optimizer is AdamW",
-    "prodigy_decouple": "the optimizer is AdamW",
-    "prodigy_safeguard_warmup": "the optimizer is AdamW",
-    "prodigy_use_bias_correction": "the optimizer is AdamW",
     "caption_dropout": "captions are never dropped",
     "complex_human_instruction": "the pipeline's own is used, in training as in sampling",
     "system_prompt": "the pipeline's own is used, in training as in sampling",
@@ -67,22 +58,30 @@ NOT_SUPPORTED = {
 """Flags that would change the result: refused with the reason."""
 
 
-FLAGS = (*NOT_NEEDED, *NOT_SUPPORTED, "optimizer", "lora_layers")
+PRODIGY = {
+    "prodigy_beta3": "beta3",
+    "prodigy_decouple": "weight_decouple",
+    "prodigy_use_bias_correction": "bias_correction",
+    "prodigy_safeguard_warmup": "safeguard_warmup",
+}
+"""Flags that are arguments of Prodigy, and change nothing with any other optimizer."""
+
+
+FLAGS = (*NOT_NEEDED, *NOT_SUPPORTED, *PRODIGY, "lora_layers")
 """Every flag of this module."""
 
 
 def translate_diffusers_flags(given: dict[str, Any]) -> dict[str, Any]:
-    """``given`` without these flags: notes for some, :class:`EffiLoRAError` for others, two become settings of ours."""
+    """``given`` without these flags: notes for some, :class:`EffiLoRAError` for others, some become settings of ours."""
     for name in [name for name in given if name in NOT_SUPPORTED]:
         raise EffiLoRAError(f"--{name} is not supported ({NOT_SUPPORTED[name]}): leave it out")
     for name in [name for name in given if name in NOT_NEEDED]:
         print(f"note: --{name} is not needed: {NOT_NEEDED[name]}")
     kept = {name: value for name, value in given.items() if name not in NOT_NEEDED}
-    optimizer = [word.lower() for word in kept.pop("optimizer", ["adamw"])]
-    if optimizer != ["adamw"]:
-        raise EffiLoRAError(
-            f"--optimizer {' '.join(optimizer)} is not supported: the optimizer is AdamW, leave it out"
-        )
+    prodigy = {name: " ".join(kept.pop(name)) for name in PRODIGY if name in kept}
+    if prodigy and str(kept.get("optimizer", "")).lower() == "prodigy":
+        arguments = [f"{PRODIGY[name]}={value or True}" for name, value in prodigy.items()]
+        kept["optimizer_args"] = [*arguments, *kept.get("optimizer_args", [])]
     layers = kept.pop("lora_layers", None)
     if layers is not None and "target_modules" in kept:
         raise EffiLoRAError("--lora_layers and --target_modules mean the same: give one of them")

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...core.file_size import native_bytes, plain_bytes
 from ..config import PRECISIONS, TrainingConfig
 from ..data.prior import ClassFolder
 from ..models import IMAGE, Family
 from ..models.pipelines import EMBEDDED_BASE
+from ..run_options import SAVED
 from .build import RunParts
 
 BYTES_PER_TRAINED = 16
@@ -21,7 +23,10 @@ BYTES_PER_TRAINED = 16
 
 @dataclass
 class DryRunReport:
-    """Facts about a run that is about to start; memory in bytes, ``activations`` ``None`` where it is not known."""
+    """Facts about a run that is about to start; memory and files in bytes, ``activations`` ``None`` where it is not known.
+
+    ``file`` is the native adapter, ``plain`` its plain LoRA (of one concept, if it has several).
+    """
 
     name: str
     family: str
@@ -39,8 +44,25 @@ class DryRunReport:
     weights: int
     encoders: int
     activations: int | None
+    file: int
+    plain: int
     classes: list[str] = field(default_factory=list)
     concepts: list[str] = field(default_factory=list)
+
+    @property
+    def trained(self) -> int:
+        """Memory of the adapter: its values, their gradients and the optimizer's state."""
+        return self.counts["stored"] * BYTES_PER_TRAINED
+
+    @property
+    def known(self) -> int:
+        """Memory while training, without what is not known."""
+        return self.weights + self.trained + (self.activations or 0)
+
+    @property
+    def memory(self) -> str:
+        """Memory while training, in words."""
+        return f"{'more than' if self.activations is None else 'about'} {size_text(self.known)}"
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -50,11 +72,7 @@ class DryRunReport:
         small = sum(min(size) < c.resolution for size in self.sizes)
         captions = f"{self.captions} distinct caption{'s' if self.captions > 1 else ''}"
         enlarged = f", {small} smaller than that and enlarged" if small else ""
-        trained = self.counts["stored"]
-        adapter = trained * BYTES_PER_TRAINED
-        activations = "not predicted for this model" if self.activations is None else _size(self.activations)
-        known = self.weights + adapter + (self.activations or 0)
-        total = f"about {_size(known)}" if self.activations is not None else f"more than {_size(known)}"
+        activations = "not predicted for this model" if self.activations is None else size_text(self.activations)
         start = f"; starts from {c.init_from}" if c.init_from else ""
         if c.gradient_checkpointing:
             activations += " kept, one block more at a time"
@@ -64,14 +82,15 @@ class DryRunReport:
             *(f"{'' if index else 'concepts':12}{concept}" for index, concept in enumerate(self.concepts)),
             *(f"class       {found}" for found in self.classes),
             f"adapter     rank {c.rank}, {c.heads} head{'s' if c.heads > 1 else ''}, {c.routing} routing on {self.linears} "
-            f"linears in {self.layers} blocks: {trained:,} parameters, {_size(4 * trained)} on disk{start}",
+            f"linears in {self.layers} blocks: {self.counts['stored']:,} parameters, {size_text(self.file)} on disk{start}",
             f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
-            f"memory      {total} while training: weights {_size(self.weights)}, adapter {_size(adapter)}, "
-            f"activations {activations}; encoders before that {_size(self.encoders)}",
+            f"memory      {self.memory} while training: weights {size_text(self.weights)}, adapter {size_text(self.trained)}, "
+            f"activations {activations}; encoders before that {size_text(self.encoders)}",
         ]
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -101,6 +120,8 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
         activations=_activations(parts, longest),
+        file=native_bytes(adapter, getattr(torch, SAVED[c.save_precision]), c.export_distillation_steps > 0),
+        plain=plain_bytes(adapter, getattr(torch, SAVED[c.save_precision]), family.component),
         classes=_class_term(parts),
         concepts=_concepts(parts),
     )
@@ -138,7 +159,9 @@ def _class_term(parts: RunParts) -> list[str]:
         return []
     held = "the base's own prediction" if prior.from_base else "their images"
     found = [_class_images(folder) for folder in dict.fromkeys(parts.classes)]
-    rows = found or ["no images, the class prompts go with the instance images"]
+    prompts = parts.config.class_prompt
+    who = f"{prompts[0]!r} goes" if len(prompts) == 1 else "the class prompts go"
+    rows = found or [f"no images, {who} with the instance images"]
     return [*rows, f"held to {held}, weight {prior.weight:g}, one to {prior.interval} of the images"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...core.assets import asset
 from ..config import EMBEDDED_SAMPLING
+from ..presets import EMBEDDED_RATE
 
 EXAMPLE_CLASS_PROMPTS = (
     "a noto emoji of cat face",
@@ -34,7 +35,7 @@ def example_settings() -> dict[str, Any]:
         "center_crop": True,
         "train_batch_size": 5,
         "max_train_steps": 250,
-        "learning_rate": 4e-3,
+        **EMBEDDED_RATE,
         "lr_scheduler": "cosine",
         "with_prior_preservation": True,
         "class_prompt": list(EXAMPLE_CLASS_PROMPTS),

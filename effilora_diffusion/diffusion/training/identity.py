@@ -11,7 +11,7 @@ from typing import Any
 
 from ...core import EffiLoRAConfig, EffiLoRAError
 from ...core.fingerprint import model_hash
-from ...core.options import ADAPTER_SETTINGS, settings_of
+from ...core.options import ADAPTER_SETTINGS, default_of, settings_of
 from ...core.text_io import printable
 from ..config import TrainingConfig
 from ..data.folder import Example
@@ -149,7 +149,9 @@ def fingerprint(parts: RunParts, prior: list[list[Example]], processes: int) -> 
 
 def check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise :class:`EffiLoRAError` with all differences if the checkpoint ``folder`` is of another run than ``now``'s."""
-    different = _differences(*_comparable(_as_today(saved), json.loads(json.dumps(now))))
+    later = {entry.name: default_of(entry) for entry in settings_of(TrainingConfig) if entry.name in now}
+    known = {**later, **_as_today(saved)}  # a setting that came later was what it is by default now
+    different = _differences(*_comparable(known, json.loads(json.dumps(now))))
     if different:
         raise EffiLoRAError(
             f"{folder} belongs to another run: {printable('; '.join(different))[:2000]}. Continue with what it was trained with, "

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ...core.signals import Interrupted, StopSignals
 from ..config import TrainingConfig
-from .processes import end
+from .hub import Publication
+from .processes import end, start
 from .trainer import Trainer, report_only
 
 
@@ -15,12 +16,16 @@ def run(config: TrainingConfig) -> int:
     """Train, or with ``dry_run`` only report; returns the exit code: 0, or 130 or 143 if a signal stopped the run."""
     signals = StopSignals()
     trainer: Trainer | None = None
+    publication: Publication | None = None
     try:
         with signals.installed():
             if config.dry_run:
                 report_only(config)
                 return 0
-            trainer = Trainer(config, signals=signals)
+            accelerator = start()
+            if config.push_to_hub and accelerator.is_main_process:
+                publication = Publication(config)
+            trainer = Trainer(config, accelerator, signals)
             summary = trainer.run()
     except Interrupted as stop:
         if trainer is None or trainer.is_main:
@@ -34,4 +39,6 @@ def run(config: TrainingConfig) -> int:
     print("\n".join(summary.lines(output)))
     if (output / "before_after.png").exists():
         print(f"\nbefore and after: {output / 'before_after.png'}")
+    if publication is not None:
+        print(publication.upload())
     return 0

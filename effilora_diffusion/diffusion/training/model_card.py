@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.concepts import Concept
-from ...core.convert import describe_export_error
-from ...core.run_folder import CARD_FILE, COMPARISON_FILE, plain_names
+from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, plain_names, separate
 from ...core.writing import write_text
 from ..config import TrainingConfig
 from ..models.pipelines import public_name
+from .plain import PlainForm
 
 
 @dataclass
 class Summary:
-    """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, ``export_error`` (relative).
+    """Figures of a finished run: ``seconds`` of training, ``parameters`` by kind, and the ``plain`` LoRA.
 
     ``prompt`` is the one that the adapter was trained with, ``component`` the trained part;
     ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA, of which there is one for each of
@@ -28,7 +28,7 @@ class Summary:
     seconds: float
     prompt: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
-    export_error: float = 0.0
+    plain: PlainForm = field(default_factory=lambda: PlainForm({}))
     component: str = "unet"
     loader: bool = True
     comfyui: bool = True
@@ -37,14 +37,16 @@ class Summary:
     @property
     def files(self) -> list[tuple[str, str]]:
         """Names of the plain LoRAs, by diffusers' and by kohya's names of layers."""
-        return [plain_names(concept.name) for concept in self.concepts] or [plain_names(None)]
+        return [plain_names(name) for name in separate(self.concepts)]
+
+    @property
+    def export_error(self) -> float:
+        """The plain LoRA's relative error on the subject; 0 where it is exact."""
+        return self.plain.gap.subject
 
     def lines(self, output: Path) -> list[str]:
         """The summary as lines of text."""
-        counts = self.parameters
-        exact = describe_export_error(self.export_error or None) + (
-            " (none with --routing static)" if self.export_error else ""
-        )
+        counts, exact = self.parameters, self.plain.words
         if not self.loader:
             exact += "; diffusers has no loader for it in this pipeline: use load_adapter, or export --format merged"
         return [
@@ -53,6 +55,7 @@ class Summary:
             f"{counts['stored']:,} stored",
             f"adapter     {_described(output / 'effilora.safetensors')}",
             *(line for files in self.files for line in _file_lines(output, *files, exact)),
+            *self.plain.lines,
             f"model card  {output / 'README.md'}",
         ]
 
@@ -107,19 +110,24 @@ load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline 
 
 def _plain_words(summary: Summary, output: Path) -> str:
     """What the card says of the plain LoRA, or of those of several concepts."""
-    gap = (
-        "exact"
-        if summary.export_error == 0
-        else f"a fit that misses {summary.export_error:.1%} of the adapter's update"
-    )
     plain, kohya = summary.files[0]
     if not summary.concepts:
-        return f"`{plain}` is its plain LoRA, {gap}.{_elsewhere(summary, output, kohya)}"
+        told = "".join(f"\n\n{line[12].upper()}{line[13:]}." for line in summary.plain.lines)
+        if (output / PLAIN_COMPARISON_FILE).exists():
+            told += f"\n\n![the adapter, and its plain LoRA]({PLAIN_COMPARISON_FILE})"
+        return f"`{plain}` is its plain LoRA, {summary.plain.words}.{_elsewhere(summary, output, kohya)}{told}"
     rows = [
         f"| {concept.name} | {', '.join(f'`{word}`' for word in concept.triggers)} | {concept.prompt} | `{file}` |"
         for concept, (file, _) in zip(summary.concepts, summary.files, strict=True)
     ]
     always = " One more head acts on every prompt." if summary.config.common_head else ""
+    if len(rows) == 1:
+        words = " or ".join(f"`{word}`" for word in summary.concepts[0].triggers)
+        rest = "the common head acts on others" if always else "others are the base's, bit for bit"
+        return (
+            f"The adapter acts on prompts with {words}; {rest}.\n\n`{plain}` is its plain LoRA, {summary.plain.words}, which "
+            f"acts on every prompt.{_elsewhere(summary, output, kohya)}"
+        )
     return "\n".join([
         f"The adapter finds a concept by its trigger in the prompt; a prompt may name several.{always}", "",
         "| concept | trigger | trained with | as plain LoRA |", "|---|---|---|---|", *rows, "",

@@ -9,6 +9,7 @@ from ...core.fingerprint import same_base
 from ...core.image_io import printable
 from ..data.folder import Example
 from ..models import Family
+from ..presets import describe_preset
 from ..sampling.request import sampling_defaults
 from .build import RunParts
 from .optim import learning_rates
@@ -19,7 +20,7 @@ NAMED = 5
 
 def notes(parts: RunParts) -> list[str]:
     """One sentence each, for settings and captions of a run that is about to start."""
-    found = [*_start(parts), *_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
+    found = [*_preset(parts), *_start(parts), *_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
     return [*found, *_subjects(parts)]
 
 
@@ -31,6 +32,11 @@ def _subjects(parts: RunParts) -> list[str]:
         f"{count} subjects share the adapter, and --routing {parts.config.routing} does not keep them apart: "
         "--routing concept gives each a head of its own"
     ]
+
+
+def _preset(parts: RunParts) -> list[str]:
+    c = parts.config
+    return [describe_preset(c.preset, vars(c), not c.pretrained_model_name_or_path)] if c.preset else []
 
 
 def _start(parts: RunParts) -> list[str]:

@@ -1,4 +1,4 @@
-"""Preparing a run: threads, output folder, optimizer, schedule, and what identifies the run."""
+"""Preparing a run: threads and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
-from ...core import EffiLoRA
 from ...core.signals import ACCELERATE_LAUNCH
 from ..config import TrainingConfig
 
@@ -35,18 +34,6 @@ def _threads_are_chosen() -> bool:
         return "OMP_NUM_THREADS" in launcher.environ() or any("num_cpu_threads_per_process" in word for word in words)
     except psutil.Error:  # it is gone, or another user's: then what we got is all there is
         return True
-
-
-def make_optimizer(config: TrainingConfig, adapter: EffiLoRA, lr_factor: float) -> torch.optim.Optimizer:
-    """AdamW over every parameter of ``adapter``; frozen heads have no gradient and are skipped by it."""
-    return torch.optim.AdamW(
-        adapter.parameters(),
-        lr=config.learning_rate * lr_factor,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=next(adapter.parameters()).device.type in ("cpu", "cuda"),
-    )
 
 
 def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[[int], float]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,22 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ...core import AdapterFile, EffiLoRAError, Reducer, calibrate, save_adapter_file
-from ...core.errors import DEBUG
-from ...core.files import ADAPTER_FILE
+from ...core import EffiLoRAError, Reducer
 from ...core.initial import has_learned
 from ...core.rng import counter_seed
 from ...core.run_folder import (
-    CARD_FILE,
-    COMPARISON_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     REDUCER_FILE,
     RunFolder,
-    plain_names,
     trim_log,
 )
 from ...core.signals import Interrupted, StopSignals
 from ...core.writing import append_line, write_text
-from ..adapters.export import export, has_kohya_form
-from ..config import SAVED, TrainingConfig
+from ..config import TrainingConfig
 from ..data.folder import Example
 from ..data.prior import class_examples, without_images
-from ..models.pipelines import EMBEDDED_BASE
+from ..sampling.leakage import leakage_prompts
 from .batches import Batch, BatchDrawer
 from .budget import Measured, check_resumed, choose_plan, spent, with_plan
 from .build import RunParts, build, check_folders, check_hardware, class_prompts, example_sources, place, sampler
@@ -43,13 +36,14 @@ from .dry_run import dry_run_report
 from .identity import fingerprint, split_note
 from .loop import Loop
 from .loss import batch_loss
-from .model_card import Summary, write_report
+from .model_card import Summary
 from .notes import caption_table, notes, trigger_prompt
-from .optim import learning_rates, make_optimizer, use_all_cores
+from .optim import learning_rates, use_all_cores
+from .optimizers import averaged, run_optimizer
 from .processes import Processes, launch_note, start
+from .result import Result
+from .trackers import Trackers
 from .validation import Validation
-
-CALIBRATION_BATCHES = 8
 
 
 class Trainer:
@@ -99,14 +93,17 @@ class Trainer:
         place(self.family.model, accelerator.device)
         logged = self.is_main and config.reducer != "off"
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if logged else None)
-        prompts = config.validation_prompt or [one.prompt for one in parts.concepts] or [config.instance_prompt or ""]
+        prompts = config.validation_prompt or self._concept_prompts() or [config.instance_prompt or ""]
         prompts = [prompt for prompt in prompts if prompt]
         draw = sampler(config, self.family)
-        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own)
+        self.trackers = Trackers(accelerator, config, self.output / config.logging_dir, self.say)
+        show = self.trackers.images
+        self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own, show)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
-        self.optimizer = make_optimizer(config, self.adapter, factor)
-        self.adapter.keep_heads(self.optimizer)
+        self.optimizer = run_optimizer(
+            config, self.adapter.parameters(), config.learning_rate * factor, self.adapter.keep_heads
+        )
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
@@ -129,6 +126,14 @@ class Trainer:
         run = Measured(parts.family.model, parts.adapter, self.loop, lambda: self._loss(batch), self.processes.of_main)
         self.reducer.plan, told = choose_plan(self.config, self.steps, run)
         self.say(told)
+
+    def _concept_prompts(self) -> list[str]:
+        """What shows whether the subjects of the run stay apart, and its class as it was."""
+        return (
+            leakage_prompts(self.parts.concepts)
+            if self.adapter.concepts
+            else [one.prompt for one in self.parts.concepts]
+        )
 
     @property
     def is_main(self) -> bool:
@@ -155,12 +160,12 @@ class Trainer:
 
     def _cache(self, prior: list[list[Example]]) -> BatchDrawer:
         """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance, classes = example_sources(self.parts, prior)
+        instance, classes, others = example_sources(self.parts, prior)
         with self.family.encoders():
-            for source in (instance, classes):
+            for source in (instance, classes, others):
                 if source is not None:
                     source.fill(everything=self.accelerator.device.type != "cpu")
-        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior)
+        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior, others)
 
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
@@ -190,13 +195,19 @@ class Trainer:
 
                 self.loop.run(self.step, self.steps, after_step)
             self.signals.how = " while the result was written: --resume_from_checkpoint latest completes it"
-            return self._finish()
+            self._check_learned()
+            self._checkpoint()
+            with averaged(self.optimizer):
+                return self._finish()
         finally:
+            self.trackers.close()
             self.folder.release()
 
     def _resume(self, checkpoint: Path) -> None:
         """Continue from ``checkpoint``; raises :class:`EffiLoRAError` if there is nothing left to do."""
-        state = load_checkpoint(checkpoint, self.adapter, self.optimizer, self.fingerprint)
+        state = load_checkpoint(
+            checkpoint, self.adapter, self.optimizer, self.fingerprint, partial(run_optimizer, self.config, peak=1e-3)
+        )
         self.step, self.seconds = state.step, state.seconds
         self.reducer.load_state_dict(state.reducer)
         check_resumed(self.config, self.reducer.plan, checkpoint)
@@ -213,13 +224,17 @@ class Trainer:
     def _open_output(self) -> None:
         """Begin to write: settings, logs without the steps that are done again, images of the base before training."""
         if self.is_main:
+            config = self.config
             self.folder.open(self.checkpoint)
-            write_text(self.folder.own(CONFIG_FILE), with_plan(self.config, self.reducer.plan).to_yaml())
+            write_text(self.folder.own(CONFIG_FILE), with_plan(config, self.reducer.plan).to_yaml())
             self.folder.own(METRICS_FILE)
             if self.reducer.log is not None:
                 self.folder.own(REDUCER_FILE)
             trim_log(self.output / METRICS_FILE, self.step + 1)
             trim_log(self.output / REDUCER_FILE, self.step)
+            if self.trackers.names:
+                self.folder.own(config.logging_dir)
+            self.trackers.open(self.step)
             with self.adapter.disabled():  # a resumed run shows the base before training, too
                 self.validation.draw(0)
         self.processes.wait_for_everyone()
@@ -258,6 +273,7 @@ class Trainer:
         active, layers = len(self.reducer.active), len(self.reducer.blocks)
         line = {"step": self.step, **metrics, "active_layers": active}
         append_line(self.output / METRICS_FILE, json.dumps(line))
+        self.trackers.log(metrics, self.step)
         bar.update()
         heads = self.adapter.config.heads
         bar.set_postfix_str(
@@ -285,16 +301,19 @@ class Trainer:
         if self.step < self.steps and every and self.step % every == 0:
             if self.is_main:
                 self.adapter.eval()
-                self.validation.draw(self.step)
+                with averaged(self.optimizer):
+                    self.validation.draw(self.step)
                 self.adapter.train()
             self.processes.wait_for_everyone()
 
-    def _finish(self) -> Summary:
-        """Write the output folder; refuses to call a run that changed nothing a success."""
-        self.adapter.eval()
+    def _check_learned(self) -> None:
+        """Refuse to call a run that changed nothing a success."""
         if not has_learned(self.adapter, self.parts.initial):
             raise EffiLoRAError("the run ended without changing a single head: check the learning rate and the data")
-        self._checkpoint()
+
+    def _finish(self) -> Summary:
+        """Write the output folder."""
+        self.adapter.eval()
         if self.is_main and (told := spent(self.output / METRICS_FILE, self.reducer.plan)) is not None:
             self.say(told)
         summary = Summary(config=self.config, steps=self.steps, seconds=self.seconds, component=self.family.component)
@@ -305,63 +324,11 @@ class Trainer:
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
         if self.is_main:
-            calibration, summary.export_error = calibrate(self.family.model, self.adapter, self._drive)
-            content = AdapterFile(self.adapter, self._metadata(summary), calibration)
-            dtype = getattr(torch, SAVED[self.config.save_precision])
-            content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
-            self.folder.forget_earlier()
-            for concept in self.adapter.concepts or (None,):
-                self._export(content, dtype, concept.name if concept else None)
-            self._show("the last images", lambda: self.validation.draw(self.steps))
-            images = [example.path for example in self.parts.examples]
-            self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
-            self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
-            self.folder.finish()
+            Result(self.config, self.parts, self.batches, self.validation, self.folder, self.say).write(
+                summary, self.accelerator.device, self.loop.scaler.is_enabled()
+            )
         self.processes.wait_for_everyone()
         return summary
-
-    def _export(self, content: AdapterFile, dtype: torch.dtype, concept: str | None) -> None:
-        """Write the plain LoRA, of one concept where there are several."""
-        plain, kohya = plain_names(concept)
-        export(content, self.folder.own(plain), "diffusers", dtype=dtype, concept=concept)
-        if has_kohya_form(content):
-            self._show(
-                kohya, lambda: export(content, self.folder.own(kohya), "kohya", dtype=dtype, concept=concept)
-            )  # fmt: skip
-
-    def _show(self, what: str, write: Callable[[], object]) -> None:
-        """Write what shows the result: whatever goes wrong here, the adapter is saved, and the run is a success."""
-        try:
-            write()
-        except Exception as error:
-            if os.environ.get(DEBUG) == "1":
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.say(f"note: the adapter is saved, but {what} could not be written: {reason}")
-
-    def _metadata(self, summary: Summary) -> dict[str, Any]:
-        """What the native file says about its origin."""
-        return {
-            "base_model": self.config.pretrained_model_name_or_path or EMBEDDED_BASE,
-            "single_file_config": self.config.single_file_config,
-            **self.parts.base,
-            "base_class": type(self.family.model).__name__,
-            "component": self.family.component,
-            "architecture": self.family.architecture,
-            "layers_per_block": self.family.model.config.get("layers_per_block"),
-            "prediction_type": self.family.pipe.scheduler.config.get("prediction_type"),
-            "resolution": self.config.resolution,
-            "trigger_prompt": summary.prompt,
-            "steps": self.steps,
-            "images": len(self.parts.examples),
-            "export_error": summary.export_error,
-        }
-
-    @torch.no_grad()
-    def _drive(self) -> None:
-        """Show the adapter typical inputs: training images at all noise levels."""
-        for index in range(CALIBRATION_BATCHES):
-            self._loss(self.batches.validation(self.steps + index))
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:

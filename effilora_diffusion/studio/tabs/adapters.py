@@ -21,7 +21,7 @@ from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter
 from ...core.load import host_model
 from ...core.names import name_fault
-from ...core.run_folder import COMPARISON_FILE, KOHYA_FILE, LORA_FILE, SAMPLE_FILE, plain_names
+from ...core.run_folder import COMPARISON_FILE, KOHYA_FILE, LORA_FILE, SAMPLE_FILE, plain_names, separate
 from ...core.writing import write_atomic
 from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
@@ -96,7 +96,8 @@ class AdaptersTab(DrawingTab):
         config, base = facts["config"], facts.get("base_model", "unknown")
         if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
-        gap = describe_export_error(None if facts["exact_export"] else facts.get("export_error", 0.0))
+        error, others = facts.get("export_error", 0.0), facts.get("export_error_others")
+        gap = describe_export_error(None if facts["exact_export"] else error, others)
         concepts = "; ".join(f"{one['name']}: {', '.join(one['triggers'])}" for one in config.get("concepts", ()))
         used = f"{facts['heads_used']} of {facts['heads_total']}"
         return {
@@ -246,8 +247,7 @@ class AdaptersTab(DrawingTab):
         concepts: tuple[Concept, ...] = ()
         with contextlib.suppress(EffiLoRAError):  # a damaged adapter can be deleted, too
             concepts = load_adapter_file(path).adapter.concepts
-        names = [name for one in concepts for name in plain_names(one.name)] or plain_names(None)
-        return [path.parent / name for name in names]
+        return [path.parent / name for one in separate(concepts) for name in plain_names(one)]
 
     def refresh(self, name: str | None) -> tuple[Any, str, Any]:
         """The adapters as they are on the disk now, and the card of the chosen one (or the newest)."""

@@ -13,6 +13,14 @@ from PIL import Image
 
 from ... import EffiLoRAError
 from ...diffusion.sampling.grid import labelled_grid
+from ...diffusion.sampling.leakage import (
+    READING,
+    leakage_columns,
+    leakage_image,
+    leakage_prompts,
+    shown_concepts,
+    verdict,
+)
 from ...diffusion.sampling.png import save_png
 from ...diffusion.sampling.request import GenerationRequest
 from ..adapter_row import NONE
@@ -61,6 +69,10 @@ class CompareTab(DrawingTab):
                         self.y = gr.Dropdown(list(AXES), value="seed", label="Down", elem_id="grid-y")
                         self.y_values = gr.Textbox("0; 1", label="Values down")
                     self.grid_go = gr.Button("Draw the grid", elem_id="draw-grid")
+                with gr.Accordion("Leakage grid: do the subjects stay apart?", open=False, elem_id="leakage-settings"):
+                    Markdown("For an adapter of several subjects: a row for each subject's prompt, for two in one, and for a "
+                             "prompt that names none; a column for the base, the adapter, and each head alone.")  # fmt: skip
+                    self.leak_go = gr.Button("Draw the leakage grid", elem_id="draw-leakage")
             with gr.Column(scale=6, min_width=300):
                 self.status = Markdown("Base on the left, adapter on the right, same seed.", elem_id="compare-status")
                 self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=460, elem_id="slider",
@@ -142,6 +154,37 @@ class CompareTab(DrawingTab):
             self.tickets.end(visitor, ticket)
         yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down.", *IDLE
 
+    def draw_leakage(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """The leakage grid of the chosen adapter, row by row."""
+        visitor = str(visit.session_hash)
+        ticket = self.tickets.begin(visitor)
+        same = gr.update()
+        try:
+            wanted = self.request(*values)
+            if not wanted.adapters:
+                raise EffiLoRAError("choose an adapter of several subjects")
+            (name, strength), *_ = wanted.adapters
+            concepts = shown_concepts(self.session.concepts_of(name))
+            prompts, columns = leakage_prompts(concepts), leakage_columns(concepts)
+            rows: list[list[Image.Image]] = []
+            for prompt in prompts:
+                rows.append([])
+                for column in columns:
+                    acting = name if column.head is None else f"{name} # {column.head}"
+                    one = replace(wanted, prompt=prompt, adapters=[(acting, strength)] if column.acts else [])
+                    drawn = sum(map(len, rows)) + 1
+                    yield same, same, f"Image {drawn} of {len(prompts) * len(columns)}", *BUSY
+                    rows[-1].append(self.session.image(one, ticket.stop))
+            path = self.session.new_file("grid")
+            save_png(leakage_image(prompts, columns, rows, f"{name} at {strength:g}, seed {wanted.seed}"), path)
+        except Exception as error:
+            yield same, same, refusal(error), *IDLE
+            return
+        finally:
+            self.tickets.end(visitor, ticket)
+        text = " ".join(filter(None, [READING, verdict(concepts, prompts, rows)]))
+        yield gr.update(visible=False), gr.update(value=str(path), visible=True), text, *IDLE
+
     def cells(self, x: str, x_values: str, y: str, y_values: str, values: tuple[Any, ...]
               ) -> tuple[GenerationRequest, list[str], list[tuple[str, list[GenerationRequest]]]]:  # fmt: skip
         """The form's request, the values across, and the rows of requests; all are checked before the first is drawn."""
@@ -174,7 +217,11 @@ class CompareTab(DrawingTab):
         form = [self.prompt, self.adapter, self.strength, self.seed, self.steps, self.guidance, size]
         axes = [self.x, self.x_values, self.y, self.y_values]
         at_once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-        for button, draw, inputs in ((self.go, self.compare, form), (self.grid_go, self.draw_grid, [*axes, *form])):
+        for button, draw, inputs in (
+            (self.go, self.compare, form),
+            (self.grid_go, self.draw_grid, [*axes, *form]),
+            (self.leak_go, self.draw_leakage, form),
+        ):
             outputs = [self.slider, self.grid, self.status, button, self.halt]
             self.wire_drawing([button.click], draw, inputs, outputs, self.status, button, self.halt)
         self.halt.click(self.stop, None, self.status, **at_once)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,23 @@ from ... import EffiLoRAError
 from ...core.image_io import ImageError, inspect_image
 from ...diffusion.config import TrainingConfig
 from ...diffusion.data.folder import scan_images
+from ...diffusion.presets import DEFAULT, PRESETS
 from ...diffusion.training.example import example_settings
 from .. import figures
+from ..prediction import Prediction
 from ..queue import refusal, shown_file
 from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
 from ..session import Session
-from ..train_form import PRESETS, build_advanced, run_settings
+from ..subjects import (
+    FIELDS,
+    MOST_SUBJECTS,
+    SubjectsForm,
+    check_images,
+    read_subjects,
+    save_subjects,
+    with_subjects,
+)
+from ..train_form import TrainingData, build_advanced, preset_values, run_settings, shown_fields
 from ..words import Markdown, plain_words
 
 CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
@@ -28,30 +39,29 @@ CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
 
 MAX_IMAGES = 200
 
+ONE, SEVERAL = "one subject", "several subjects"
+
 
 class TrainTab:
     """Components and handlers of the tab."""
 
     def __init__(self, session: Session):
-        self.session = session
+        self.session, self.prediction = session, Prediction(session)
+        self.subjects = SubjectsForm()
 
     def build(self) -> None:
         """Lay the tab out and wire its events."""
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                self.files = gr.File(label="5 to 30 images of one subject", file_count="multiple", height=180,
-                                     file_types=["image"], elem_id="train-files")  # fmt: skip
-                self.example = gr.Button("Take the example's images", size="sm", elem_id="train-example")
-                self.table = gr.Dataframe(
-                    headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
-                    interactive=True, label="Images; captions may stay empty", wrap=True, elem_id="train-table",
-                    static_columns=[0, 1],
-                )  # fmt: skip
-                self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
-                                         elem_id="train-prompt")  # fmt: skip
+                self.mode = gr.Radio([ONE, SEVERAL], value=ONE, label="What is learned", elem_id="train-mode")
+                with gr.Column() as self.one:
+                    self._build_one()
+                with gr.Column(visible=False, elem_id="subjects") as self.several:
+                    self.subjects.build()
                 with gr.Row():
                     self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
-                    self.preset = gr.Radio(list(PRESETS), value="better", label="Preset", elem_id="train-preset")
+                    self.preset = gr.Radio(list(PRESETS), value=DEFAULT, label="Preset", elem_id="train-preset")
+                self.takes = Markdown("", elem_id="train-takes")
                 with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
                     self.advanced = build_advanced(self.session)
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
@@ -80,10 +90,28 @@ class TrainTab:
         self.timer = gr.Timer(2.0)
         self._wire()
 
+    def _build_one(self) -> None:
+        """The form of a single subject."""
+        self.files = gr.File(label="5 to 30 images of one subject", file_count="multiple", height=180,
+                             file_types=["image"], elem_id="train-files")  # fmt: skip
+        self.example = gr.Button("Take the example's images", size="sm", elem_id="train-example")
+        self.table = gr.Dataframe(
+            headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
+            interactive=True, label="Images; captions may stay empty", wrap=True, elem_id="train-table",
+            static_columns=[0, 1],
+        )  # fmt: skip
+        self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
+                                 elem_id="train-prompt")  # fmt: skip
+
     @property
     def shown(self) -> list[Any]:
         """What :meth:`look` fills."""
         return [self.status, self.plot, self.sample, self.layers, self.report]
+
+    @property
+    def asked(self) -> list[Any]:
+        """What :meth:`predict` reads."""
+        return [self.preset, self.prompt, *self.advanced]
 
     def runs(self) -> list[str]:
         """Names of the runs on the disk, the newest first."""
@@ -114,21 +142,66 @@ class TrainTab:
     def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
+        return self._begin(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
+
+    def begin_several(self, name: str, preset: str, count: float, *values: Any) -> tuple[Any, str]:
+        """:meth:`begin` for several subjects; ``values`` are the fields of all, and the advanced settings."""
+        return self._begin(name, lambda: self._several_subjects(preset, count, values))
+
+    def _begin(self, name: str, read: Callable[[], TrainingData]) -> tuple[Any, str]:
         try:
             self._free_run(name)
-            prompt = self._checked(files, prompt, preset)
+            data = read()
             with starting(self.session.outputs):
                 run = self._free_run(name)  # once more: another visitor may have come first
                 check_idle(self.session.outputs)
                 folder = self.session.outputs / "datasets" / run.name
-                settings = run_settings(self.session, prompt, preset, folder, list(advanced))
+                settings = data.settings(folder)
                 TrainingConfig(**settings)  # before the images are touched
-                self._keep(files or [], table, folder)
-                scan_images(folder, prompt)
+                data.keep(folder)
                 run.start(settings)
         except Exception as error:
             return gr.update(), refusal(error, "Not started")
         return gr.update(choices=self.runs(), value=run.name), "Starting ..."
+
+    def _one_subject(self, files: list[str] | None, table: Any, prompt: str, preset: str, advanced: Sequence[Any]
+                     ) -> TrainingData:  # fmt: skip
+        prompt = self._checked(files, prompt, preset)
+
+        def keep(folder: Path) -> None:
+            self._keep(files or [], table, folder)
+            scan_images(folder, prompt)
+
+        return TrainingData(keep, lambda folder: run_settings(self.session, prompt, preset, folder, list(advanced)))
+
+    def _several_subjects(self, preset: str, count: float, values: Sequence[Any]) -> TrainingData:
+        """Of the fields of all subjects, shown or not, and the advanced settings behind them."""
+        self._check_preset(preset)
+        fields = MOST_SUBJECTS * FIELDS
+        found, advanced = read_subjects(int(count), values[:fields]), list(values[fields:])
+        for one in found:
+            self._check_number(one.files, f"subject {one.number} has")
+
+        def keep(folder: Path) -> None:
+            save_subjects(found, folder)
+            check_images(found, folder)
+
+        def settings(folder: Path) -> dict[str, Any]:
+            single = run_settings(self.session, "", preset, folder, advanced, len(found))
+            return with_subjects(single, found, folder, self.session)
+
+        return TrainingData(keep, settings)
+
+    def choose(self, preset: str, prompt: str, *advanced: Any) -> tuple[Any, ...]:
+        """What a preset gives, costs and takes, and its values in the form."""
+        names, values = [entry.name for entry in shown_fields()], preset_values(self.session, preset)
+        shown = [values.get(name, value) for name, value in zip(names, advanced, strict=True)]
+        changes = [gr.update(value=values[name]) if name in values else gr.skip() for name in names]
+        return self.prediction.text(preset, prompt, shown), *changes
+
+    def predict(self, preset: str, prompt: str, *advanced: Any) -> str:
+        """What the form's settings will take."""
+        return self.prediction.text(preset, prompt, advanced)
 
     def _free_run(self, name: str | None) -> Run:
         """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
@@ -144,13 +217,21 @@ class TrainTab:
     def check_first(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
                     *advanced: Any) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """The trainer's report on what it would do, without training."""
+        yield from self._check(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
+
+    def check_several(self, name: str, preset: str, count: float, *values: Any) -> Iterator[tuple[Any, str]]:
+        """:meth:`check_first` for several subjects."""
+        yield from self._check(name, lambda: self._several_subjects(preset, count, values))
+
+    def _check(self, name: str, read: Callable[[], TrainingData]) -> Iterator[tuple[Any, str]]:
         yield gr.update(), "Loading model and images ..."
         folder = self.session.fresh_folder("checking")
         try:
             self._free_run(name)
-            prompt = self._checked(files, prompt, preset)
-            self._keep(files or [], table, folder / "images")
-            report = dry_run(run_settings(self.session, prompt, preset, folder / "images", list(advanced)), folder)
+            data = read()
+            settings = data.settings(folder / "images")
+            data.keep(folder / "images")
+            report = dry_run(settings, folder)
         except Exception as error:
             yield gr.update(visible=False), refusal(error, "It would not start")
             return
@@ -162,13 +243,21 @@ class TrainTab:
         """The prompt; raises :class:`EffiLoRAError` for what is missing in the form."""
         if not files:
             raise EffiLoRAError("there are no images: drop some, or take the example's")
-        if len(files) > MAX_IMAGES:
-            raise EffiLoRAError(f"there are {len(files)} images, {MAX_IMAGES} at most can be taken here")
+        self._check_number(files, "there are")
         if not str(prompt or "").strip():
             raise EffiLoRAError("the prompt is missing: a few words that name the subject, as 'a photo of sks dog'")
+        self._check_preset(preset)
+        return str(prompt).strip()
+
+    @staticmethod
+    def _check_number(files: Sequence[str], who: str) -> None:
+        if len(files) > MAX_IMAGES:
+            raise EffiLoRAError(f"{who} {len(files)} images, {MAX_IMAGES} at most can be taken here")
+
+    @staticmethod
+    def _check_preset(preset: str) -> None:
         if preset not in PRESETS:
             raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
-        return str(prompt).strip()
 
     def _keep(self, files: list[str], table: Any, folder: Path) -> None:
         """Copy images, and the captions in the table by the images' names, into a data set."""
@@ -239,12 +328,32 @@ class TrainTab:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         self.files.change(self.check, [self.files, self.table], self.table, **hidden)
         self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
-        form = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
+        self.mode.change(
+            lambda mode: (gr.update(visible=mode != SEVERAL), gr.update(visible=mode == SEVERAL)),
+            self.mode, [self.one, self.several], show_progress="hidden", **hidden,
+        )  # fmt: skip
+        self.subjects.wire()
+        one = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
+        several = [self.name, self.preset, *self.subjects.inputs, *self.advanced]
+
+        def choose(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+            """The handler of the form that is shown, over the fields of both."""
+            return lambda mode, *values: second(*values[len(one) :]) if mode == SEVERAL else first(*values[: len(one)])
+
+        def check(mode: str, *values: Any) -> Iterator[tuple[Any, str]]:
+            yield from choose(self.check_first, self.check_several)(mode, *values)
+
+        form = [self.mode, *one, *several]
+        quiet = {**hidden, "show_progress": "hidden"}
+        self.preset.change(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        for part in self.advanced:  # what somebody writes counts once it is written
+            event = part.blur if isinstance(part, gr.Number | gr.Textbox) else part.input
+            event(self.predict, self.asked, self.takes, **quiet)
         self.look_first.click(
-            self.check_first, form, [self.checked, self.note], show_progress="hidden",
+            check, form, [self.checked, self.note], show_progress="hidden",
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
         )  # fmt: skip
-        self.start.click(self.begin, form, [self.which, self.note], **hidden)
+        self.start.click(choose(self.begin, self.begin_several), form, [self.which, self.note], **hidden)
         self.stop.click(self.end, self.which, self.note, **hidden)
         self.resume.click(self.go_on, self.which, self.note, **hidden)
         self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
