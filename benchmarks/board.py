@@ -3,11 +3,11 @@
 Subjects that the embedded base has never seen (:mod:`.concept_subjects`), five images each, learned in 200 steps of three images
 by the methods of :mod:`.board_methods`, all in one training loop (:func:`.peft_baseline.train`), and judged by :mod:`.judging`.
 
-First every method is measured at its four rates on ``--rate_subjects`` at seed 0: the third one, and from there up while drift is
-at most 0.015, or down while it is more (mean of these subjects; ``--all_rates``: all four). Its rate is the one of the highest
-likeness within this bound. At that rate it is measured on all ``--subjects`` and ``--seeds``. Rows are appended to
-``WORK/board.jsonl`` and never measured twice, by any number of
-processes at once: the same command again, while it runs or later, takes what is left.
+First every method is measured on ``--rate_subjects`` at seed 0 at its second rate, below it while drift is more than 0.015
+(mean of these subjects), and at both neighbours of the best; ``--all_rates``: at all four. Its rate is the one of the
+highest likeness within this bound. At that rate it is measured on all ``--subjects`` and ``--seeds``. Rows are appended to
+``WORK/board.jsonl`` and never measured twice, by any number of processes at once: the same command again, while it runs or
+later, takes what is left.
 
 A row carries the third loss of a short run of its method (``trace``). When a method is changed so that it learns differently,
 this is another one, and its rows are measured again.
@@ -16,6 +16,7 @@ this is another one, and its rows are measured again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import sys
 import tempfile
@@ -134,9 +135,11 @@ class Plan:
 
     def wanted(self, rows: list[Row]) -> Iterator[tuple[str, str, float, int]]:
         """Method, subject, rate and seed of every row, as far as rates are known."""
-        for method in self.methods:
-            for rate in rates_to_try(rows, method, self.rate_subjects, self.all_rates):
-                yield from ((method, subject, rate, 0) for subject in self.rate_subjects)
+        tried = {one: rates_to_try(rows, one, self.rate_subjects, self.all_rates) for one in self.methods}
+        for turn in itertools.zip_longest(*tried.values()):
+            for method, rate in zip(tried, turn, strict=True):
+                if rate is not None:
+                    yield from ((method, subject, rate, 0) for subject in self.rate_subjects)
         for seed in range(max(self.seeds, self.seeds_of_others)):
             for method in self.methods:
                 if seed < (self.seeds if method in MAIN else self.seeds_of_others):

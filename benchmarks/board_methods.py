@@ -118,7 +118,10 @@ def fit_full(wanted: Callable[[str], bool]) -> Fit:
 
 def fit_ours(family: Family, config: TrainingConfig) -> Fitted:
     """The adapter that ``config`` describes."""
-    return _fitted(family, attach(family.model, create_adapter(family.model, config.adapter_config(), config.seed)))
+    return _fitted(
+        family,
+        attach(family.model, create_adapter(family.model, config.adapter_config(), config.seed, config.a_start)),
+    )
 
 
 def fit_concept(family: Family, config: TrainingConfig) -> Fitted:
@@ -126,7 +129,7 @@ def fit_concept(family: Family, config: TrainingConfig) -> Fitted:
     prompt = str(config.instance_prompt)
     concept = Concept("subject", (prompt.split()[-2],), prompt)
     shape = replace(config.adapter_config(), routing="concept", heads=1, concepts=(concept,))
-    adapter = attach(family.model, create_adapter(family.model, shape, config.seed))
+    adapter = attach(family.model, create_adapter(family.model, shape, config.seed, config.a_start))
     follow_prompts(family.pipe)
 
     @contextmanager

@@ -15,7 +15,7 @@ from .plot import Curve, Point, save_plot
 DRIFT_BOUND = 0.015
 """The drift that a method's rate may cost at most, mean of the subjects that rates are chosen on."""
 
-FIRST_RATE = 2
+FIRST_RATE = 1
 """The place of the rate that is tried first."""
 
 EQUAL_DRIFT = 0.01
@@ -120,21 +120,24 @@ def rates_table(rows: Sequence[Row], rate_subjects: Sequence[str]) -> str:
 def rates_to_try(
     rows: Sequence[Row], method: str, rate_subjects: Sequence[str], everything: bool = False
 ) -> tuple[float, ...]:
-    """The rates of a method that are to be measured, as far as ``rows`` tell.
+    """The rates of a method that are to be measured, as far as ``rows`` tell; ``everything``: all four.
 
-    From the third one up while drift is within the bound, or down while it is beyond; ``everything``: all four.
+    From the second one down while drift is beyond the bound; then both neighbours of the best, until this is the best of three.
     """
     rates, known = METHODS[method].rates, curve(rows, method, rate_subjects)
     if everything:
         return rates
-    within = [rate in known and mean(known[rate], "drift") <= DRIFT_BOUND for rate in rates]
-    beyond = [rate in known and not ok for rate, ok in zip(rates, within, strict=True)]
-    place, tried = FIRST_RATE, [rates[FIRST_RATE]]
-    step = 1 if within[place] else -1
-    while (within if step > 0 else beyond)[place] and 0 <= place + step < len(rates):
-        place += step
-        tried.append(rates[place])
-    return tuple(tried)
+    tried = [FIRST_RATE]
+    while all(rates[place] in known for place in tried):
+        measured = {rates[place]: known[rates[place]] for place in tried}
+        best = chosen_rate(measured)
+        place = min(tried) if best is None else rates.index(best)
+        within = best is not None and mean(measured[best], "drift") <= DRIFT_BOUND
+        more = [one for one in ((place + 1, place - 1) if within else (place - 1,)) if 0 <= one < len(rates)]
+        if {*more} <= {*tried}:
+            break
+        tried += [one for one in more if one not in tried]
+    return tuple(rates[place] for place in tried)
 
 
 def best_rate(

@@ -115,9 +115,9 @@ def test_the_board_measures_every_row_once(bench, monkeypatch):
     monkeypatch.setattr(board_table, "DRIFT_BOUND", 9.0)
     board.run(bench, plan)
     rows = bench.rows.read()
-    assert [row["rate"] for row in rows[:2]] == [8e-3, 1.6e-2]
-    assert len({row["rate"] for row in rows[2:]}) == 1
-    assert [(row["subject"], row["seed"]) for row in rows[2:]] == [("flat-cat", 0)]
+    assert [row["rate"] for row in rows[:3]] == [4e-3, 8e-3, 2e-3]
+    assert [(row["subject"], row["seed"]) for row in rows if row["subject"] == "flat-cat"] == [("flat-cat", 0)]
+    assert rows[-1]["rate"] in METHODS["EffiLoRA, concept"].rates
     assert {row["untriggered"] for row in rows} == {0.0}
     assert all(row["drift"] > 0 and row["loss"] < row["base_loss"] for row in rows)
     assert rows[0]["loss"] > rows[1]["loss"]
@@ -206,20 +206,24 @@ def test_the_rate_of_the_highest_likeness_within_the_bound_is_chosen():
     assert board_table.chosen_rate(failed) is None
 
 
-def test_rates_are_tried_upwards_within_the_bound_and_downwards_beyond_it():
+def test_rates_are_tried_until_the_best_lies_between_two():
     tried = lambda rows, **more: board_table.rates_to_try(rows, "LoRA", ["flat-cat"], **more)
-    assert tried([]) == (8e-3,)
-    assert tried(CURVE[2:3]) == tried(CURVE) == (8e-3, 1.6e-2)
+    assert tried([]) == (4e-3,)
+    assert tried(CURVE[1:2]) == (4e-3, 8e-3, 2e-3)
+    assert tried(CURVE[:3]) == tried(CURVE) == (4e-3, 8e-3, 2e-3, 1.6e-2)
+    falling = [CURVE[0], CURVE[1], {**CURVE[2], "rise_of_gap": 0.5}]
+    assert tried(falling) == (4e-3, 8e-3, 2e-3)
     beyond = [{**row, "drift": row["drift"] + 0.009} for row in CURVE]
-    assert tried(beyond[2:3]) == (8e-3, 4e-3)
-    assert tried(beyond) == (8e-3, 4e-3, 2e-3)
+    assert tried(beyond[1:2]) == (4e-3, 2e-3)
+    assert tried(beyond[:2]) == (4e-3, 2e-3)
+    assert tried([{**row, "drift": 1.0} for row in CURVE]) == (4e-3, 2e-3)
     assert tried([], everything=True) == METHODS["LoRA"].rates
-    diverged = {name: value for name, value in CURVE[2].items() if name != "drift"}
-    assert tried([diverged]) == (8e-3, 4e-3)
+    diverged = {name: value for name, value in CURVE[1].items() if name != "drift"}
+    assert tried([diverged]) == (4e-3, 2e-3)
     best = lambda rows, subjects, **more: board_table.best_rate(rows, "LoRA", subjects, **more)
-    assert best(CURVE[2:], ["flat-cat"]) == 8e-3
-    assert best(CURVE[2:], ["flat-cat"], everything=True) is None
-    assert best(CURVE[2:3], ["flat-cat"]) is None
+    assert best(falling, ["flat-cat"]) == 4e-3
+    assert best(falling, ["flat-cat"], everything=True) is None
+    assert best(falling[1:], ["flat-cat"]) is None
     assert best(CURVE, ["flat-cat", "robot"]) is None
 
 
@@ -237,8 +241,9 @@ def test_intervals_are_of_paired_differences_by_subject():
 
 def test_the_tables_and_the_plot_come_from_the_rows(tmp_path, monkeypatch, capsys):
     path = tmp_path / "board.jsonl"
-    other = [{**row, "method": STANDARD, "drift": row["drift"] * 2} for row in CURVE]
-    path.write_text("".join(json.dumps(row) + "\n" for row in (*CURVE, *other)))
+    rates = METHODS[STANDARD].rates
+    other = [row(STANDARD, rate, one, 2 * drift) for rate, (one, drift) in zip(rates, FIGURES, strict=True)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in (*CURVE, *other)))
     picture = tmp_path / "board.png"
     words = ["board", "--work", str(tmp_path), "--table", "--rate_subjects", "flat-cat", "--plot", str(picture)]
     monkeypatch.setattr(sys, "argv", words)
