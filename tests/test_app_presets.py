@@ -39,7 +39,7 @@ def test_a_preset_s_values_are_in_the_form_and_in_the_run(tab, name, tmp_path):
 
 def test_figures_are_those_of_the_settings_in_the_form(tab):
     text, fields = chosen(tab, DEFAULT)
-    assert "112,932 parameters, file 0.5 MB, plain LoRA 0.3 MB, about 87.3 MB of memory, 250 steps" in text
+    assert "112,932 parameters, file 0.7 MB, plain LoRA 0.3 MB, about 87.3 MB of memory, 250 steps" in text
     fields["rank"] = 8
     assert "225,864 parameters" in tab.predict(DEFAULT, "", *fields.values())
     fields["resolution"] = 33

@@ -84,7 +84,13 @@ def test_a_plan_holds_no_weights(tiny_pipeline):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"heads": 1, "routing": "static"}, {"save_precision": "fp16"}, {"rank": 16}, {"routing": "timestep"}],
+    [
+        {},
+        {"heads": 1, "routing": "static"},
+        {"save_precision": "fp16"},
+        {"rank": 16, "export_distillation_steps": 0},
+        {"routing": "timestep", "export_distillation_steps": 0},
+    ],
 )
 def test_predicted_files_are_within_five_percent_of_the_written_ones(tiny_pipeline, subject, tmp_path, options):
     run = trainer(tiny_pipeline, subject, tmp_path / "out", learning_rate=0.1, num_validation_images=0, **options)

@@ -50,7 +50,8 @@ def test_what_is_named_wins_even_where_it_is_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("named", "left_out"),
     [
-        ({"init_from": "run"}, {"rank", "heads", "routing", "lora_alpha", "target_modules"}),
+        ({"init_from": "run"}, {"rank", "heads", "routing", "lora_alpha", "target_modules", "a_start"}),
+        ({"learning_rate": 1e-3}, {"learning_rate", "a_start"}),
         ({"reducer_time": 0.7}, {"reducer", "reducer_active", "reducer_train_shared"}),
         ({"num_train_epochs": 3}, {"max_train_steps"}),
     ],
@@ -69,7 +70,11 @@ def test_micro_batches_of_a_preset_give_way_together():
 
 def test_the_embedded_example_has_presets_too():
     config = launch.parse_arguments(["--preset", "fast"])
-    assert (config.heads, config.max_train_steps, config.learning_rate) == (1, 125, presets.EMBEDDED_RATE["learning_rate"])
+    assert (config.heads, config.max_train_steps, config.learning_rate) == (
+        1,
+        125,
+        presets.EMBEDDED_RATE["learning_rate"],
+    )
     assert config.instance_prompt == "an emoji of sks cat"
 
 

@@ -59,7 +59,7 @@ ONE_HEAD = {"rank": 8, "heads": 1, "routing": "static"}
 PRESETS: dict[str, Preset] = {
     "quality": Preset(
         "the best likeness at low drift that was measured here",
-        "a plain LoRA of it is an approximation",
+        "its plain LoRA is distilled afterwards, which takes half as long again, and is close but not exact",
         {**ROUTED, **PRESERVED, "lr_scheduler": "cosine"},
     ),
     "plain": Preset(

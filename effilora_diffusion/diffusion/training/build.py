@@ -125,7 +125,7 @@ def build(
 
 def _with_class(config: TrainingConfig, family: Family) -> TrainingConfig:
     """``config`` with a class prompt where it needs one: its instance prompt without the word that names the subject."""
-    if not config.with_prior_preservation or config.class_prompt or config.concepts_list:
+    if not config.with_prior_preservation or config.class_prompt or config.concepts_list or config.concepts:
         return config
     named = str(config.instance_prompt)
     word = family.rarest_word(named)

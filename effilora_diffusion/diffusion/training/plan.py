@@ -156,7 +156,8 @@ class Planner:
         shape = replace(self.parts_config, rank=config.rank, heads=config.heads, routing=config.routing)
         adapter = create_adapter(self.family(config).model, shape)
         dtype = getattr(torch, SAVED[config.save_precision])
-        files = native_bytes(adapter, dtype), plain_bytes(adapter, dtype, self.family(config).component)
+        distilled = config.export_distillation_steps > 0
+        files = native_bytes(adapter, dtype, distilled), plain_bytes(adapter, dtype, self.family(config).component)
         return adapter.parameter_counts()["stored"], max(files)
 
     def _within(self, config: TrainingConfig) -> bool:
