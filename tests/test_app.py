@@ -169,7 +169,7 @@ def test_a_image_of_the_command_line_fills_the_form(tab, session, place, tmp_pat
 
 def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):
     slot = tab.slots[0]
-    row, words = slot.chosen("cat")
+    row, words, *_ = slot.chosen("cat")
     assert row["visible"]
     assert "a sks cat" in words
     assert not slot.chosen(NONE)[0]["visible"]

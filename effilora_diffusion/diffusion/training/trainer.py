@@ -93,7 +93,7 @@ class Trainer:
         place(self.family.model, accelerator.device)
         logged = self.is_main and config.reducer != "off"
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if logged else None)
-        prompts = config.validation_prompt or self._concept_prompts() or [config.instance_prompt or ""]
+        prompts = config.validation_prompt or leakage_prompts(parts.concepts) or [config.instance_prompt or ""]
         prompts = [prompt for prompt in prompts if prompt]
         draw = sampler(config, self.family)
         self.trackers = Trackers(
@@ -128,14 +128,6 @@ class Trainer:
         run = Measured(parts.family.model, parts.adapter, self.loop, lambda: self._loss(batch), self.processes.of_main)
         self.reducer.plan, told = choose_plan(self.config, self.steps, run)
         self.say(told)
-
-    def _concept_prompts(self) -> list[str]:
-        """What shows whether the subjects of the run stay apart, and its class as it was."""
-        return (
-            leakage_prompts(self.parts.concepts)
-            if self.adapter.concepts
-            else [one.prompt for one in self.parts.concepts]
-        )
 
     @property
     def is_main(self) -> bool:
