@@ -160,7 +160,7 @@ def test_what_a_step_computes_is_fixed_when_a_run_is_resumed():
     assert {"output_dir", "max_train_steps", "checkpointing_steps", "validation_prompt", "dry_run"} <= free
 
 
-def test_help_is_grouped_with_the_twenty_usual_settings_first(capsys):
+def test_help_is_grouped_with_the_twenty_one_usual_settings_first(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     text = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_help_is_grouped_with_the_twenty_usual_settings_first(capsys):
     assert titles[:3] == ["options", "Usual settings", "Model"]
     assert {"Model", "Optimizer", "Loss", "Reducer", "Validation"} <= set(titles)
     usual = text.split("Usual settings:")[1].split("\n\n")[0]
-    assert usual.count("\n  --") == 20
+    assert usual.count("\n  --") == 21
     assert text.count("--learning-rate") == 0
 
 

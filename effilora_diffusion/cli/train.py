@@ -10,7 +10,6 @@ from typing import Any
 
 from ..core.errors import EffiLoRAError, exit_code
 from ..core.options import hints_of
-from ..core.run_folder import CONFIG_FILE
 from ..core.text_io import read_user_text
 from ..diffusion.config import PRECISIONS, PRESET_MARK, TrainingConfig
 from ..diffusion.presets import EMBEDDED_RATE, PRESETS, with_preset
@@ -58,6 +57,8 @@ def expanded(chosen: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
     name = chosen.get("preset")
     if name not in PRESETS:  # TrainingConfig says what is wrong
         return {}
+    from ..core.run_folder import CONFIG_FILE  # late: it imports torch
+
     found = with_preset(name, chosen, not chosen.get("pretrained_model_name_or_path"))
     folder = chosen.get("output_dir") or below.get("output_dir") or TrainingConfig.output_dir
     file = Path(folder).expanduser() / CONFIG_FILE
