@@ -139,6 +139,7 @@ class Probes:
             self.objective.timesteps((torch.arange(levels) + 0.5) / levels),
             [name] * levels,
             levels,
+            [name] * levels,
         )
 
     @torch.no_grad()
