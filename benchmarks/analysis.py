@@ -17,8 +17,9 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Lab:
     """Runs on the embedded base and their figures."""
 
     args: argparse.Namespace
+    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     @cached_property
     def probes(self) -> Probes:
@@ -67,7 +69,8 @@ class Lab:
     def started(self, name: str, seed: int) -> Trainer:
         """A run before its first step."""
         own = {"seed": seed, "max_train_steps": self.args.steps, "train_batch_size": self.args.batch}
-        own |= {"num_validation_images": 0, "overwrite_output_dir": True, "output_dir": str(self.args.work / "run")}
+        folder = tempfile.mkdtemp(dir=self.folder.name)  # the Reducer's log of another run must not lie there
+        own |= {"num_validation_images": 0, "output_dir": folder}
         trainer = Trainer(TrainingConfig(**{**example_settings(), **own, **RUNS[name]}))
         trainer.folder.release()
         return trainer

@@ -68,9 +68,9 @@ def full_size(found: dict[str, Any], file: Path) -> None:
     left.plot(*zip(*found["cuts"], strict=True), "o-", ms=3, label="the last blocks")
     left.plot(*zip(*[*found["random"], (1.0, 1.0)], strict=True), "s--", ms=3, label="random blocks")
     left.axhline(found["forward"], color="grey", lw=0.8, ls=":")
-    left.text(0.55, found["forward"] + 0.015, "forward pass alone", color="grey", fontsize=7)
-    left.set(xlabel="share of blocks trained", ylabel="operations of a full step", ylim=(0.4, 1.05))
-    left.legend(loc="lower right")
+    left.text(0.72, found["forward"] + 0.015, "forward pass alone", color="grey", fontsize=7)
+    left.set(xlabel="share of blocks trained", ylabel="operations of a full step", ylim=(0.4, 1.2))
+    left.legend(loc="upper left", ncols=2)
     for name, values in found["added"].items():
         right.plot([rank for rank, _ in values], [100 * share for _, share in values], "o-", ms=3, label=name)
     right.set(xlabel="rank", ylabel="% of the base's forward pass")

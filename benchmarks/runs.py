@@ -6,9 +6,10 @@ Both take the same batches, noise, loss, schedule and optimizer; what differs is
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,14 @@ def start_ours(config: TrainingConfig, change: Change) -> Started:
             self.objective = change(self.family) or self.objective
             return super()._cache(prior)
 
-    trainer = Changed(config, Accelerator(cpu=not torch.cuda.is_available()))
+    folder = tempfile.TemporaryDirectory()  # the Reducer's log of another row must not lie there
+    trainer = Changed(replace(config, output_dir=folder.name), Accelerator(cpu=not torch.cuda.is_available()))
     adapter = trainer.adapter
+
+    def release() -> None:
+        trainer.folder.release()
+        folder.cleanup()
+
     return Started(
         trainer.family,
         trainer.loop,
@@ -84,7 +91,7 @@ def start_ours(config: TrainingConfig, change: Change) -> Started:
         adapter.train,
         lambda path: save_adapter(adapter, path, trainer.family.pipe),
         adapter.config.to_dict(),
-        trainer.folder.release,
+        release,
     )
 
 

@@ -185,8 +185,10 @@ def test_a_row_of_the_paper_s_setting_is_judged_by_every_given_judge(paper_place
 
 
 def test_without_a_judge_s_weights_its_columns_are_left_out(paper_places, tmp_path, capsys):
-    paper.main(paper_command(paper_places, tmp_path, "--rows", "effilora-off"))
+    """And rows with a Reducer follow one another."""
+    paper.main(paper_command(paper_places, tmp_path, "--rows", "effilora", "effilora-random"))
     assert "| row | lr | runs | loss | parameters | seconds |" in capsys.readouterr().out
+    assert len(list((tmp_path / "results").iterdir())) == 2
 
 
 def test_the_reducer_of_the_paper_s_row_acts(paper_places, tmp_path):
