@@ -91,63 +91,6 @@ def settings(args: argparse.Namespace, seed: int, steps: int, **changes: Any) ->
     return TrainingConfig(**{**example_settings(), **own, **paths, **quiet, **changes})
 
 
-<<<<<<< HEAD
-=======
-class Probes:
-    """Fixed noisy latents to judge a trained model by: of the subject's held-out images, and of the base's other images.
-
-    Args:
-        trainer: any run on the base; what it has trained has no influence.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.family, self.objective = trainer.family, trainer.objective
-        found, _ = scan_images(HELD_OUT, example_settings()["instance_prompt"])
-        source = ExampleSource(self.family, found, Preparation(64, True, False, "lanczos", 0), "held out")
-        source.fill()
-        self.subject = [self._levels(*source.draw(index), index, LEVELS) for index in range(len(found))]
-        trainer.adapter.enabled = False
-        images = draw(trainer.family.pipe, list(OTHER_PROMPTS))
-        self.others = []
-        for index, (prompt, image) in enumerate(zip(OTHER_PROMPTS, images, strict=True)):
-            mean = self.family.encode_image(prepare_image(image, image.width, True))[0]
-            self.others.append(
-                self._levels(mean, self.family.encode_prompt(prompt), prompt, 100 + index, OTHER_LEVELS)
-            )
-        self.base = [self.predict(batch) for batch in self.others]
-        trainer.adapter.enabled = True
-
-    def _levels(self, latents: Tensor, conditions: Any, name: str, index: int, levels: int) -> Batch:
-        """One image at ``levels`` noise levels."""
-        return Batch(
-            latents.expand(levels, *latents.shape),
-            self.family.collate([conditions] * levels),
-            draw_normal((levels, *latents.shape), 0, "held-out noise", index),
-            self.objective.timesteps((torch.arange(levels) + 0.5) / levels),
-            [name] * levels,
-            levels,
-            [name] * levels,
-        )
-
-    @torch.no_grad()
-    def predict(self, batch: Batch, family: Any = None) -> Tensor:
-        """The prediction of ``family``'s denoiser, the probes' own by default."""
-        noisy = self.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-        found: Tensor = (family or self.family).predict(noisy, batch.timesteps, batch.conditions)
-        return found
-
-    @torch.no_grad()
-    def figures(self, trainer: Trainer) -> dict[str, float]:
-        """Loss and change of a trained model."""
-        trainer.adapter.eval()
-        cpu = torch.device("cpu")
-        losses = [float(batch_loss(trainer.family, self.objective, batch, cpu)) for batch in self.subject]
-        pairs = zip(self.others, self.base, strict=True)
-        moved = [float((self.predict(batch, trainer.family) - base).square().mean()) for batch, base in pairs]
-        return {"loss": statistics.mean(losses), "change": statistics.mean(moved)}
-
-
->>>>>>> h-analysis
 class Bench:
     """The log, the costs of the cuts, and the base's images."""
 
