@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_app_tabs import built, by_hand
+from app_forms import built, by_hand
 
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.presets import DEFAULT, NAMES, preset_settings

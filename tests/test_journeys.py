@@ -1,32 +1,25 @@
 """What people do with the web UI, from the first click to what they see, on the embedded base."""
 
-import argparse
 import json
 import os
 import re
 import shutil
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from conftest import randomise
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from safetensors.torch import save_file
-from visits import Visit, executable, settle
+from visits import browser, served, settle, visit  # noqa: F401 (fixtures)
 
 from effilora_diffusion import cli
-from effilora_diffusion.core import AdapterFile, EffiLoRA, load_adapter_file, save_adapter_file
-from effilora_diffusion.core.concepts import Concept
-from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.sampling.png import read_parameters
 from effilora_diffusion.diffusion.training.example import example_settings
-from effilora_diffusion.diffusion.training.trainer import Trainer
 from effilora_diffusion.studio.runs import Run
-from effilora_diffusion.studio.server import serve
 
 LOOKS = [("desktop", False), ("desktop", True), ("phone", False), ("phone", True)]
 
@@ -55,47 +48,6 @@ def images(page):
 def newest(served, count):
     files = sorted((served[1] / "history").glob("*.png"), reverse=True)
     return [file for file in files if not file.stem.endswith("-grid")][:count]
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        opened = playwright.chromium.launch(executable_path=executable(), args=arguments)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory):
-    """The page on the embedded base, with a short run named ``cat``; yields its address and the outputs folder."""
-    outputs = tmp_path_factory.mktemp("browser") / "outputs"
-    short = {"max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
-             "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
-             "validation_inference_steps": 4, "export_distillation_steps": 2, "output_dir": str(outputs / "cat")}  # fmt: skip
-    Trainer(TrainingConfig(**{**example_settings(), **short})).run()
-    page = serve(
-        argparse.Namespace(
-            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[]
-        ),
-        block=False,
-    )
-    yield page.local_url, outputs
-    page.close()
-
-
-@pytest.fixture
-def visit(browser, served):
-    """Opens visits to the served page; all are closed and checked at the end."""
-    opened = []
-
-    def open_page(size="desktop", dark=False):
-        opened.append(Visit(browser, served[0], size, dark))
-        return opened[-1]
-
-    yield open_page
-    for one in opened:
-        one.close()
 
 
 # --------------------------------------------------------------------------------------------------------- generate
@@ -413,69 +365,3 @@ def test_every_tab_fits_and_can_be_read(visit, size, dark):
         grave = [(issue["id"], [node["target"] for node in issue["nodes"]]) for issue in found
                  if issue["impact"] in ("critical", "serious")]  # fmt: skip
         assert grave == [], name
-
-
-# ------------------------------------------------------------------------------------------------- several subjects
-
-
-def accessible(page):
-    """Nothing on the page shuts out who can't see or point."""
-    found = Axe().run(page).response["violations"]
-    grave = [(issue["id"], [node["target"] for node in issue["nodes"]]) for issue in found
-             if issue["impact"] in ("critical", "serious")]  # fmt: skip
-    assert grave == []
-
-
-def test_a_list_of_subjects_grows_and_says_what_is_missing(visit, tmp_path):
-    one = visit()
-    page = one.page
-    one.tab("Train")
-    page.get_by_label("several subjects").check()
-    expect(page.locator("#subject-2")).to_be_visible()
-    expect(page.locator("#train-files")).not_to_be_visible()
-    page.locator("#subject-more").click()
-    expect(page.locator("#subject-3")).to_be_visible()
-    page.locator("#subject-fewer").click()
-    expect(page.locator("#subject-3")).not_to_be_visible()
-    one.settle()
-    accessible(page)
-    for number, trigger in enumerate(("sks", "zwx"), 1):
-        Image.fromarray(np.full((64, 64, 3), 60 * number, np.uint8)).save(tmp_path / f"{trigger}.png")
-        page.locator(f"#subject-{number}-files input[type=file]").set_input_files(tmp_path / f"{trigger}.png")
-        expect(page.locator(f"#subject-{number}")).to_contain_text("1 image can be used.")
-        one.fill(f"#subject-{number}-trigger", trigger)
-    one.fill("#subject-1-prompt", "an emoji of sks cat")
-    one.fill("#train-name", "both")
-    page.locator("#train-start").click()
-    one.says("#train-note", "Not started: subject 2 has no trigger prompt")
-    one.fill("#subject-2-prompt", "an emoji of zwx dog")
-    page.locator("#train-check").click()
-    one.says("#train-note", "Nothing is in the way.")
-    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"zwx: 'zwx', 1 image, 50% of the rows"))
-    one.shot("train-subjects")
-
-
-def test_triggers_are_put_into_the_prompt_at_a_click_and_seen_to_stay_apart(visit, served):
-    content = load_adapter_file(served[1] / "cat" / "effilora.safetensors")
-    concepts = (Concept("cat", ("sks",), "an emoji of sks cat"), Concept("dog", ("zwx",), "an emoji of zwx dog"))
-    config = replace(content.adapter.config, routing="concept", heads=2, concepts=concepts)
-    adapter = randomise(EffiLoRA(config, content.adapter.sites), heads=0.02)
-    facts = {**content.metadata, "trigger_prompt": concepts[0].prompt}
-    save_adapter_file(served[1] / "adapters" / "pets.safetensors", AdapterFile(adapter, facts))
-    one = visit()
-    page = one.page
-    one.choose("#adapter-1", "pets")
-    expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat")
-    page.locator("#triggers-1").get_by_role("button", name="zwx").click()
-    expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat, zwx")
-    one.settle()
-    accessible(page)
-    one.shot("generate-triggers")
-    one.tab("Compare")
-    one.choose("#compare-adapter", "pets")
-    page.get_by_label("Steps", exact=True).last.fill("2")
-    page.locator("#leakage-settings > button").click()
-    page.locator("#draw-leakage").click()
-    one.says("#compare-status", "Without a trigger the image is the base's, pixel for pixel.")
-    one.shot("leakage")
-    (served[1] / "adapters" / "pets.safetensors").unlink()

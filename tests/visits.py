@@ -1,11 +1,18 @@
 """Visits to the web UI in a real browser: what people do, what the page asked for on the way, and its images."""
 
+import argparse
 import os
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from playwright.sync_api import expect
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.trainer import Trainer
+from effilora_diffusion.studio.server import serve
 
 PATIENCE = 600_000
 """Milliseconds that an expectation may take: the machine may be slow, the page must only get there."""
@@ -87,3 +94,44 @@ class Visit:
         self.context.close()
         assert {host for host in self.hosts if host} <= {"127.0.0.1"}, self.hosts
         assert not self.errors, self.errors
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        opened = playwright.chromium.launch(executable_path=executable(), args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The page on the embedded base, with a short run named ``cat``; yields its address and the outputs folder."""
+    outputs = tmp_path_factory.mktemp("browser") / "outputs"
+    short = {"max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
+             "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
+             "validation_inference_steps": 4, "export_distillation_steps": 2, "output_dir": str(outputs / "cat")}  # fmt: skip
+    Trainer(TrainingConfig(**{**example_settings(), **short})).run()
+    page = serve(
+        argparse.Namespace(
+            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[]
+        ),
+        block=False,
+    )
+    yield page.local_url, outputs
+    page.close()
+
+
+@pytest.fixture
+def visit(browser, served):
+    """Opens visits to the served page; all are closed and checked at the end."""
+    opened = []
+
+    def open_page(size="desktop", dark=False):
+        opened.append(Visit(browser, served[0], size, dark))
+        return opened[-1]
+
+    yield open_page
+    for one in opened:
+        one.close()
