@@ -26,6 +26,21 @@ def test_flag_of_diffusers_that_would_change_the_result_is_refused_with_the_reas
         parse_arguments([f"--{name}"])
 
 
+def test_refusals_come_all_at_once():
+    with pytest.raises(
+        EffiLoRAError, match=r"--use_dora is not supported .*; --cache_dir is not supported .*leave them out"
+    ):
+        parse_arguments(["--use_dora", "--cache_dir", "c"])
+
+
+def test_repeats_lengthen_epochs_as_in_diffusers():
+    assert parse_arguments(["--repeats", "3", "--num_train_epochs", "2"]).num_train_epochs == 6
+    steps = parse_arguments(["--repeats", "3", "--max_train_steps", "9", "--validation_epochs", "2"])
+    assert (steps.num_train_epochs, steps.max_train_steps, steps.validation_epochs) == (1, 9, 6)
+    with pytest.raises(EffiLoRAError, match="--repeats must be at least 1, not '0'"):
+        parse_arguments(["--repeats", "0"])
+
+
 def test_layers_named_as_in_diffusers_flux_script_become_targets():
     assert parse_arguments(["--lora_layers", "attn.to_k, attn.to_q"]).target_modules == ["attn.to_k", "attn.to_q"]
 
@@ -160,7 +175,7 @@ def test_what_a_step_computes_is_fixed_when_a_run_is_resumed():
     assert {"output_dir", "max_train_steps", "checkpointing_steps", "validation_prompt", "dry_run"} <= free
 
 
-def test_help_is_grouped_with_the_twenty_one_usual_settings_first(capsys):
+def test_help_is_grouped_with_the_twenty_usual_settings_first(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     text = capsys.readouterr().out
@@ -168,7 +183,7 @@ def test_help_is_grouped_with_the_twenty_one_usual_settings_first(capsys):
     assert titles[:3] == ["options", "Usual settings", "Model"]
     assert {"Model", "Optimizer", "Loss", "Reducer", "Validation"} <= set(titles)
     usual = text.split("Usual settings:")[1].split("\n\n")[0]
-    assert usual.count("\n  --") == 21
+    assert usual.count("\n  --") == 20
     assert text.count("--learning-rate") == 0
 
 

@@ -77,7 +77,7 @@ def _embedded(chosen: dict[str, Any], example: Callable[[], dict[str, Any]]) -> 
     """
     if chosen.get("pretrained_model_name_or_path"):
         return {}
-    named = any(chosen.get(name) for name in ("instance_data_dir", "concepts_list", "concepts"))
+    named = any(chosen.get(name) for name in ("instance_data_dir", "dataset_name", "concepts_list", "concepts"))
     found = {} if named else example()
     if EMBEDDED_RATE.keys() & chosen.keys():
         return {name: value for name, value in found.items() if name not in EMBEDDED_RATE}

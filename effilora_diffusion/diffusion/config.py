@@ -36,6 +36,7 @@ BUDGETS = ("reducer_time", "reducer_memory", "reducer_depth", "reducer_plan")
 PATHS = (
     "pretrained_model_name_or_path",
     "instance_data_dir",
+    "dataset_name",
     "class_data_dir",
     "output_dir",
     "resume_from_checkpoint",
@@ -82,6 +83,8 @@ class TrainingConfig(RunOptions):
             raise EffiLoRAError(
                 "--concepts_list names a file with the subjects, and concepts lists them: leave one out"
             )
+        if lists and self.dataset_name:
+            raise EffiLoRAError("--dataset_name is for a single subject: leave it out, or the list of several")
         if lists and (self.instance_data_dir or self.instance_prompt):
             raise EffiLoRAError(
                 f"{'--' if lists[0] == 'concepts_list' else ''}{lists[0]} names folders and prompts: leave --instance_data_dir "
@@ -153,6 +156,7 @@ class TrainingConfig(RunOptions):
 
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""
-        kept = {name: value for name, value in asdict(self).items() if name not in ONCE}
+        once = (*ONCE, "instance_data_dir") if self.dataset_name else ONCE  # which then is a folder in the cache
+        kept = {name: value for name, value in asdict(self).items() if name not in once}
         mark = PRESET_MARK.format(self.preset) if self.preset else ""
         return mark + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

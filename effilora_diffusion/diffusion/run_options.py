@@ -106,6 +106,17 @@ class RunOptions(AdapterOptions):
     instance_data_dir: str | None = option(
         None, "folder with the subject's images (default: the example subject)", DATA, usual=True, form=False
     )
+    dataset_name: str | None = option(
+        None,
+        "hub id or local folder of a data set for the datasets library, instead of instance_data_dir",
+        DATA,
+        form=False,
+    )
+    dataset_config_name: str | None = option(None, "configuration of a data set that has several", DATA, form=False)
+    image_column: str = option("image", "column of the data set's images", DATA, form=False)
+    caption_column: str | None = option(
+        None, "column of the data set's captions (default: every image has the instance prompt)", DATA, form=False
+    )
     instance_prompt: str | None = option(
         None, "prompt that names the subject, for images without a caption of their own", DATA, usual=True, form=False
     )

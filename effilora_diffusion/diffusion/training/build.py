@@ -23,6 +23,7 @@ from ..adapters.prompts import follow_prompts
 from ..concepts_list import ConceptData
 from ..config import TrainingConfig
 from ..data.concepts import ConceptSource, concept_rows, name_concepts, scan_concepts
+from ..data.dataset import dataset_folder
 from ..data.folder import Example
 from ..data.images import Preparation
 from ..data.latents import ExampleSource
@@ -190,6 +191,20 @@ def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[
         )
     if device.type == "cpu" and config.mixed_precision == "bf16":
         say("note: bf16 is very slow on most CPUs; --mixed_precision no is usually faster")
+
+
+def with_data(config: TrainingConfig, say: Callable[[str], None]) -> TrainingConfig:
+    """``config`` with the folder of the data set that it names, if it names one; see :func:`.dataset_folder`."""
+    if config.dataset_name is None:
+        return config
+    if config.instance_data_dir:
+        raise EffiLoRAError("--dataset_name and --instance_data_dir both name the images: leave one of them out")
+    if not config.caption_column and not config.instance_prompt:
+        raise EffiLoRAError("--dataset_name needs --instance_prompt, or the column of captions with --caption_column")
+    folder = dataset_folder(
+        config.dataset_name, config.dataset_config_name, config.image_column, config.caption_column, say
+    )
+    return replace(config, instance_data_dir=str(folder))
 
 
 def check_folders(config: TrainingConfig) -> None:

@@ -30,7 +30,17 @@ from ..data.prior import class_examples, without_images
 from ..sampling.leakage import leakage_prompts
 from .batches import Batch, BatchDrawer
 from .budget import Measured, check_resumed, choose_plan, spent, with_plan
-from .build import RunParts, build, check_folders, check_hardware, class_prompts, example_sources, place, sampler
+from .build import (
+    RunParts,
+    build,
+    check_folders,
+    check_hardware,
+    class_prompts,
+    example_sources,
+    place,
+    sampler,
+    with_data,
+)
 from .checkpoints import IMAGE_RUN, TrainingState, load_checkpoint, save_checkpoint
 from .dry_run import dry_run_report
 from .identity import fingerprint, split_note
@@ -67,6 +77,7 @@ class Trainer:
         if (told := launch_note(self.accelerator)) is not None:
             self.say(told)
         check_hardware(config, self.accelerator.device, self.say)
+        self.config = config = with_data(config, self.say)
         check_folders(config)
         self.checkpoint = find_checkpoint(config)
         if self.is_main:
@@ -339,6 +350,7 @@ def report_only(config: TrainingConfig) -> None:
             print(text)
 
     check_hardware(config, accelerator.device, say)
+    config = with_data(config, say)
     check_folders(config)
     RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
     parts = build(config, accelerator, say)
