@@ -24,12 +24,30 @@ NOT_NEEDED = {
     "do_fp8_training": "it only saves time, on some GPUs; --quantization torchao-float8 saves memory",
     "remote_text_encoder": "prompts are encoded here, once, and the encoder leaves the GPU",
     "fsdp_text_encoder": "prompts are encoded once, and the encoder leaves the GPU",
+    "enable_vae_tiling": "images are encoded one by one, before training",
+    "disable_training_autocast": "nothing is trained under autocast",
+    "validation_model_path": "validation images are drawn with the model that is trained",
     "skip_final_inference": "--num_validation_images 0 draws nothing",
 }
 """Flags that change nothing here: accepted with a note."""
 
 NOT_SUPPORTED = {
     "train_text_encoder": "only the UNet or transformer is trained",
+    **dict.fromkeys(
+        (
+            *(
+                "train_text_encoder_ti",
+                "train_text_encoder_ti_frac",
+                "train_text_encoder_frac",
+                "train_transformer_frac",
+            ),
+            *("enable_t5_ti", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept"),
+        ),
+        "no words and no text encoder are trained",
+    ),
+    "cond_image_column": "models that edit images can't be trained",
+    "pretrained_text_encoder_4_name_or_path": "HiDream can't be trained",
+    "pretrained_tokenizer_4_name_or_path": "HiDream can't be trained",
     "tokenizer_name": "the model's own tokenizer is used",
     "tokenizer_max_length": "the tokenizer's own length is used",
     "text_encoder_use_attention_mask": "DeepFloyd IF can't be trained",
