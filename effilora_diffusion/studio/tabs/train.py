@@ -353,7 +353,8 @@ class TrainTab:
             check, form, [self.checked, self.note], show_progress="hidden",
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
         )  # fmt: skip
-        self.start.click(choose(self.begin, self.begin_several), form, [self.which, self.note], **hidden)
+        begin = choose(self.begin, self.begin_several)
+        self.start.click(begin, form, [self.which, self.note], api_name="begin", **hidden)
         self.stop.click(self.end, self.which, self.note, **hidden)
         self.resume.click(self.go_on, self.which, self.note, **hidden)
         self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
