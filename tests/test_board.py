@@ -99,7 +99,9 @@ def test_the_loop_of_the_board_is_the_trainer_s(bench, method):
     config.num_validation_images = 0
     done = train(config, METHODS[method].fit)
     trainer = Trainer(config)
-    trainer.run()
+    trainer.adapter.train()
+    trainer.loop.run(0, SHORT)
+    trainer.folder.release()
     theirs = list(trainer.adapter.parameters())
     assert all(mine.equal(other) for mine, other in zip(done.fitted.parameters, theirs, strict=True))
 
