@@ -68,8 +68,8 @@ def at_drift(rates: dict[float, list[Row]], drift: float = EQUAL_DRIFT) -> float
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the mean's 95 % interval (Student's t); ``None`` for fewer than two values."""
-    if len(values) < 2:
+    """Half the width of the mean's 95 % interval (Student's t); ``None`` for fewer than three values, which tell too little."""
+    if len(values) < 3:
         return None
     quantile = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
     return quantile * statistics.stdev(values) / math.sqrt(len(values))

@@ -4,7 +4,7 @@ The example subject on the embedded base. Every row of the results is one traini
 loss, change, likeness (``rise_of_gap``) and drift of :mod:`.judging`.
 
 Along the learning rate every method moves on one curve, so rows are compared at equal change or drift, never at equal rate.
-Rows are appended to ``--rows`` and never measured twice, so that the command can be interrupted.
+Rows are appended to ``--rows`` and never measured twice, so that the command can be interrupted, and run in several processes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ from effilora_diffusion.core import exit_code
 from effilora_diffusion.diffusion.models import make_family
 from effilora_diffusion.diffusion.training.example import example_settings
 
+from .board_rows import Rows
 from .features import load_judge
 from .judging import Board, Others
 from .subject import HELD_OUT, settings, train
-
-
-def measured(rows: Path) -> list[dict[str, Any]]:
-    """The rows that are there already."""
-    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
 
 
 def measure(board: Board, method: str, rate: float, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -73,21 +69,18 @@ def main() -> None:
     parser.add_argument("--without_images", action="store_true", help="loss and change only")
     args = parser.parse_args()
     changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(args.rows)
     example, judge = example_settings(), None if args.without_images else load_judge()
     board = Board(Others(), judge, example["instance_prompt"], Path(example["instance_data_dir"]), HELD_OUT)
     print(f"base: loss {board.base_loss:.4f}", flush=True)
     for method, rate, seed in itertools.product(args.methods, args.rates, args.seeds):
         key = {"method": method, "rate": rate, "seed": seed, "settings": changes}
-        if any(all(row[name] == value for name, value in key.items()) for row in measured(args.rows)):
-            continue
-        row = {**key, **measure(board, method, rate, seed, changes)}
-        with args.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True
-        )
-    print(table(measured(args.rows)))
+        with rows.claimed(key) as mine:
+            if mine:
+                rows.append({**key, **measure(board, method, rate, seed, changes)})
+                shown = {name: round(value, 4) for name, value in rows.read()[-1].items() if isinstance(value, float)}
+                print(method, seed, shown, flush=True)
+    print(table(rows.read()))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 2
 """Pictures are drawn this many times larger, and scaled down."""
-WIDTH, HEIGHT = 820, 480
+WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 60, 220, 16, 48
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (140, 86, 75), (227, 119, 194), (188, 189, 34),
            (23, 190, 207), (127, 127, 127), (60, 60, 60), (255, 127, 14), (0, 90, 60), (110, 0, 110))  # fmt: skip
-TICKS = (1, 2, 5)
+TICKS = (1, 1.5, 2, 3, 5, 7)
+"""Labels on the logarithmic axis, times a power of ten."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def save_plot(curves: Sequence[Curve], path: Path, x_title: str, y_title: str) -
     xs = [max(point.x, 1e-6) for curve in curves for point in curve.points]
     ys = [point.y for curve in curves for point in curve.points]
     low_x, high_x = math.log10(min(xs)) - 0.05, math.log10(max(xs)) + 0.05
-    low_y, high_y = min(0.0, min(ys)), max(ys) + 0.05
+    low_y, high_y = math.floor(10 * min(ys) - 0.5) / 10, max(ys) + 0.05
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (math.log10(max(x, 1e-6)) - low_x) / (high_x - low_x)
@@ -59,10 +60,10 @@ def save_plot(curves: Sequence[Curve], path: Path, x_title: str, y_title: str) -
         x, y = place(value, low_y)
         pen.line((x, TOP * SCALE, x, y), fill=(230, 230, 230), width=SCALE)
         pen.text((x, y + 4 * SCALE), f"{value:g}", fill="black", font=font, anchor="ma")
-    for step in range(math.ceil(low_y * 5), math.floor(high_y * 5) + 1):
-        x, y = place(10**low_x, step / 5)
+    for step in range(math.ceil(low_y * 10), math.floor(high_y * 10) + 1):
+        x, y = place(10**low_x, step / 10)
         pen.line((x, y, (WIDTH - RIGHT) * SCALE, y), fill=(230, 230, 230), width=SCALE)
-        pen.text((x - 6 * SCALE, y), f"{step / 5:g}", fill="black", font=font, anchor="rm")
+        pen.text((x - 6 * SCALE, y), f"{step / 10:g}", fill="black", font=font, anchor="rm")
     pen.text(((LEFT + WIDTH - RIGHT) / 2 * SCALE, (HEIGHT - 8) * SCALE), x_title, fill="black", font=font, anchor="ms")
     side = Image.new("RGB", (HEIGHT * SCALE, 20 * SCALE), "white")
     ImageDraw.Draw(side).text((HEIGHT * SCALE / 2, 4 * SCALE), y_title, fill="black", font=font, anchor="ma")
@@ -95,7 +96,7 @@ def _draw(
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between ``low`` and ``high``."""
+    """The labels between ``low`` and ``high``."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [digit * 10.0**power for power in powers for digit in TICKS]
-    return [float(f"{value:.1g}") for value in found if low <= value <= high]
+    return [float(f"{value:.2g}") for value in found if low <= value <= high]
