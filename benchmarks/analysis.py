@@ -36,7 +36,8 @@ from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .analysis_costs import embedded_costs, energy, sd15_operations
 from .analysis_probes import head_usage, overlaps_between, overlaps_within, removal
-from .reducer import Probes
+from .judging import OTHER_LEVELS, Board, Others, Probe
+from .subject import HELD_OUT, open_all
 
 SHARES = (0.25, 0.5)
 HEADS = (1, 6)
@@ -62,9 +63,11 @@ class Lab:
     folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     @cached_property
-    def probes(self) -> Probes:
+    def board(self) -> Board:
         """Held-out noisy images of the subject, and images that are none of it."""
-        return Probes(self.started("off", 0))
+        example = example_settings()
+        folder = Path(str(example["instance_data_dir"]))
+        return Board(Others(OTHER_LEVELS), None, str(example["instance_prompt"]), folder, HELD_OUT)
 
     def started(self, name: str, seed: int) -> Trainer:
         """A run before its first step."""
@@ -93,11 +96,12 @@ class Lab:
         if name in COMPARED:
             save_adapter(trainer.adapter, self.adapter_file(name, seed))
         found: dict[str, Any] = {
-            **self.probes.figures(trainer),
+            **self.board.figures(trainer.family),
             "parameters": sum(p.numel() for p in trainer.adapter.parameters()),
         }
         if name == "off":
-            found |= {"removal": removal(trainer, self.probes), "usage": head_usage(trainer, self.probes)}
+            some = Probe(trainer.family, open_all(HELD_OUT)[:2], self.board.prompts[:2])
+            found |= {"removal": removal(trainer, some), "usage": head_usage(trainer, some)}
         return found
 
     def overlaps(self) -> dict[str, Any]:

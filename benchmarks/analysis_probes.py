@@ -14,10 +14,9 @@ from torch import Tensor
 
 from effilora_diffusion.core import EffiLoRA
 from effilora_diffusion.core.sites import Site
-from effilora_diffusion.diffusion.training.loss import batch_loss
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
-from .reducer import Probes
+from .judging import LEVELS, Probe
 
 
 def overlap(one: Tensor, other: Tensor) -> float:
@@ -86,12 +85,12 @@ def reads_text(site: Site) -> bool:
 
 
 @torch.no_grad()
-def head_usage(trainer: Trainer, probes: Probes) -> dict[str, Any]:
-    """Gates of a trained adapter on held-out images: by block, by noise level and by word of the prompt."""
-    adapter, batch = trainer.adapter.eval(), probes.subject[0]
-    levels = len(batch.latents)
+def head_usage(trainer: Trainer, probe: Probe, levels: int = LEVELS) -> dict[str, Any]:
+    """Gates of a trained adapter on the first image of ``probe``: by block, by noise level and by word of the prompt."""
+    adapter, timesteps = trainer.adapter.eval(), probe.timesteps[:levels]
+    conditions = {name: value[:levels] for name, value in probe.conditions.items()}
     with recorded_gates(adapter) as gates:
-        probes.predict(batch, trainer.family)
+        trainer.family.predict(probe.noisy[:levels], timesteps, conditions)
     blocks: dict[str, list[list[float]]] = {name: [] for name in adapter.blocks}
     mixed: dict[str, list[float]] = {name: [] for name in adapter.blocks}
     by_level, by_token = [], []
@@ -110,7 +109,7 @@ def head_usage(trainer: Trainer, probes: Probes) -> dict[str, Any]:
         "entropy": {name: statistics.mean(values) for name, values in mixed.items()},
         "levels": torch.stack([entropy(one) for one in by_level]).mean(0).tolist(),
         "level change": torch.stack(changing).mean(0).tolist(),
-        "timesteps": batch.timesteps.tolist(),
+        "timesteps": timesteps.tolist(),
         "token entropy": torch.stack([entropy(one) for one in by_token]).mean(0)[: len(words) + 2].tolist(),
         "token top": torch.stack([one.amax(0) for one in by_token]).mean(0)[: len(words) + 2].tolist(),
         "words": ["start", *(word.removesuffix("</w>") for word in words), "end"],
@@ -118,14 +117,12 @@ def head_usage(trainer: Trainer, probes: Probes) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def removal(trainer: Trainer, probes: Probes, images: int = 2) -> dict[str, Any]:
+def removal(trainer: Trainer, probe: Probe) -> dict[str, Any]:
     """How much the held-out loss rises when a block's or a kind of layer's heads are taken out, as a share of all gained."""
-    adapter, cpu = trainer.adapter.eval(), torch.device("cpu")
+    adapter = trainer.adapter.eval()
 
     def loss() -> float:
-        return statistics.mean(
-            float(batch_loss(trainer.family, probes.objective, batch, cpu)) for batch in probes.subject[:images]
-        )
+        return probe.loss(trainer.family)
 
     whole = loss()
     with adapter.disabled():

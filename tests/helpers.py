@@ -26,6 +26,7 @@ QUICK = {
     "num_validation_images": 1,
     "validation_inference_steps": 1,
     "validation_guidance_scale": 1.0,
+    "report_to": ["none"],
     "export_distillation_steps": 1,
 }
 """Settings of a run that takes a second, at rates that suit the shorter A.

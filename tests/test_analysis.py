@@ -1,12 +1,11 @@
 """What ``benchmarks.analysis`` measures: subspaces, gates, parts taken out, costs; its plots are looked at, not tested."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import randomise, tiny_unet
-from helpers import make_subject, trainer
+from helpers import PROMPT, image, make_subject, trainer
 
 from benchmarks import analysis, analysis_costs
 from benchmarks.analysis_probes import (
@@ -18,6 +17,7 @@ from benchmarks.analysis_probes import (
     recorded_gates,
     removal,
 )
+from benchmarks.judging import Probe
 from effilora_diffusion import EffiLoRAConfig, create_adapter
 from effilora_diffusion.core import exit_code
 
@@ -56,33 +56,31 @@ def trained(tiny_pipeline, tmp_path):
     subject = make_subject(tmp_path / "subject", 2)
     run = trainer(tiny_pipeline, subject, tmp_path / "out")
     randomise(run.adapter)
-    batch = run.batches.validation(0)
-    predict = lambda batch, family: run._loss(batch)
-    yield run, SimpleNamespace(subject=[batch], objective=run.objective, predict=predict)
+    yield run, Probe(run.family, [image(0), image(1)], [PROMPT] * 2, levels=4)
     run.folder.release()
 
 
 def test_gates_are_told_by_block_noise_level_and_word(trained):
-    run, probes = trained
-    found = head_usage(run, probes)
+    run, probe = trained
+    found = head_usage(run, probe, levels=4)
     assert list(found["blocks"]) == list(run.adapter.blocks)
     for heads in found["blocks"].values():
         assert sum(heads) == pytest.approx(1, abs=1e-4)
         assert heads == sorted(heads, reverse=True)
-    assert len(found["levels"]) == len(found["timesteps"]) == 8
+    assert len(found["levels"]) == len(found["timesteps"]) == 4
     assert all(0 < value <= 1 for value in (*found["levels"], *found["token entropy"]))
     assert len(found["words"]) == len(found["token entropy"])
     assert (found["words"][0], found["words"][-1]) == ("start", "end")
     with recorded_gates(run.adapter) as gates:
-        run._loss(probes.subject[0])
+        probe.predictions(run.family)
     assert set(gates) == set(range(len(run.adapter.sites)))
     assert "gates" not in vars(run.adapter), "the adapter computes its own gates again"
 
 
 def test_what_is_taken_out_is_put_back_bit_for_bit(trained):
-    run, probes = trained
+    run, probe = trained
     before = [value.detach().clone() for value in run.adapter.parameters()]
-    found = removal(run, probes)
+    found = removal(run, probe)
     assert list(found["blocks"]) == list(run.adapter.blocks)
     assert set(found["kinds"]) == {"self q k v", "self out", "cross q", "cross k v", "cross out"}
     assert all(value != 0 for value in (*found["blocks"].values(), *found["kinds"].values()))

@@ -31,7 +31,7 @@ def run(unet, inputs=None):
 def attached(unet, seed=2, name="default", **options):
     """A trained-looking adapter on ``unet``; large enough for its effect to be far above rounding."""
     config = EffiLoRAConfig(alpha=8.0, **options)
-    return attach(unet, randomise(create_adapter(unet, config), seed, heads=0.4), name)
+    return attach(unet, randomise(create_adapter(unet, config, a_start="kaiming"), seed, heads=0.4), name)
 
 
 def attentions(unet):
@@ -354,7 +354,7 @@ def test_feed_forward_layers_are_adapted_on_request():
     assert extra == {path for path, _ in unet.named_modules() if path.endswith(("ff.net.0.proj", "ff.net.2"))}
     assert len(extra) == 8
     expected = run(unet)
-    adapter = randomise(create_adapter(unet, config), heads=0.4)
+    adapter = randomise(create_adapter(unet, config, a_start="kaiming"), heads=0.4)
     with torch.no_grad():
         for site, heads in zip(adapter.sites, adapter.B, strict=True):
             if site.name not in extra:

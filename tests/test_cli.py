@@ -245,7 +245,7 @@ TRAINING_MISTAKES = {
     "unknown interpolation": ["--image_interpolation_mode=magic"],
     "no such layers": ["--target_modules", "to_x"],
     "fp16 on a CPU": ["--mixed_precision=fp16"],
-    "prior without class": ["--with_prior_preservation"],
+    "prior without class": ["--with_prior_preservation", "--prior_target=images", "--class_data_dir={place}/class"],
     "missing images": ["--instance_data_dir={place}/none"],
     "folder without images": ["--instance_data_dir={place}/empty"],
     "images are a file": ["--instance_data_dir={place}/words.safetensors"],

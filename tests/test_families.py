@@ -217,8 +217,9 @@ def test_the_gaps_told_are_those_of_the_plain_lora_and_it_is_distilled(runs, fol
     for kind, first in (("", 0), ("_others", 1)):
         gap = float((found - expected)[first::2].norm() / (expected - before)[first::2].norm())
         assert gap == pytest.approx(told[f"export_error{kind}"], rel=0.02)
-    assert 0 < told["export_error"] < 0.5
-    assert told["fit_error"] != told["export_error"]  # only a distilled one tells of the fit
+    assert 0 < told["export_error"] < 1
+    # only a distilled one tells of the fit, which is kept where eight steps bring nothing
+    assert ("fit_error" in told) == (name != "chroma")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -21,14 +21,16 @@ STEPS = 30
 @pytest.mark.parametrize("rank", [4, 64])
 def test_the_first_losses_are_those_of_the_lora_of_diffusers_scripts(tmp_path, rank):
     shape = {"rank": rank, "max_train_steps": STEPS, "train_batch_size": 2, "lr_scheduler": "constant"}
-    shape |= {"with_prior_preservation": False, "a_start": "gaussian"}
+    shape |= {"with_prior_preservation": False, "a_start": "gaussian", "export_distillation_steps": 0}
 
     def run(rate=RATE, **changes):
         return settings("EffiLoRA", 0, rate, str(tmp_path / "run"), {**shape, **changes})
 
     lora, untrained = lora_losses(run()), lora_losses(run(UNTRAINED))
-    assert off(our_losses(run()), lora, untrained) < 0.15
-    assert off(our_losses(run(a_start="kaiming")), lora, untrained) > 0.3
+    ours, shorter = (off(our_losses(run(a_start=start)), lora, untrained) for start in ("gaussian", "kaiming"))
+    print(rank, ours, shorter)
+    assert ours < 0.15
+    assert shorter > 2 * ours
 
 
 def peft_deviations(model, init, rank=8):

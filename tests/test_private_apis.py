@@ -21,7 +21,7 @@ from tiny_families import FAMILIES, build
 from tiny_language import build as build_language
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Trainer, TrainingArguments
+from transformers import CLIPTextConfig, CLIPTextModel, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArgumentParser
 
 PACKAGE = Path(__file__).parents[1] / "effilora_diffusion"
@@ -29,16 +29,20 @@ PACKAGE = Path(__file__).parents[1] / "effilora_diffusion"
 COVERED = {
     "_actions",
     "_argument_group_name",
+    "_buffers",
     "_cdata",
     "_class_name",
     "_forward_hooks",
+    "_from_config",
     "_get_available_adapters",
     "_growth_tracker",
     "_modules",
     "_num_timesteps",
     "_option_string_actions",
+    "_parameters",
     "_orig_mod",
     "_save_checkpoint",
+    "_supports_gradient_checkpointing",
     "__tensor_flatten__",
 }
 """The private names that the tests of this file look at."""
@@ -102,6 +106,21 @@ def test_modules_keep_their_hooks_and_children_in_dictionaries():
     assert not list(parent.parameters())
     parent._modules["0"] = kept
     assert next(iter(parent.state_dict())) == "0.weight"
+
+
+def test_modules_keep_their_values_in_dictionaries_that_take_others():
+    """diffusion/models/hollow.py: weights are replaced by values without memory, in place."""
+    norm = nn.BatchNorm1d(2)
+    norm._parameters["weight"] = nn.Parameter(torch.full((2,), 3.0))
+    norm._buffers["running_mean"] = torch.ones(2)
+    assert (norm.weight.tolist(), norm.running_mean.tolist()) == ([3.0, 3.0], [1.0, 1.0])
+
+
+def test_models_are_made_of_a_configuration_and_know_whether_they_can_checkpoint():
+    """diffusion/models/hollow.py and diffusion/training/build.py."""
+    encoder = CLIPTextModel._from_config(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2))
+    assert encoder.config.hidden_size == 8
+    assert tiny_unet()._supports_gradient_checkpointing
 
 
 def test_hooks_that_are_always_called_run_after_errors():

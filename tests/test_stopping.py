@@ -9,6 +9,7 @@ from helpers import arguments, files_in, make_subject, same_content, settings
 
 import effilora_diffusion.diffusion.training.build as build_module
 import effilora_diffusion.diffusion.training.plain as plain_module
+import effilora_diffusion.diffusion.training.result as result_module
 import effilora_diffusion.diffusion.training.trainer as trainer_module
 import effilora_diffusion.diffusion.training.validation as validation_module
 from effilora_diffusion.cli import train as launch
@@ -51,7 +52,7 @@ def test_a_signal_while_the_result_is_written_is_made_good_by_resuming(
     words = arguments(settings(tiny_pipeline, subject, tmp_path / "out", num_validation_images=0))
     assert launch.main([*words, f"--output_dir={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
-        killed_in(patch, plain_module if moment == "calibrate" else trainer_module, moment, signal.SIGTERM)
+        killed_in(patch, plain_module if moment == "calibrate" else result_module, moment, signal.SIGTERM)
         assert launch.main(words) == 143
     assert "--resume_from_checkpoint latest completes it" in capsys.readouterr().err
     assert launch.main([*words, "--resume_from_checkpoint=latest"]) == 0
@@ -63,7 +64,7 @@ def test_a_signal_while_the_result_is_written_is_made_good_by_resuming(
 def test_what_shows_the_result_can_not_fail_a_run_whose_adapter_is_saved(
     tiny_pipeline, subject, tmp_path, monkeypatch, capsys, name
 ):
-    module = validation_module if name == "labelled_grid" else trainer_module
+    module = validation_module if name == "labelled_grid" else result_module
     made = getattr(module, name)
 
     def broken(*args, **kwargs):

@@ -17,6 +17,7 @@ def subject(tmp_path_factory):
 
 def run(tiny_pipeline, subject, output, **changes):
     short = {
+        "report_to": [],
         "max_train_steps": 4,
         "checkpointing_steps": 2,
         "validation_prompt": ["a cat", "a sks cat"],
