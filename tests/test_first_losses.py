@@ -28,7 +28,6 @@ def test_the_first_losses_are_those_of_the_lora_of_diffusers_scripts(tmp_path, r
 
     lora, untrained = lora_losses(run()), lora_losses(run(UNTRAINED))
     ours, shorter = (off(our_losses(run(a_start=start)), lora, untrained) for start in ("gaussian", "kaiming"))
-    print(rank, ours, shorter)
     assert ours < 0.15
     assert shorter > 2 * ours
 
