@@ -6,13 +6,16 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import Accelerator
 from helpers import PROMPT, image, make_subject, metrics, settings
 from safetensors.torch import load_file
 
+from effilora_diffusion.cli.plan import command
 from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.diffusion.data.dataset import dataset_folder
 from effilora_diffusion.diffusion.data.folder import scan_images
+from effilora_diffusion.diffusion.training.plan import Budget, Planner
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 CAPTIONS = ["a sks cat asleep", "a sks cat, tête-à-tête", "a sks cat"]
@@ -107,6 +110,16 @@ def test_a_data_set_that_can_not_be_used_is_told_in_a_sentence(parquet, tmp_path
     with pytest.raises(EffiLoRAError, match=words):
         dataset_folder(config_name=None, say=print, cache=tmp_path / "cache", **named)
     assert not list((tmp_path / "cache").glob("[0-9a-f]*"))
+
+
+def test_a_plan_names_the_data_set_and_not_its_folder(parquet, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("effilora_diffusion.diffusion.data.dataset.HF_HOME", str(tmp_path / "home"))
+    config = settings(tiny_pipeline, parquet, tmp_path / "out", dataset_name=str(parquet), caption_column="prompt")
+    config.instance_data_dir = None
+    plan = Planner(Accelerator(cpu=True), {"resolution"}, Budget(), print).plan(config)
+    assert len(plan.parts.examples) == 3
+    assert f"--dataset_name {parquet}" in command(plan)
+    assert "--instance_data_dir" not in command(plan)
 
 
 def test_a_data_set_and_a_folder_are_one_too_many(parquet, tiny_pipeline, tmp_path):

@@ -13,7 +13,7 @@ import yaml
 from ..core.errors import EffiLoRAError, exit_code
 from ..core.options import COUNT, POSITIVE, SHARE, Bounds, default_of, settings_of
 from ..core.writing import write_text
-from ..diffusion.config import ONCE, TrainingConfig
+from ..diffusion.config import TrainingConfig
 from ..diffusion.presets import DEFAULT, PRESETS
 from ..diffusion.training.diffusers_flags import FLAGS, translate_diffusers_flags
 from ..diffusion.training.example import example_settings
@@ -149,7 +149,7 @@ def settings(plan: Plan) -> dict[str, Any]:
     found = {}
     for entry in settings_of(TrainingConfig):
         value = getattr(plan.config, entry.name)
-        if entry.name not in ONCE and (value != default_of(entry) or entry.name in ALWAYS):
+        if entry.name not in plan.config.not_kept and (value != default_of(entry) or entry.name in ALWAYS):
             found[entry.name] = value
     return {name: value for name, value in found.items() if value is not None}
 

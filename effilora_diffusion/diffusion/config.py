@@ -154,9 +154,13 @@ class TrainingConfig(RunOptions):
         if named:
             self.reducer = "depth"
 
+    @property
+    def not_kept(self) -> tuple[str, ...]:
+        """Names of what is no part of the run, or follows from the rest: a data set's folder, which lies in the cache."""
+        return (*ONCE, "instance_data_dir") if self.dataset_name else ONCE
+
     def to_yaml(self) -> str:
         """The settings as a config file that repeats the run: from its beginning, and without replacing it."""
-        once = (*ONCE, "instance_data_dir") if self.dataset_name else ONCE  # which then is a folder in the cache
-        kept = {name: value for name, value in asdict(self).items() if name not in once}
+        kept = {name: value for name, value in asdict(self).items() if name not in self.not_kept}
         mark = PRESET_MARK.format(self.preset) if self.preset else ""
         return mark + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -23,7 +23,7 @@ from ..models.hollow import hollow_pipeline
 from ..presets import CHECKPOINTED_STEP, SHAPE
 from ..run_options import SAVED
 from ..sampling.request import sampling_defaults
-from .build import RunParts, build, can_checkpoint
+from .build import RunParts, build, can_checkpoint, with_data
 from .dry_run import DryRunReport, dry_run_report, size_text
 
 MEGA, GIGA = 1e6, 1e9
@@ -100,7 +100,7 @@ class Planner:
             raise EffiLoRAError(
                 "the memory of a quantised base is not predicted: leave --quantization out of the plan, and add it to the command"
             )
-        self.reduced = []
+        self.reduced, config = [], with_data(config, self.say)
         family = self.family(config)
         if "resolution" not in self.named and config.pretrained_model_name_or_path is not None:
             config = replace(config, resolution=int(sampling_defaults(family.pipe, "")["edge"]))
