@@ -43,6 +43,7 @@ SETTINGS = {
     "num_class_images": "2",
     "sample_batch_size": "1",
     "num_validation_images": "1",
+    "report_to": "none",
     "validation_inference_steps": "1",
     "reducer": "importance",
     "reducer_warmup": "1",

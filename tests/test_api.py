@@ -121,7 +121,9 @@ def test_what_is_neither_pipeline_nor_model_is_refused():
 
 def test_a_saved_adapter_knows_its_component_and_exports_for_stock_pipelines(tmp_path):
     pipe = build_tiny_pipeline()
-    adapter = api.attach(pipe, randomise(api.create_adapter(pipe, EffiLoRAConfig(alpha=8.0)), heads=0.3))
+    adapter = api.attach(
+        pipe, randomise(api.create_adapter(pipe, EffiLoRAConfig(alpha=8.0), a_start="kaiming"), heads=0.3)
+    )
     adapted = predict(pipe.unet)
     with pytest.raises(EffiLoRAError, match="give the model"):
         api.save_adapter(adapter, tmp_path / "cat.safetensors", run=lambda: predict(pipe.unet))

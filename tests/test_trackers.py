@@ -47,8 +47,8 @@ def test_tensorboard_is_the_default_and_has_every_loss_and_image(tiny_pipeline, 
     assert len(losses(events)) == 4
     assert sorted(events.Tags()["images"]) == ["validation/a cat", "validation/a sks cat"]
     assert [(one.step, one.width, one.height) for one in events.Images("validation/a cat")] == [
-        (0, 66, 32),
-        (4, 66, 32),
+        (0, 64, 32),
+        (4, 64, 32),
     ]
 
 
