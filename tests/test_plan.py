@@ -14,6 +14,7 @@ from tiny_families import FAMILIES, build
 from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.cli.plan import command, lines
 from effilora_diffusion.cli.train import parse_arguments
+from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.models import make_family
 from effilora_diffusion.diffusion.models.hollow import hollow_pipeline
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
@@ -99,6 +100,14 @@ def test_predicted_files_are_within_five_percent_of_the_written_ones(tiny_pipeli
     for name, predicted in (("effilora", report.file), ("pytorch_lora_weights", report.plain)):
         written = (tmp_path / "out" / f"{name}.safetensors").stat().st_size
         assert predicted == pytest.approx(written, rel=0.05), name
+
+
+def test_images_have_the_size_of_the_model_unless_somebody_names_one(subject):
+    for named, expected in (((), 64), (("resolution",), 512)):
+        found = planner(named).plan(
+            TrainingConfig(instance_data_dir=str(subject), instance_prompt="an emoji of sks cat")
+        )
+        assert found.config.resolution == expected
 
 
 def test_without_a_budget_nothing_is_changed(plan):

@@ -102,7 +102,7 @@ class Planner:
             )
         self.reduced, config = [], with_data(config, self.say)
         family = self.family(config)
-        if "resolution" not in self.named and config.pretrained_model_name_or_path is not None:
+        if "resolution" not in self.named:
             config = replace(config, resolution=int(sampling_defaults(family.pipe, "")["edge"]))
         parts = self.parts(config, self.say)
         usual = parts.steps
