@@ -1,10 +1,12 @@
 """Every optimizer trains, resumes bit for bit, and leaves the weights that are to be drawn with."""
 
+import hashlib
+import json
 import shutil
 
 import pytest
 import torch
-from helpers import make_subject, settings
+from helpers import edit_json, make_subject, settings
 from safetensors.torch import load_file
 
 from effilora_diffusion.cli.train import parse_arguments
@@ -66,6 +68,27 @@ def test_a_state_of_another_optimizer_is_refused(tiny_pipeline, subject, tmp_pat
     run(tiny_pipeline, subject, tmp_path / "a", optimizer="lion", learning_rate=1e-3)
     with pytest.raises(EffiLoRAError, match="optimizer was 'lion' and is 'adamw'"):
         continued(tiny_pipeline, subject, tmp_path / "a", tmp_path / "b", learning_rate=1e-3)
+
+
+def test_a_checkpoint_of_before_there_was_a_choice_is_one_of_adamw(tiny_pipeline, subject, tmp_path):
+    run(tiny_pipeline, subject, tmp_path / "whole", learning_rate=5e-3)
+    state = tmp_path / "whole" / "checkpoint-3" / "state.json"
+    fingerprint = json.loads(state.read_text())["fingerprint"]
+    for name in ("optimizer", "optimizer_args", "use_ema", "ema_decay"):
+        del fingerprint[name]
+    edit_json(state, fingerprint=fingerprint)
+    manifest = state.with_name("manifest.json")
+    files = json.loads(manifest.read_text())["files"]
+    edit_json(manifest, files={**files, "state.json": hashlib.sha256(state.read_bytes()).hexdigest()})
+    continued(tiny_pipeline, subject, tmp_path / "whole", tmp_path / "again", learning_rate=5e-3)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+    with pytest.raises(EffiLoRAError, match="optimizer was 'adamw' and is 'lion'"):
+        continued(tiny_pipeline, subject, tmp_path / "whole", tmp_path / "lion", learning_rate=5e-3, optimizer="lion")
+
+
+def test_a_missing_package_is_told_before_the_model_is_loaded(tmp_path, subject):
+    with pytest.raises(EffiLoRAError, match=r"no_such_package.Best, which can't be imported"):
+        run(tmp_path / "no model", subject, tmp_path / "out", optimizer="no_such_package.Best")
 
 
 def test_the_moving_average_is_what_is_kept(tiny_pipeline, subject, tmp_path):

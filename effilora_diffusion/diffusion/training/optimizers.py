@@ -68,7 +68,8 @@ def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _class_of(name: str) -> type[torch.optim.Optimizer]:
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class behind ``name``; raises :class:`EffiLoRAError` if it is not known or its package is missing."""
     path = NAMED[name][0] if name in NAMED else name
     module, _, attribute = path.rpartition(".")
     if not module:
@@ -113,7 +114,7 @@ def make_optimizer(choice: Choice, parameters: Iterable[nn.Parameter], peak: flo
         EffiLoRAError: it is not known, its package is missing, or it does not take these arguments.
     """
     name, trained = choice.name, list(parameters)
-    kind, arguments = _class_of(name), dict(NAMED[name][1]) if name in NAMED else {}
+    kind, arguments = optimizer_class(name), dict(NAMED[name][1]) if name in NAMED else {}
     if name in ADAM_SETTINGS:
         arguments |= choice.adam
     if name == "adamw":

@@ -49,10 +49,10 @@ from .loss import batch_loss
 from .model_card import Summary
 from .notes import caption_table, notes, trigger_prompt
 from .optim import learning_rates, optimizer_choice, use_all_cores
-from .optimizers import averaged, run_optimizer
+from .optimizers import averaged, optimizer_class, run_optimizer
 from .processes import Processes, launch_note, start
 from .result import Result
-from .trackers import Trackers
+from .trackers import Trackers, wanted_trackers
 from .validation import Validation
 
 
@@ -77,6 +77,7 @@ class Trainer:
         if (told := launch_note(self.accelerator)) is not None:
             self.say(told)
         check_hardware(config, self.accelerator.device, self.say)
+        check_packages(config)
         self.config = config = with_data(config, self.say)
         check_folders(config)
         self.checkpoint = find_checkpoint(config)
@@ -335,6 +336,12 @@ class Trainer:
         return summary
 
 
+def check_packages(config: TrainingConfig) -> None:
+    """Raise :class:`EffiLoRAError` where the optimizer or a tracker is not installed: before anything is loaded."""
+    optimizer_class(config.optimizer)
+    wanted_trackers(config.report_to)
+
+
 def find_checkpoint(config: TrainingConfig) -> Path | None:
     """The checkpoint that the run continues from, if it continues one."""
     wanted = config.resume_from_checkpoint
@@ -350,6 +357,7 @@ def report_only(config: TrainingConfig) -> None:
             print(text)
 
     check_hardware(config, accelerator.device, say)
+    check_packages(config)
     config = with_data(config, say)
     check_folders(config)
     RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
