@@ -37,7 +37,7 @@ from effilora_diffusion.diffusion.training.trainer import Trainer
 from .analysis_costs import embedded_costs, energy, sd15_operations
 from .analysis_probes import head_usage, overlaps_between, overlaps_within, removal
 from .judging import OTHER_LEVELS, Board, Others, Probe
-from .subject import HELD_OUT, open_all
+from .subject import HELD_OUT, SEVERAL, open_all
 
 SHARES = (0.25, 0.5)
 HEADS = (1, 6)
@@ -74,7 +74,7 @@ class Lab:
         own = {"seed": seed, "max_train_steps": self.args.steps, "train_batch_size": self.args.batch}
         folder = tempfile.mkdtemp(dir=self.folder.name)  # the Reducer's log of another run must not lie there
         own |= {"num_validation_images": 0, "output_dir": folder}
-        trainer = Trainer(TrainingConfig(**{**example_settings(), **own, **RUNS[name]}))
+        trainer = Trainer(TrainingConfig(**{**example_settings(), **SEVERAL, **own, **RUNS[name]}))
         trainer.folder.release()
         return trainer
 

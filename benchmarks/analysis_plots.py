@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def full_size(found: dict[str, Any], file: Path) -> None:
     save(figure, file)
 
 
-def reducer(runs: dict[str, Runs], shares: Sequence[float], heads: Sequence[int], file: Path) -> None:
+def reducer(runs: Mapping[str, Runs], shares: Sequence[float], heads: Sequence[int], file: Path) -> None:
     """The paper's Figures 5 and 6: held-out loss, mean and every seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.7), sharey=True)
 

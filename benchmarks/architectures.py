@@ -13,10 +13,10 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from effilora_diffusion import EffiLoRAConfig, attach, create_adapter
+from effilora_diffusion import EffiLoRAConfig, attach, core, create_adapter
 from effilora_diffusion.core import EffiLoRA
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
-from effilora_diffusion.language import targets as attachment
+from effilora_diffusion.language import targets as language
 
 Built = tuple[nn.Module, dict[str, Any]]
 """A denoiser or language model and the keyword arguments of one call."""
@@ -125,8 +125,8 @@ def build(name: str, batch: int, resolution: int, device: torch.device) -> Built
 def fresh_adapter(model: nn.Module, attached: bool = True, **options: Any) -> EffiLoRA:
     """An adapter for a built model, on its usual targets; ``options`` are those of the configuration."""
     if isinstance(model, PreTrainedModel):
-        adapter = attachment.create_adapter(model, EffiLoRAConfig(target_modules=("paper",), **options))
-        return attachment.attach(model, adapter) if attached else adapter
+        adapter = language.create_adapter(model, EffiLoRAConfig(target_modules=("paper",), **options))
+        return core.attach(model, adapter) if attached else adapter
     adapter = create_adapter(model, EffiLoRAConfig(**options))
     return attach(model, adapter) if attached else adapter
 

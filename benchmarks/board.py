@@ -5,7 +5,8 @@ by the methods of :mod:`.board_methods`, all in one training loop (:func:`.peft_
 
 First every method is measured on ``--rate_subjects`` at seed 0 at its second rate, below it while drift is more than 0.015
 (mean of these subjects), and at both neighbours of the best; ``--all_rates``: at all four. Its rate is the one of the
-highest likeness within this bound. At that rate it is measured on all ``--subjects`` and ``--seeds``. Rows are appended to
+highest likeness within this bound. At that rate it is measured on all ``--subjects`` and ``--seeds``, the standard also at
+the rate below, so that the others can be compared with it at their own drift and at their own likeness. Rows are appended to
 ``WORK/board.jsonl`` and never measured twice, by any number of processes at once: the same command again, while it runs or
 later, takes what is left.
 
@@ -33,7 +34,7 @@ from effilora_diffusion.diffusion.training.example import example_settings
 
 from .board_methods import MAIN, METHODS
 from .board_rows import Row, Rows, matches
-from .board_table import best_rate, current, final_table, plot, rates_table, rates_to_try
+from .board_table import best_rate, current, final_rates, final_table, plot, rates_table, rates_to_try
 from .concept_subjects import SUBJECTS, Subject, build
 from .features import Judge, load_judge
 from .judging import LEVELS, OTHER_LEVELS, Board, Others
@@ -144,8 +145,8 @@ class Plan:
             for method in self.methods:
                 if seed < (self.seeds if method in MAIN else self.seeds_of_others):
                     rate = best_rate(rows, method, self.rate_subjects, self.all_rates)
-                    if rate is not None:
-                        yield from ((method, subject, rate, seed) for subject in self.subjects)
+                    for one in final_rates(method, rate):
+                        yield from ((method, subject, one, seed) for subject in self.subjects)
 
 
 def known(rows: Rows, steps: int, images: int) -> list[Row]:

@@ -77,7 +77,7 @@ def fit_adalora(family: Family, config: TrainingConfig) -> Fitted:
 
     def save(path: Path) -> None:  # as PEFT's files: the ranks that are kept, which it can only write of a PeftModel
         layers = {name.rpartition(".lora_E.")[0]: p.detach() for name, p in named.items() if ".lora_E." in name}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, scales in layers.items():
             kept = scales[:, 0] != 0
             a, b = (named[f"{layer}.{part}.default"].detach() for part in ("lora_A", "lora_B"))

@@ -21,6 +21,9 @@ FIRST_RATE = 1
 EQUAL_DRIFT = 0.01
 """The drift at which curves are compared."""
 
+FIGURES = (("rise_of_gap", "drift"), ("drift", "rise_of_gap"))
+"""Likeness at equal drift, and drift at equal likeness."""
+
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Quantiles 0.975 of Student's t by degrees of freedom, from 1; the last one also serves for more."""
 
@@ -149,6 +152,40 @@ def best_rate(
     return chosen_rate(known) if done else None
 
 
+def final_rates(method: str, best: float | None) -> list[float]:
+    """The rates that a method is measured at on every subject and seed: its best, of the standard also the one below."""
+    if best is None:
+        return []
+    rates = METHODS[method].rates
+    place = rates.index(best)
+    return [*rates[max(place - 1, 0) : place], best] if method == STANDARD else [best]
+
+
+def at_equal(rows: Sequence[Row], standard: Sequence[Row], figure: str, other: str) -> list[tuple[float, float]]:
+    """Of every subject: a method's ``figure``, and the standard's where its ``other`` is the method's.
+
+    Means over the seeds that both have. The standard's curve is linear between its rates and the base, which has no drift and no
+    likeness; beyond its last rate it goes on as before.
+    """
+    rates = sorted({row["rate"] for row in standard})
+    found = []
+    for subject in by_subject(rows, figure):
+        same = [row for row in rows if row["subject"] == subject]
+        theirs = [row for row in standard if row["subject"] == subject]
+        seeds = {row["seed"] for row in same} & {row["seed"] for row in theirs}
+        groups = [[row for row in theirs if row["rate"] == rate and row["seed"] in seeds] for rate in rates]
+        if not seeds or len({len(group) for group in groups}) > 1:
+            continue
+        same = [row for row in same if row["seed"] in seeds]
+        points = sorted([(0.0, 0.0), *((mean(group, other), mean(group, figure)) for group in groups)])
+        level = mean(same, other)
+        (x0, y0), (x1, y1) = next(
+            (pair for pair in itertools.pairwise(points) if level <= pair[1][0]), (points[-2], points[-1])
+        )
+        found.append((mean(same, figure), y0 + (y1 - y0) * (level - x0) / (x1 - x0)))
+    return found
+
+
 def finals(rows: Sequence[Row], method: str, rate_subjects: Sequence[str]) -> list[Row]:
     """The rows of a method at its chosen rate."""
     best = best_rate(rows, method, rate_subjects)
@@ -158,9 +195,12 @@ def finals(rows: Sequence[Row], method: str, rate_subjects: Sequence[str]) -> li
 def final_table(rows: Sequence[Row], rate_subjects: Sequence[str]) -> str:
     """Every method at its rate, over subjects and seeds, and its paired differences to the standard, as Markdown."""
     names = ("method", "rate", "subjects x seeds", "likeness", "drift", "drift, no trigger", "loss / base's", "change",
-             f"likeness less that of {STANDARD}", "drift less its")  # fmt: skip
+             f"likeness less that of {STANDARD}", "drift less its", "likeness less its at equal drift",
+             "drift of its at equal likeness")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     standard = finals(rows, STANDARD, rate_subjects)
+    levels = final_rates(STANDARD, best_rate(rows, STANDARD, rate_subjects))
+    both = [row for row in rows if row["method"] == STANDARD and row["rate"] in levels]
     for method in METHODS:
         found = finals(rows, method, rate_subjects)
         if not found:
@@ -174,6 +214,9 @@ def final_table(rows: Sequence[Row], rate_subjects: Sequence[str]) -> str:
         parts.append(f"{mean(found, 'change'):.4f}")
         for name, digits in (("rise_of_gap", 3), ("drift", 4)):
             parts.append("" if method == STANDARD else shown(paired(found, standard, name), digits, "+"))
+        likeness, drift = (at_equal(found, both, *names) for names in FIGURES)
+        parts.append("" if method == STANDARD else shown([one - other for one, other in likeness], 3, "+"))
+        parts.append("" if method == STANDARD else shown([one / other for one, other in drift], 2))
         lines.append(f"| {method} | {' | '.join(parts)} |")
     return "\n".join(lines)
 

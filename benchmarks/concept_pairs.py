@@ -114,7 +114,7 @@ class PairBoard:
     def similarities(self, images: list[Image.Image]) -> Tensor:
         """``(images, subjects)``: mean similarity to the held-out pictures of each."""
         features = self.board.judge.features(images)
-        return torch.stack([(features @ held_out.T).mean(1) for held_out in self.board.held_out], 1)
+        return torch.stack([(features @ one.held_out.T).mean(1) for one in self.board.references[""]], 1)
 
     def figures(self, pipe: Any, adapter: EffiLoRA, rule: str) -> dict[str, float]:
         """Likeness to both, to the weaker, and how often both are recognised."""
@@ -123,7 +123,7 @@ class PairBoard:
             adapter.chosen = gates_of(rule, pair)
             scores = self.similarities(draw(pipe, [prompt_of(pair)] * IMAGES))
             for score, before in zip(scores, start, strict=True):
-                gaps = [self.board.ceiling[number] - float(before[number]) for number in pair]
+                gaps = [self.board.references[""][number].ceiling - float(before[number]) for number in pair]
                 rises.append([float(score[n] - before[n]) / gap for n, gap in zip(pair, gaps, strict=True)])
                 right.append(set(score.topk(2).indices.tolist()) == set(pair))
         adapter.clear_concept()

@@ -182,7 +182,7 @@ def train(
     folder = ClassFolder(Path(str(config.class_data_dir)), EXAMPLE_CLASS_PROMPTS, CLASS_IMAGES, 0)
 
     def source(examples: list[Example], purpose: str) -> ExampleSource:
-        return ExampleSource(family, examples, preparation(config), purpose)
+        return ExampleSource(family, examples, preparation(config, family), purpose)
 
     instance: ConceptSource = concept_rows(source, groups, [1.0] * len(groups), "instance")
     classes = source(class_examples(folder, sampler(config, family), print), "class")

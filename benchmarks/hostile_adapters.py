@@ -224,7 +224,7 @@ def _change_tensors(tensors: dict[str, Tensor], rng: random.Random) -> None:
 # ---------------------------------------------------------------------------------------------------------- by hand
 
 
-def _set(*keys: Any, value: Any) -> Callable[[Path, Parts], None]:
+def _set(*keys: Any, value: Any) -> Callable[[Path, Parts], object]:
     """A file whose header has ``value`` at ``keys``."""
 
     def write(path: Path, parts: Parts) -> None:
@@ -238,7 +238,7 @@ def _set(*keys: Any, value: Any) -> Callable[[Path, Parts], None]:
     return write
 
 
-def _all(change: Callable[[Tensor], Tensor], part: str = "") -> Callable[[Path, Parts], None]:
+def _all(change: Callable[[Tensor], Tensor], part: str = "") -> Callable[[Path, Parts], object]:
     """A file whose tensors (those with ``part`` in their names) are changed."""
 
     def write(path: Path, parts: Parts) -> None:
@@ -248,16 +248,20 @@ def _all(change: Callable[[Tensor], Tensor], part: str = "") -> Callable[[Path, 
     return write
 
 
-def _header(text: str) -> Callable[[Path, Parts], None]:
+def _header(text: str) -> Callable[[Path, Parts], object]:
     return lambda path, parts: path.write_bytes(save(parts[1], {"effilora": text}))
 
 
-def _raw(content: bytes) -> Callable[[Path, Parts], None]:
+def _raw(content: bytes) -> Callable[[Path, Parts], object]:
     return lambda path, parts: path.write_bytes(content)
 
 
-def _sparse(size: int) -> Callable[[Path, Parts], None]:
-    return lambda path, parts: (path.touch(), os.truncate(path, size))[1]
+def _sparse(size: int) -> Callable[[Path, Parts], object]:
+    def write(path: Path, parts: Parts) -> None:
+        path.touch()
+        os.truncate(path, size)
+
+    return write
 
 
 def _claim(count: int) -> bytes:
@@ -266,7 +270,7 @@ def _claim(count: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-HAND_MADE: dict[str, Callable[[Path, Parts], None]] = {
+HAND_MADE: dict[str, Callable[[Path, Parts], object]] = {
     "a pipe": lambda path, parts: os.mkfifo(path),
     "a folder": lambda path, parts: path.mkdir(),
     "a link to /dev/zero": lambda path, parts: path.symlink_to("/dev/zero"),

@@ -154,13 +154,20 @@ CAMERA: dict[str, Callable[[], bytes]] = {
 }
 """What cameras write, and what must be accepted."""
 
+
+def sparse(path: Path, start: bytes = b"") -> None:
+    """A file of a terabyte that begins with ``start`` and takes no room."""
+    path.write_bytes(start)
+    os.truncate(path, 1 << 40)
+
+
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "pipe.png": os.mkfifo,
     "folder.png": Path.mkdir,
     "zero.png": lambda path: path.symlink_to("/dev/zero"),
     "gone.png": lambda path: path.symlink_to("/no/such/file"),
     "loop.png": lambda path: path.symlink_to(path),
-    "sparse.bmp": lambda path: (path.write_bytes(_saved(_noise(), "BMP")), os.truncate(path, 1 << 40)),
+    "sparse.bmp": lambda path: sparse(path, _saved(_noise(), "BMP")),
 }
 """What only looks like a file."""
 
@@ -183,10 +190,7 @@ CAPTIONS: dict[str, Callable[[Path], object]] = {
     "a pipe": lambda path: os.mkfifo(path.with_suffix(".txt")),
     "a link to /dev/zero": lambda path: path.with_suffix(".txt").symlink_to("/dev/zero"),
     "a caption of 200 MB": lambda path: path.with_suffix(".txt").write_bytes(b"x" * (200 << 20)),
-    "a sparse caption": lambda path: (
-        path.with_suffix(".txt").touch(),
-        os.truncate(path.with_suffix(".txt"), 1 << 40),
-    ),
+    "a sparse caption": lambda path: sparse(path.with_suffix(".txt")),
     "UTF-16": lambda path: path.with_suffix(".txt").write_bytes("a cat".encode("utf-16")),
     "metadata is a pipe": lambda path: os.mkfifo(path.parent / "metadata.jsonl"),
     "metadata is /dev/zero": lambda path: (path.parent / "metadata.jsonl").symlink_to("/dev/zero"),

@@ -53,7 +53,8 @@ def checkpoint(folder: Path) -> Path:
     reducer = Reducer(adapter)
     for _ in range(STEPS):
         adapter.set_active(["blocks.0", "blocks.1"])
-        sum(value.square().sum() + value.sum() for value in adapter.parameters() if value.requires_grad).backward()
+        losses = [value.square().sum() + value.sum() for value in adapter.parameters() if value.requires_grad]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     reducer.active, reducer.ever_active = ("blocks.0", "blocks.1"), {"blocks.0", "blocks.1"}
@@ -78,7 +79,7 @@ def resume(folder: Path) -> None:
     reducer.load_state_dict(state.reducer)
     scaler.load_state_dict(state.scaler)
     adapter.set_active(None)
-    sum(value.square().sum() for value in adapter.parameters()).backward()
+    torch.stack([value.square().sum() for value in adapter.parameters()]).sum().backward()
     optimizer.step()
     assert all(value.isfinite().all() for value in adapter.parameters()), "not finite after a step"
 

@@ -6,7 +6,8 @@ reads A x, as ours) and EffiLoRA have nearly the same number of trained paramete
 concepts that nobody trained on:
 
 - exact: share of the answers that greedy generation gives word for word;
-- choice: share of the questions whose right answer is the likeliest of five.
+- choice: share of the questions whose right answer is the likeliest of five;
+- what is kept of the base, which nobody trained on: see ``language_kept.py``.
 
 Also: an adapter per task against one for all tasks, with the same examples seen per task; and the Reducer at half and a quarter
 of the layers. Every finished run is a line of ``WORK/language_runs.jsonl``; what is there is not run again, so the command can
@@ -32,15 +33,18 @@ from transformers import Trainer, TrainingArguments
 
 from effilora_diffusion import EffiLoRAConfig, ReducerConfig, attach, detach
 from effilora_diffusion.core import EffiLoRA, Reducer, exit_code
-from effilora_diffusion.language.encoding import Encoder, Example, Examples
+from effilora_diffusion.language.batches import Example
+from effilora_diffusion.language.encoding import Encoder
+from effilora_diffusion.language.examples import Examples
 from effilora_diffusion.language.generate import generate_answers
 from effilora_diffusion.language.models import load_model
 from effilora_diffusion.language.multiple_choice import grade, parse_question
-from effilora_diffusion.language.records import read_records
+from effilora_diffusion.language.sources import read_records
 from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import ReducerCallback
 
 from .language_data import TASKS, fetch_model
+from .language_kept import Kept
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 LORA = "PEFT LoRA"
@@ -69,6 +73,7 @@ class Bench:
             part: read_records(args.work / f"{part}.jsonl") for part in ("train", "validation", "held_out")
         }
         self.log = args.work / "language_runs.jsonl"
+        self.kept = Kept(args.work, self.model, tokenizer)
 
     def autocast(self) -> Any:
         """The computation's type, the same for all methods."""
@@ -76,7 +81,7 @@ class Bench:
 
     def examples(self, part: str, task: str | None) -> list[Example]:
         """The examples of one part of the data, of one task or all."""
-        return Examples([r for r in self.records[part] if task in (None, r["task"])], self.encoder, part).items
+        return [*Examples.of([r for r in self.records[part] if task in (None, r["task"])], self.encoder, part).tokens]
 
     def train(
         self, model: nn.Module, items: list[Example], rate: float, seed: int, steps: int, more: list[Any]
@@ -122,6 +127,11 @@ class Bench:
             figures["exact"].append(text == record["output"])
             figures["choice"].append(chosen)
         return {task: {name: statistics.mean(values) for name, values in of.items()} for task, of in found.items()}
+
+    def measure_kept(self, model: nn.Module) -> dict[str, float]:
+        """What is kept of the base."""
+        with self.autocast():
+            return self.kept.measure(model)
 
     def done(self) -> list[dict[str, Any]]:
         """The runs that are written already."""
@@ -176,7 +186,7 @@ def run(
         loss = bench.loss(model, bench.examples("validation", task))
         line = {**key, "trained": trained, "loss": loss}
         if loss < worth:
-            line["held_out"] = bench.judge(model, task)
+            line |= {"held_out": bench.judge(model, task), "kept": bench.measure_kept(model)}
     bench.write(line)
     return line
 
@@ -202,7 +212,8 @@ def work_through(bench: Bench) -> None:
         items = bench.examples("validation", None)
         bench.write({"method": "base", "rate": 0, "seed": 0, "task": None, "steps": args.steps,
                      "bf16": args.bf16, "trained": 0,
-                     "loss": bench.loss(bench.model, items), "held_out": bench.judge(bench.model)})  # fmt: skip
+                     "loss": bench.loss(bench.model, items), "held_out": bench.judge(bench.model),
+                     "kept": bench.measure_kept(bench.model)})  # fmt: skip
     for method in args.methods:
         if method == "base":
             continue
@@ -225,6 +236,18 @@ def _row(name: str, runs: list[dict[str, Any]], figure: Callable[[dict[str, Any]
     return f"| {name} | {' | '.join(cells)} | {mean} |"
 
 
+def _print_kept(chosen: dict[str, list[dict[str, Any]]]) -> None:
+    """What the methods keep of the base, as far as it was measured."""
+    print("\n| | loss on prose | reasoning, % | loss on the base's answers |\n|---|---|---|---|")
+    for method, lines in chosen.items():
+        kept = [line["kept"] for line in lines if "kept" in line]
+        if kept:
+            prose, answers = (_spread([line[name] for line in kept], "{:.3f}") for name in ("prose", "answers"))
+            print(
+                f"| {method} | {prose} | {_spread([100 * line['reasoning'] for line in kept], '{:.1f}')} | {answers} |"
+            )
+
+
 def print_tables(runs: list[dict[str, Any]]) -> None:
     """Markdown tables of what has been run."""
     mixed = [line for line in runs if line["task"] is None]
@@ -243,6 +266,7 @@ def print_tables(runs: list[dict[str, Any]]) -> None:
         rates = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(sweep.items()))
         print(f"| {method} | {lines[0]['trained']:,} | {lines[0]['rate']:g} | {rates} | "
               f"{_spread([line['loss'] for line in lines], '{:.3f}')} |")  # fmt: skip
+    _print_kept(chosen)
     for kind in ("exact", "choice"):
         figure = lambda line, task, kind=kind: 100 * line["held_out"][task][kind]  # noqa: E731
         print(

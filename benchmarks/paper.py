@@ -33,9 +33,9 @@ from effilora_diffusion.core.errors import EffiLoRAError
 from effilora_diffusion.core.image_io import load_image
 from effilora_diffusion.core.writing import write_text
 from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.judges.vision import Clip, Dino, likeness, matched
 from effilora_diffusion.diffusion.sampling.generate import draw_images
 
-from .judges import Clip, Dino, likeness, matched
 from .runs import Started, start_ours, start_peft
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -148,7 +148,7 @@ def batches(config: TrainingConfig, family: Family) -> BatchDrawer:
         )
         classes = class_examples(folder, sampler(config, family), print)
     sources = [
-        ExampleSource(family, group, preparation(config), purpose) if group else None
+        ExampleSource(family, group, preparation(config, family), purpose) if group else None
         for group, purpose in ((examples, "instance"), (classes, "class"))
     ]
     for source in sources:

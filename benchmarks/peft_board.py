@@ -40,10 +40,10 @@ from effilora_diffusion.core.errors import EffiLoRAError
 from effilora_diffusion.core.image_io import load_image
 from effilora_diffusion.core.writing import write_text
 from effilora_diffusion.diffusion.config import TrainingConfig
+from effilora_diffusion.diffusion.judges.vision import Dino, matched
 from effilora_diffusion.diffusion.models import Family
 from effilora_diffusion.diffusion.training.loss import FlowObjective, Objective
 
-from .judges import Dino, matched
 from .runs import Started, start_ours, start_peft
 
 MODEL = "black-forest-labs/FLUX.2-klein-base-4B"

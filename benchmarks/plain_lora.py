@@ -34,8 +34,9 @@ from effilora_diffusion.diffusion.training.example import example_settings
 from effilora_diffusion.diffusion.training.plain import PlainForm, PlainMaker
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
-from .frontier import Board, measured
-from .subject import OTHER_PROMPTS, OURS, draw, draw_all, drift, settings
+from .features import load_judge
+from .judging import Board, Others
+from .subject import HELD_OUT, OTHER_PROMPTS, OURS, draw, draw_all, drift, settings
 
 FORMS: dict[str, tuple[bool, int]] = {
     "fit, subject alone": (False, 0),
@@ -69,7 +70,8 @@ class Method:
     """
 
     def __init__(self, board: Board, config: TrainingConfig, folder: Path):
-        self.board, self.folder = board, folder
+        assert board.reference is not None
+        self.board, self.reference, self.folder = board, board.reference, folder
         run = Path(config.output_dir)
         if not (run / ADAPTER_FILE).exists():
             Trainer(config).run()
@@ -96,11 +98,8 @@ class Method:
     def judged(self, pipe: Any) -> tuple[dict[str, float], Images]:
         """Figures of what a pipeline draws and predicts, and its images."""
         images, family = draw_all(pipe), make_family(pipe, torch.device("cpu"))
-        found = {
-            "loss": self.board.subject.loss(self.board.subject.predictions(family), self.board.subject.target),
-            "change": self.board.others.loss(self.board.others.predictions(family), self.board.before),
-        }
-        return found | self.board.reference.figures(*images), images
+        found = {"loss": self.board.probe.loss(family), "change": self.board.others.change(family)}
+        return found | self.reference.figures(*images), images
 
     def make(self, mixed: bool, steps: int) -> PlainForm:
         """The plain LoRA in one of the ways."""
@@ -125,10 +124,15 @@ class Method:
         pipe.load_lora_weights(self.folder / "plain")
         found, images = self.judged(pipe)
         apart = difference(self.images, images)
-        features = drift(self.board.reference.judge, [*self.images[0], *self.images[1]], [*images[0], *images[1]])
+        features = drift(self.reference.judge, [*self.images[0], *self.images[1]], [*images[0], *images[1]])
         gaps = {"gap subject": plain.gap.subject, "gap others": plain.gap.others}
         apart_by = {"grey levels": float(apart.mean()), "largest": float(apart.max()), "feature distance": features}
         return {**found, **gaps, **apart_by, "seconds": seconds}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows that are kept in a file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -160,14 +164,16 @@ def main() -> None:
     changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
-    board, kept, rate = Board(), args.work / "rows.jsonl", float(example_settings()["learning_rate"])
+    example, kept = example_settings(), args.work / "rows.jsonl"
+    board = Board(Others(), load_judge(), example["instance_prompt"], Path(example["instance_data_dir"]), HELD_OUT)
+    rate = float(example["learning_rate"])
     for method, seed in ((method, seed) for seed in args.seeds for method in args.methods):
         exact = method in ("static", "1 head")
         keys = [
             {"method": method, "seed": seed, "form": form, "settings": changes}
             for form in ("adapter", *(["exact"] if exact else args.forms))
         ]
-        missing = [key for key in keys if not any(key.items() <= row.items() for row in measured(kept))]
+        missing = [key for key in keys if not any(key.items() <= row.items() for row in rows_of(kept))]
         if not missing:
             continue
         output = args.work / "-".join([method, str(seed), *args.set])
@@ -179,7 +185,7 @@ def main() -> None:
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}, flush=True)
-    print(table(measured(kept)))
+    print(table(rows_of(kept)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.presets import NAMES, preset_settings
 from effilora_diffusion.diffusion.training.dry_run import dry_run_report
 from effilora_diffusion.diffusion.training.example import example_settings
+from effilora_diffusion.diffusion.training.optimizers import averaged
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .features import load_judge
@@ -40,7 +41,8 @@ def run(config: TrainingConfig, reference: Reference) -> dict[str, float]:
         trainer.run()
         seconds = time.process_time() - began
         file = Path(folder, "run", ADAPTER_FILE).stat().st_size
-    images = draw_all(trainer.family.pipe)
+    with averaged(trainer.optimizer):  # what the run keeps
+        images = draw_all(trainer.family.pipe)
     facts = {"parameters": report.counts["stored"], "file": file, "memory": report.known, "seconds": seconds}
     return {**facts, **reference.figures(*images)}
 

@@ -6,7 +6,9 @@ fewer full steps that take as long:
 - fewer full steps: every step trains all blocks, there are fewer of them;
 - fixed cut: all steps are cut at the same place (two neighbouring ones, to meet the budget);
 - drawn cut: some steps train all blocks, the others the last one only, in turn;
-- widened: the same steps, the shallow ones first;  narrowed: the same steps, the deep ones first.
+- widened: the same steps, the shallow ones first;  narrowed: the same steps, the deep ones first;
+- cached (``--cached ROWS``): every step trains the upper blocks only, on a finite set of rows (image, noise, timestep), so that
+  what the blocks below compute could be kept. As if that came for free: a step's time is measured with their outputs at hand.
 
 A step's cost at every cut is measured once. Every finished run is a line of ``WORK/reducer_runs.jsonl``; what is there is
 not run again, so the command can be stopped and repeated. Judged by
@@ -22,12 +24,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from effilora_diffusion.core import exit_code
 from effilora_diffusion.core.depth import DepthPlan, execution_order, fixed_plan
@@ -38,7 +42,7 @@ from effilora_diffusion.diffusion.training.trainer import Trainer
 
 from .features import load_judge
 from .judging import OTHER_LEVELS, Board, Others
-from .subject import HELD_OUT
+from .subject import HELD_OUT, SEVERAL
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def settings(args: argparse.Namespace, seed: int, steps: int, **changes: Any) ->
     paths = {"output_dir": str(args.work / "run"), "class_data_dir": str(args.work / "class"), "num_class_images": 48}
     own["prior_target"] = "images"
     quiet = {"num_validation_images": 0, "overwrite_output_dir": True, "checkpointing_steps": 10**6}
-    return TrainingConfig(**{**example_settings(), **own, **paths, **quiet, **changes})
+    return TrainingConfig(**{**example_settings(), **SEVERAL, **own, **paths, **quiet, **changes})
 
 
 class Bench:
@@ -125,14 +129,38 @@ class Bench:
             self.write(found)
         return tuple(found["order"]), found["times"]
 
-    def run(self, name: str, budget: float, seed: int, rate: float, steps: int, plan: DepthPlan) -> None:
-        """Train by one plan, unless the log has it."""
+    def cached_cost(self) -> float:
+        """The time of a step that trains the upper blocks and is given all that comes before; measured once."""
+        found = next((row for row in self.rows if "cached" in row), None)
+        if found is None:
+            trainer = Trainer(settings(self.args, 0, self.args.steps))
+            unet, cut = trainer.family.model, upper_blocks(self.order)
+            with trial(trainer.loop, trainer.adapter), kept_outputs([*unet.down_blocks, unet.mid_block]) as keep:
+                step_at(trainer, self.order, cut)  # its outputs are kept: they have no graph
+                shares = []
+                for _ in range(15):
+                    keep(False)
+                    full = timed(lambda: step_at(trainer, self.order, 0))
+                    keep(True)
+                    shares.append(timed(lambda: step_at(trainer, self.order, cut)) / full)
+            trainer.folder.release()
+            found = {"cached": statistics.median(shares)}
+            self.write(found)
+        return float(found["cached"])
+
+    def run(
+        self, name: str, budget: float, seed: int, rate: float, steps: int, plan: DepthPlan, rows: int | None = None
+    ) -> None:
+        """Train by one plan, unless the log has it; with ``rows`` on that many of them, again and again."""
         key = {"plan": name, "budget": budget, "seed": seed, "steps": steps, "rate": rate}
         found = [row for row in self.rows if all(row.get(part) == value for part, value in key.items())]
         if any("drift" in row or not self.args.images for row in found):
             return
         trainer = Trainer(settings(self.args, seed, steps, learning_rate=rate, reducer="depth", reducer_depth=1.0))
         trainer.reducer.plan = plan
+        if rows is not None:
+            draw = trainer.batches.draw
+            trainer.batches.draw = lambda first, count: draw(first % rows, count)  # type: ignore[method-assign]
         began, cpu = time.time(), time.process_time()
         trainer.run()
         spent = {"seconds": time.time() - began, "cpu": time.process_time() - cpu}
@@ -140,6 +168,49 @@ class Bench:
         cost = plan.mean(dict(enumerate(self.times))) * steps / self.args.steps
         self.write({**key, "cost": cost, **self.board.figures(trainer.family), **spent})
         print(json.dumps(self.rows[-1]), flush=True)
+
+
+def upper_blocks(order: Sequence[str]) -> int:
+    """The cut below the first upper block of a UNet."""
+    return next(cut for cut, name in enumerate(order) if name.startswith("up_blocks."))
+
+
+def step_at(trainer: Trainer, order: Sequence[str], cut: int) -> None:
+    """One training step with the blocks before ``cut`` frozen."""
+    trainer.adapter.set_active(order[cut:], train_shared=False)
+    trainer.loop.step(0)
+
+
+def timed(step: Callable[[], object]) -> float:
+    """Seconds that ``step`` takes."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def kept_outputs(modules: Sequence[nn.Module]) -> Iterator[Callable[[bool], None]]:
+    """Let modules give their first output again instead of computing, while the function that is yielded was told so."""
+    kept: dict[nn.Module, Any] = {}
+    told = [False]
+
+    def replaced(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*given: Any, **named: Any) -> Any:
+            if told[0] and module in kept:
+                return kept[module]
+            found = forward(*given, **named)
+            kept.setdefault(module, found)
+            return found
+
+        return answer
+
+    try:
+        for module in modules:
+            module.forward = replaced(module, module.forward)
+        yield lambda keep: told.__setitem__(0, keep)
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -164,6 +235,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the log and the class images")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.7], help="shares of a full step's time")
     parser.add_argument("--cuts", nargs="*", type=int, default=[], help="also every step cut here, at what that costs")
+    parser.add_argument("--cached", nargs="*", type=int, default=[], metavar="ROWS", help="also with kept features")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=3)
@@ -183,6 +255,12 @@ def main() -> None:
             budget = round(bench.times[cut], 4)
             bench.run(f"cut at {cut}", budget, seed, rate, args.steps, fixed_plan(bench.order, cut))
             bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)
+        if args.cached:
+            cost, cut = bench.cached_cost(), upper_blocks(bench.order)
+            longer = round(bench.times[cut] * args.steps / cost)
+            for rows in args.cached:
+                name = f"cut at {cut}, {rows} rows kept"
+                bench.run(name, round(bench.times[cut], 4), seed, rate, longer, fixed_plan(bench.order, cut), rows)
         for budget in args.budgets:
             if wanted("fewer full steps"):
                 bench.run("fewer full steps", budget, seed, rate, round(budget * args.steps), full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -51,8 +52,22 @@ SETTINGS = {
 }
 """A run with everything that writes: class images, logs, grids, checkpoints of which one is kept, both plain LoRAs, a card."""
 
-CHANGING = ("README.md", "metrics.jsonl", ".run.json", "config.yaml", "state.json", "manifest.json", ".lock")
+CHANGING = (
+    "README.md",
+    "report.html",
+    "metrics.jsonl",
+    ".run.json",
+    "config.yaml",
+    "state.json",
+    "manifest.json",
+    ".lock",
+)
 """Files that hold times, or the list of names: only whether they are there is compared."""
+
+SCORES = ("scores.jsonl", "best.json")
+"""Files of figures, compared but for the time and the memory that they took."""
+
+SPENT = re.compile(rb'"(seconds|memory)": [0-9.e+-]+')
 
 
 @dataclass
@@ -194,11 +209,12 @@ def _last_step(output: Path) -> int:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a case by name with its bytes; of those that hold times only the name."""
-    return {
-        str(path.relative_to(folder)): b"" if path.name in CHANGING else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+
+    def compared(path: Path) -> bytes:
+        found = b"" if path.name in CHANGING else path.read_bytes()
+        return SPENT.sub(b"", found) if path.name in SCORES else found
+
+    return {str(path.relative_to(folder)): compared(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def difference(found: dict[str, bytes], whole: dict[str, bytes]) -> str:

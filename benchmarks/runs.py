@@ -27,7 +27,7 @@ from effilora_diffusion.diffusion.data.latents import ExampleSource
 from effilora_diffusion.diffusion.data.prior import without_images
 from effilora_diffusion.diffusion.models import Family, make_family
 from effilora_diffusion.diffusion.training.batches import BatchDrawer
-from effilora_diffusion.diffusion.training.build import load_base, make_objective, place, preparation
+from effilora_diffusion.diffusion.training.build import RunParts, load_base, make_objective, place, preparation
 from effilora_diffusion.diffusion.training.loop import Loop
 from effilora_diffusion.diffusion.training.loss import Objective, batch_loss
 from effilora_diffusion.diffusion.training.optim import learning_rates
@@ -72,9 +72,10 @@ def start_ours(config: TrainingConfig, change: Change) -> Started:
     class Changed(Trainer):
         """A trainer whose family is changed before anything is encoded."""
 
-        def _cache(self, prior: Any) -> BatchDrawer:
-            self.objective = change(self.family) or self.objective
-            return super()._cache(prior)
+        def _build(self) -> RunParts:
+            parts = super()._build()
+            parts.objective = change(parts.family) or parts.objective
+            return parts
 
     folder = tempfile.TemporaryDirectory()  # the Reducer's log of another row must not lie there
     trainer = Changed(replace(config, output_dir=folder.name), Accelerator(cpu=not torch.cuda.is_available()))
@@ -123,10 +124,12 @@ def start_peft(config: TrainingConfig, adapter: PeftConfig, change: Change) -> S
         family.enable_gradient_checkpointing()
     examples, _ = scan_images(Path(str(config.instance_data_dir)), config.instance_prompt)
     prior = preservation(config, config.train_batch_size)
-    instance = ExampleSource(family, examples, preparation(config), "instance")
+    instance = ExampleSource(family, examples, preparation(config, family), "instance")
     classes = None
     if prior is not None:
-        classes = ExampleSource(family, without_images(examples, config.class_prompt), preparation(config), "class")
+        classes = ExampleSource(
+            family, without_images(examples, config.class_prompt), preparation(config, family), "class"
+        )
     with family.encoders():
         for source in (instance, classes):
             if source is not None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.training.example import example_settings
@@ -21,7 +21,7 @@ from effilora_diffusion.diffusion.training.trainer import Trainer
 from effilora_diffusion.studio.server import serve
 
 FOLDER = Path("docs/images")
-SIZE = {"width": 1280, "height": 800}
+SIZE: ViewportSize = {"width": 1280, "height": 800}
 RUNS = {"example": {}, "example_reduced": {"reducer": "importance"}}
 
 
@@ -29,7 +29,13 @@ def train_missing(outputs: Path) -> None:
     """Train the runs that are not there."""
     for name, changes in RUNS.items():
         if not (outputs / name / "effilora.safetensors").exists():
-            settings = {**example_settings(), "output_dir": str(outputs / name), "checkpointing_steps": 150}
+            settings = {
+                **example_settings(),
+                "rank": 4,
+                "heads": 3,
+                "output_dir": str(outputs / name),
+                "checkpointing_steps": 100,
+            }
             Trainer(TrainingConfig(**{**settings, **changes})).run()
 
 
@@ -73,7 +79,7 @@ def compare(page: Page) -> None:
     page.locator("#grid-settings > button").click()
     page.locator("#grid-y input").click()
     page.get_by_role("option", name="checkpoint", exact=True).click()
-    page.get_by_label("Values down").fill("150; 300; final")
+    page.get_by_label("Values down").fill("100; 200; final")
     page.get_by_label("Values across").fill("0-1.2 [4]")
     page.locator("#draw-grid").click()
     page.get_by_text("strength across, checkpoint down.").wait_for(timeout=240_000)
@@ -93,7 +99,7 @@ def inspect(page: Page) -> None:
 def main() -> None:
     """Write ``docs/images/*.png`` and print the time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the two runs")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs", "screenshots"), help="folder of the two runs")
     outputs = parser.parse_args().outputs
     train_missing(outputs)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -110,9 +116,9 @@ def main() -> None:
             (path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None
         )
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        print(f"first image after {first_image(browser.new_page(viewport=SIZE), served.local_url):.1f} s")
+        print(f"first image after {first_image(browser.new_page(viewport=SIZE), str(served.local_url)):.1f} s")
         page = browser.new_page(viewport=SIZE)
-        page.goto(served.local_url)
+        page.goto(str(served.local_url))
         page.get_by_role("button", name="Draw", exact=True).wait_for()
         page.wait_for_timeout(1500)
         for tab in (generate, compare, inspect):

@@ -34,7 +34,7 @@ from .peft_baseline import inject
 
 PEFT = "PEFT LoRA"
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "3 heads, token": {"heads": 3},
     "3 heads, static": {"heads": 3, "routing": "static"},
     "3 heads, timestep": {"heads": 3, "routing": "timestep"},
@@ -70,7 +70,7 @@ class Run:
         predicted: Tensor = self.model(**self.inputs, return_dict=False)[0]
         return predicted.float().square().mean()
 
-    def follow(self, adapter: EffiLoRA, budgets: dict[str, float]) -> None:
+    def follow(self, adapter: EffiLoRA, budgets: dict[str, Any]) -> None:
         """Let the adapter's Reducer choose the blocks of every step; with ``budgets`` after measuring what they cost."""
         self.reducer = Reducer(adapter)
         if budgets:
@@ -110,8 +110,8 @@ def method(name: str, base: nn.Module, inputs: dict[str, Any], rank: int) -> Run
         sites = fresh_adapter(model, attached=False).sites
         targets = [path for site in sites for path, _ in site.linears]
         return Run(model, inject(model, rank, targets=targets), inputs)
-    chosen: dict[str, Any] = dict(CONFIGS[name])
-    budgets = {key: chosen.pop(key) for key in ("reducer_time", "reducer_memory") if key in chosen}
+    chosen = dict(CONFIGS[name])
+    budgets: dict[str, Any] = {key: chosen.pop(key) for key in ("reducer_time", "reducer_memory") if key in chosen}
     if budgets:
         chosen["reducer"] = ReducerConfig(mode="depth")
     adapter = fresh_adapter(model, rank=rank, **chosen)

@@ -43,6 +43,9 @@ OTHER_PROMPTS = (
 IMAGES = 16
 OURS = ("EffiLoRA", "static", "timestep", "1 head")
 """Variants of the adapter: as it is (token routing), other gates, and one head."""
+SEVERAL = {"rank": 4, "heads": 3}
+"""Heads that a router mixes, of about the size of one of rank 8."""
+
 RATES = (2e-3, 4e-3, 8e-3)
 
 
@@ -109,7 +112,7 @@ def open_all(folder: Path) -> list[Image.Image]:
 
 def settings(method: str, seed: int, rate: float, output: str, changes: dict[str, Any]) -> TrainingConfig:
     """The example's settings with one method's differences; no images are drawn while training."""
-    base = {**example_settings(), **changes, "seed": seed, "learning_rate": rate, "output_dir": output}
+    base = {**example_settings(), **SEVERAL, **changes, "seed": seed, "learning_rate": rate, "output_dir": output}
     base |= {"num_validation_images": 0, "overwrite_output_dir": True}
     if method in ("static", "timestep"):
         base["routing"] = method

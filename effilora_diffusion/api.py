@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import core
 from .core import AdapterFile, EffiLoRA, EffiLoRAConfig, EffiLoRAError, load_adapter_file, save_adapter_file
 from .core.convert import without_concepts
-from .core.files import LANGUAGE, adapter_path
+from .core.files import LANGUAGE
 from .core.fingerprint import base_fingerprint
-from .core.load import Attach, host_model, load, remove
+from .core.load import Attach, attach_parts, for_parts, host_model, load, parts_of, remove
+from .core.load import detach as detach_parts
+from .core.reference import adapter_file
 from .core.sites import single_sites
+from .language.reference_model import reference_model as reference_model
 
 
 def _comes_from(model: nn.Module, library: str) -> bool:
@@ -93,8 +96,7 @@ def attach(pipeline_or_model: Any, adapter: EffiLoRA, name: str = "default") -> 
         >>> adapter = attach(pipe, create_adapter(pipe))
         >>> adapter.strength = 0.5
     """
-    model = host_model(pipeline_or_model)
-    _attach_of(model)(model, adapter, name)
+    attach_parts(pipeline_or_model, adapter, name, _attach_of(host_model(pipeline_or_model)))
     _follow_prompts(pipeline_or_model, adapter)
     return adapter
 
@@ -112,7 +114,7 @@ def detach(pipeline_or_model: Any, name: str | None = None) -> None:
     Example:
         >>> detach(pipe, "default")
     """
-    core.detach(host_model(pipeline_or_model), name)
+    detach_parts(pipeline_or_model, name)
 
 
 def merge(pipeline_or_model: Any, name: str = "default", concept: str | None = None) -> None:
@@ -131,7 +133,18 @@ def merge(pipeline_or_model: Any, name: str = "default", concept: str | None = N
         >>> load_adapter(pipe, "outputs/my-dog", name="dog")
         >>> merge(pipe, "dog")
     """
-    core.merge(host_model(pipeline_or_model), name, concept)
+    fresh = [part for part in parts_of(pipeline_or_model) if _acts_unmerged(part, name)]
+    try:
+        for_parts(lambda part, own: core.merge(part, own, concept), pipeline_or_model, name)
+    except EffiLoRAError:
+        for part in fresh:
+            core.unmerge(part, name)
+        raise
+
+
+def _acts_unmerged(part: Any, name: str) -> bool:
+    found = core.adapters_of(part).get(name)
+    return found is not None and not found.merged
 
 
 def unmerge(pipeline_or_model: Any, name: str = "default") -> None:
@@ -140,7 +153,7 @@ def unmerge(pipeline_or_model: Any, name: str = "default") -> None:
     Example:
         >>> unmerge(pipe, "dog")
     """
-    core.unmerge(host_model(pipeline_or_model), name)
+    for_parts(core.unmerge, pipeline_or_model, name)
 
 
 def load_adapter(
@@ -150,7 +163,8 @@ def load_adapter(
 
     Args:
         pipeline_or_model: stock diffusers pipeline or model, or transformers model.
-        path: native ``.safetensors`` file, output folder of a training run, or an :class:`AdapterFile`.
+        path: native ``.safetensors`` file, output folder of a training run, ``"RUN@STEP"`` for one of its checkpoints, or an
+            :class:`AdapterFile`.
         scale: strength; 0 gives the base's output bit for bit, negative values push away from the subject.
         name: under which it can be removed; default: the file's or folder's name, numbered if it is taken.
 
@@ -165,8 +179,7 @@ def load_adapter(
         >>> dog = load_adapter(pipe, "outputs/my-dog", scale=0.8)
         >>> image = pipe("a photo of sks dog").images[0]
     """
-    model = host_model(pipeline_or_model)
-    adapter = load(model, path, scale, name, _attach_of(model))
+    adapter = load(pipeline_or_model, path, scale, name, _attach_of(host_model(pipeline_or_model)))
     _follow_prompts(pipeline_or_model, adapter)
     return adapter
 
@@ -184,7 +197,7 @@ def remove_adapter(pipeline_or_model: Any, name: str | EffiLoRA | None = None) -
     Example:
         >>> remove_adapter(pipe, dog)
     """
-    remove(host_model(pipeline_or_model), name)
+    remove(pipeline_or_model, name)
 
 
 def save_adapter(
@@ -220,6 +233,10 @@ def save_adapter(
         bare = core.unwrap(host_model(model))
         facts = {"base_model": getattr(model, "name_or_path", None), "base_class": type(bare).__name__}
         facts |= {**base_fingerprint(bare), "component": _component(model, bare)}
+        if facts["component"] == LANGUAGE:
+            from .language.coverage import model_facts
+
+            facts |= model_facts(bare)
         if run is not None:
             calibration, facts["export_error"] = core.calibrate(bare, adapter, run)
     save_adapter_file(Path(path), AdapterFile(adapter, {**facts, **metadata}, calibration))
@@ -245,11 +262,15 @@ def export_lora(
     """Write an adapter as plain LoRA, or its base model with the update merged in.
 
     Args:
-        adapter: native file, output folder of a training run, or an :class:`AdapterFile`.
-        output: file for ``diffusers`` and ``kohya``, folder for ``peft`` and ``merged``.
+        adapter: native file, output folder of a training run, ``"RUN@STEP"`` for one of its checkpoints, or an
+            :class:`AdapterFile`. Where gates depend on their input, a checkpoint's plain LoRA is fitted (and of images
+            distilled) on the run's data, which takes as long as at a run's end; else nothing is loaded but the file.
+        output: file for ``diffusers``, ``kohya``, ``gguf`` and ``merged-gguf``, folder for ``peft`` and ``merged``.
         format: ``diffusers`` (default of image models), ``kohya`` (UNets, for ComfyUI and A1111), ``peft`` (default of
-            language models) or ``merged``.
-        model: for ``merged``: folder or hub id of the base; default: the one that the adapter names.
+            language models) or ``merged``; of language models also ``gguf`` (llama.cpp's LoRA) and ``merged-gguf`` (a copy of
+            the base's GGUF file with the update added).
+        model: for ``merged``: folder or hub id of the base, for ``merged-gguf`` its GGUF file; default: the one that the
+            adapter names.
         single_file_config: configuration and tokenizers of the base if it is one checkpoint file.
         concept: which one, of an adapter with several: a plain LoRA acts on every prompt, so it can hold one only.
 
@@ -265,7 +286,11 @@ def export_lora(
         >>> export_lora("outputs/my-dog", "dog.safetensors", format="kohya")
         0.0
     """
-    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    if isinstance(adapter, AdapterFile):
+        content = adapter
+    else:
+        file = adapter_file(adapter)
+        content = exportable(file, load_adapter_file(file))
     format = format or default_format(content)
     if content.metadata.get("component") == LANGUAGE:
         from .language.export import export as export_language_adapter
@@ -278,11 +303,63 @@ def export_lora(
     return export_image_adapter(content, Path(output), format, model, single_file_config, concept=concept)
 
 
+def encode_prompt(
+    pipe: Any,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None = None,
+    guided: bool = True,
+    clip_skip: int | None = None,
+) -> dict[str, Tensor]:
+    """Read prompts of any length for a stock pipeline of Stable Diffusion 1.x, 2.x or XL, in chunks of 75 tokens.
+
+    Every chunk has a beginning and an end of its own, and their states stand one behind the other, as in A1111 and sd-scripts.
+
+    Args:
+        pipe: the pipeline, also one for image to image, inpainting or ControlNet.
+        prompt: one, or one per image; all are padded to the chunks of the longest, as is the negative prompt.
+        negative_prompt: one for all, or one per prompt.
+        guided: whether the pipeline is called with guidance.
+        clip_skip: as the pipeline takes it.
+
+    Returns:
+        Arguments for the pipeline instead of the prompts: ``prompt_embeds`` and with guidance ``negative_prompt_embeds``,
+        ``(n, chunks x 77, width)``, and the pooled ones of XL, ``(n, width)``, which are those of the first chunk. Short prompts
+        give what the pipeline's own ``encode_prompt`` gives, bit for bit.
+
+    Raises:
+        EffiLoRAError: the pipeline is none of these.
+
+    Example:
+        >>> image = pipe(**encode_prompt(pipe, "a very long description of a scene ..."), num_inference_steps=25).images[0]
+    """
+    from .diffusion.models.long_prompts import prompt_embeds
+
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if negative_prompt is not None:
+        one = isinstance(negative_prompt, str)
+        negative_prompt = [str(negative_prompt)] * len(prompts) if one else list(negative_prompt)
+    return prompt_embeds(pipe, prompts, negative_prompt, guided, clip_skip)
+
+
+def exportable(path: Path, content: AdapterFile) -> AdapterFile:
+    """``content`` with all that its plain LoRA needs, which the file of a checkpoint lacks where gates depend on their input."""
+    made = core.is_exact(content.adapter) or content.plain is not None or bool(content.calibration)
+    if made:
+        return content
+    if content.metadata.get("component") == LANGUAGE:
+        from .language.calibration import with_calibration
+
+        return with_calibration(path, content)
+    from .diffusion.training.checkpoint_export import with_plain
+
+    return with_plain(path, content)
+
+
 def remove_concepts(adapter: str | Path | AdapterFile, output: str | Path, *names: str) -> AdapterFile:
     """Write an adapter of several concepts without some of them; nothing is trained, the others keep their bits.
 
     Args:
-        adapter: native file, output folder of a training run, or an :class:`AdapterFile`; it is not changed.
+        adapter: native file, output folder of a training run, ``"RUN@STEP"``, or an :class:`AdapterFile`; it is not changed.
         output: the native file to write.
         names: of the concepts to take out.
 
@@ -295,7 +372,7 @@ def remove_concepts(adapter: str | Path | AdapterFile, output: str | Path, *name
     Example:
         >>> remove_concepts("outputs/rex-and-mug", "rex.safetensors", "mug")
     """
-    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_file(adapter))
     smaller = without_concepts(content.adapter, names)
     facts = dict(content.metadata)
     if facts.get("trigger_prompt") not in [concept.prompt for concept in smaller.concepts]:

@@ -22,14 +22,17 @@ QUICK = {
     "center_crop": True,
     "train_batch_size": 1,
     "a_start": "kaiming",
+    "rank": 4,
+    "heads": 3,
     "max_train_steps": 2,
     "num_validation_images": 1,
     "validation_inference_steps": 1,
     "validation_guidance_scale": 1.0,
     "report_to": ["none"],
+    "judge": "none",
     "export_distillation_steps": 1,
 }
-"""Settings of a run that takes a second, at rates that suit the shorter A.
+"""Settings of a run that takes a second, with several heads, at rates that suit the shorter A.
 
 The model, the images and the output folder are given by each test.
 """
@@ -84,7 +87,8 @@ def settings(model, subject, output, **options):
         "instance_data_dir": str(subject),
         "output_dir": str(output),
     }
-    return TrainingConfig(**{**QUICK, **paths, **options})
+    own = QUICK if options.get("init_from") is None else {k: v for k, v in QUICK.items() if k not in ("rank", "heads")}
+    return TrainingConfig(**{**own, **paths, **options})
 
 
 def trainer(model, subject, output, **options):

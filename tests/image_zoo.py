@@ -83,8 +83,6 @@ BAD_FILES = {
     "nan.tiff": (float_tiff(NAN), "NaN or infinity"),
     "inf.tiff": (float_tiff(np.where(np.isnan(NAN), np.inf, NAN)), "NaN or infinity"),
     "flat.tiff": (float_tiff(np.full((80, 80), 0.5)), "same value"),
-    "words.caption": (b"a cat", "only from .txt files and metadata.jsonl"),
-    "metadata.csv": (b"file_name,text\na.png,a cat\n", "only from .txt files and metadata.jsonl"),
 }
 
 

@@ -21,6 +21,15 @@ MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE",
 """The variables in which a launcher tells a process which of how many it is."""
 
 
+ENDLESS = {
+    "max_train_steps": 100_000,
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 2,
+    "num_validation_images": 0,
+}
+"""Settings of a run that somebody else has to end."""
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -14,11 +14,11 @@ from PIL import Image
 
 from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.diffusion.sampling import stream as live
-from effilora_diffusion.diffusion.sampling.png import read_parameters
+from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.compare import CompareTab, changed, split
-from effilora_diffusion.studio.tabs.generate import NONE, GenerateTab
+from effilora_diffusion.studio.tabs.generate import NONE, OWN, GenerateTab
 
 SMALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 
@@ -121,9 +121,21 @@ def tab(session):
     return found
 
 
-def form(prompt="a cat", steps=2, guidance=3.0, width=32, height=32, count=1, seed=4, use_random=False, *slots):
+def form(
+    prompt="a cat",
+    steps=2,
+    guidance=3.0,
+    width=32,
+    height=32,
+    count=1,
+    seed=4,
+    use_random=False,
+    *slots,
+    sampler=OWN,
+    literal=False,
+):
     slots = slots or ("cat", 0.5, True, NONE, 1.0, True, NONE, 1.0, True)
-    return (prompt, "", steps, guidance, width, height, count, seed, use_random, *slots)
+    return (prompt, "", steps, guidance, width, height, count, seed, use_random, sampler, literal, *slots)
 
 
 def test_the_form_becomes_a_request(tab):
@@ -135,7 +147,7 @@ def test_the_form_becomes_a_request(tab):
     assert len(seeds) == 4
     with pytest.raises(EffiLoRAError, match="twice"):
         tab.request(*form("a cat", 2, 3.0, 32, 32, 1, 4, False, "cat", 1, True, "cat", 1, True, NONE, 1, True))
-    with pytest.raises(EffiLoRAError, match="no number"):
+    with pytest.raises(EffiLoRAError, match="Steps is empty"):
         tab.request(*form(steps=None))
 
 
@@ -227,6 +239,10 @@ def test_a_grid_is_one_image_with_every_pair(compare):
     *_, (slider, grid, status, *_) = compare.compare(VISIT, "", *values[1:])  # no prompt: the adapter's own
     assert "Right: cat at 1" in status
     sides = slider["value"]
+    *_, (_, _, status, *_) = compare.compare(VISIT, "a <lora:gone:1>", *values[1:])
+    assert "no adapter named gone" in status
+    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "prompt", "a; a <lora:gone:1>", "seed", "0", *values)
+    assert status.startswith("prompt across, seed down. **There is no adapter named gone")
     assert not grid["visible"]
     assert read_parameters(sides[1])["prompt"] == "a sks cat"
     assert not np.array_equal(pixels(sides[0]), pixels(sides[1]))

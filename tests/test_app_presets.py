@@ -39,9 +39,9 @@ def test_a_preset_s_values_are_in_the_form_and_in_the_run(tab, name, tmp_path):
 
 def test_figures_are_those_of_the_settings_in_the_form(tab):
     text, fields = chosen(tab, DEFAULT)
-    assert "112,932 parameters, file 0.7 MB, plain LoRA 0.3 MB, about 87.3 MB of memory, 250 steps" in text
-    fields["rank"] = 8
-    assert "225,864 parameters" in tab.predict(DEFAULT, "", *fields.values())
+    assert "77,568 parameters, file 0.3 MB, plain LoRA 0.6 MB, about 86.4 MB of memory, 250 steps" in text
+    fields["rank"] = 16
+    assert "155,136 parameters" in tab.predict(DEFAULT, "", *fields.values())
     fields["resolution"] = 33
     assert "--resolution must be" in tab.predict(DEFAULT, "", *fields.values())
     assert tab.predict("quickest", "", *fields.values()) == ""

@@ -103,7 +103,7 @@ BAD = [
     {"steps": 0}, {"steps": -3}, {"steps": 10**6}, {"steps": "many"}, {"steps": None}, {"steps": [1]}, {"steps": 1e400},
     {"width": 0}, {"width": 7}, {"width": -64}, {"width": 10**9}, {"width": "wide"}, {"height": 33}, {"height": 4096},
     {"height": {}},
-    {"seed": -1}, {"seed": 2**63}, {"seed": 10**40}, {"seed": "seed"}, {"seed": None}, {"seed": "1; import os"},
+    {"seed": -2}, {"seed": 2**63}, {"seed": 10**40}, {"seed": "seed"}, {"seed": 1.5}, {"seed": "1; import os"},
     {"guidance_scale": -1}, {"guidance_scale": 1e9}, {"guidance_scale": float("nan")}, {"guidance_scale": "strong"},
     {"guidance_scale": float("inf")}, {"strength": 5}, {"strength": -1e9}, {"strength": float("nan")}, {"strength": "full"},
     {"adapter": "dog"}, {"adapter": "cat @ 3"}, {"adapter": "cat # 9"}, {"adapter": "cat # 0"}, {"adapter": "cat @ 99999999999"},

@@ -176,7 +176,7 @@ def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
     *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session, rank=2))
     assert text == "Nothing is in the way."
     assert "images      2, 1 distinct caption, at" in report["value"]
-    assert "rank 2, 3 heads" in report["value"]
+    assert "rank 2, 1 head" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")
     *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session))
@@ -329,7 +329,7 @@ def test_a_file_s_words_about_itself_never_replace_what_is_measured(session):
     save_adapter_file(session.uploads / "evil.safetensors", AdapterFile(content.adapter, lies, content.calibration))
     card, _ = built(AdaptersTab, session).show("evil")
     assert "rank 4, 3 heads, token routing" in card
-    assert "of the update missing" in card
+    assert "a fit, not yet measured" in card  # neither exact, as the file says, nor of a size that it can't give
     for tab in (built(InspectTab, session),):
         assert "How much each layer changes" in tab.show("evil")[0]
     slot = AdapterRow(session, 1)

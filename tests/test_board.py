@@ -14,8 +14,8 @@ from benchmarks import board, board_table, judging, subject
 from benchmarks.board import Bench, Plan
 from benchmarks.board_methods import METHODS, STANDARD
 from benchmarks.board_rows import Rows
-from benchmarks.features import EfficientNetLite0, Judge
 from benchmarks.peft_baseline import batches, train
+from effilora_diffusion.diffusion.judges.efficientnet import EfficientNetLite0, Judge
 from effilora_diffusion.diffusion.models import make_family
 from effilora_diffusion.diffusion.models.pipelines import load_pipeline
 from effilora_diffusion.diffusion.training.trainer import Trainer
@@ -257,3 +257,26 @@ def test_the_tables_and_the_plot_come_from_the_rows(tmp_path, monkeypatch, capsy
         colours = {colour for _, colour in image.convert("RGB").getcolors(10**6)}
     assert image.size == (760, 380)
     assert len(colours) > 10
+
+
+def test_the_standard_is_compared_at_equal_drift_and_at_equal_likeness():
+    standard = [
+        {"subject": subject, "seed": seed, "rate": rate, "drift": drift, "rise_of_gap": likeness + seed / 10}
+        for subject in ("a", "b")
+        for seed in (0, 1)
+        for rate, drift, likeness in ((1e-3, 0.01, 0.3), (2e-3, 0.02, 0.5))
+    ]
+    mine = [
+        {"subject": "a", "seed": 0, "drift": 0.015, "rise_of_gap": 0.6},
+        {"subject": "b", "seed": 1, "drift": 0.005, "rise_of_gap": 0.2},
+        {"subject": "c", "seed": 0, "drift": 0.01, "rise_of_gap": 0.5},
+    ]
+    assert board_table.at_equal(mine, standard, "rise_of_gap", "drift") == [
+        (0.6, pytest.approx(0.4)),
+        (0.2, pytest.approx(0.2)),
+    ]
+    # b: 0.2 of 0.4 at drift 0.01; a: beyond the last rate the curve goes on
+    assert board_table.at_equal(mine, standard, "drift", "rise_of_gap") == [
+        (0.015, pytest.approx(0.025)),
+        (0.005, pytest.approx(0.005)),
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def pixels(path):
 
 def parameters(path):
     with Image.open(path) as image:
-        return json.loads(image.text["parameters"])
+        return json.loads(image.text["effilora"])
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -69,10 +70,12 @@ def test_generated_image_carries_the_parameters_that_repeat_it(tiny_pipeline, pl
         "height": 32,
         "model": str(tiny_pipeline),
         "adapters": [{"file": "run", "strength": 0.8}, {"file": "plain", "strength": 1.0}],
+        "sampler": None,
+        "literal": False,
     }
     again = ["generate", "--output", str(tmp_path / "b.png")]
     for name, value in facts.items():
-        again += [f"--{name}={value}"] if name != "adapters" else []
+        again += [f"--{name}={value}"] if name not in ("adapters", "sampler", "literal") else []
     for adapter in facts["adapters"]:
         again += ["--adapter", f"{place / adapter['file']}:{adapter['strength']}"]
     assert cli.main(again) == 0
@@ -105,6 +108,37 @@ def test_further_images_use_the_seeds_that_follow(tiny_pipeline, tmp_path, capsy
     assert [parameters(tmp_path / name)["seed"] for name in names] == [5, 6, 7]
     assert generate(tiny_pipeline, tmp_path / "single.png", "--seed", 6) == 0
     assert (pixels(tmp_path / "single.png") == pixels(tmp_path / "many-2.png")).all()
+
+
+def test_a_random_seed_is_told_and_kept(tiny_pipeline, tmp_path, capsys):
+    assert generate(tiny_pipeline, tmp_path / "a.png", "--seed", -1) == 0
+    assert capsys.readouterr().err == f"seed {parameters(tmp_path / 'a.png')['seed']}\n"
+
+
+def test_adapters_of_one_name_act_together_and_one_file_does_not_twice(tiny_pipeline, place, tmp_path, capsys):
+    shutil.copytree(place / "plain", tmp_path / "other" / "run")
+    both = ["--adapter", place / "run", "--adapter", f"{tmp_path / 'other' / 'run'}:0.5"]
+    apart = ["--adapter", place / "run", "--adapter", f"{place / 'plain'}:0.5"]
+    for more in ([], ["--literal_prompt"]):
+        assert generate(tiny_pipeline, tmp_path / "a.png", *both, *more) == 0
+        assert generate(tiny_pipeline, tmp_path / "b.png", *apart, *more) == 0
+        assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+        named = [{"file": "run", "strength": 1.0}, {"file": "run (2)", "strength": 0.5}]
+        assert parameters(tmp_path / "a.png")["adapters"] == named
+    assert generate(tiny_pipeline, tmp_path / "c.png", *both[:2], *both[:2]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("{|}", "the prompt is empty"), ("a <lora:cat:nan>", "strength of cat"), ("a <lora:cat:inf>", "strength of cat")],
+)
+def test_what_a_prompt_s_syntax_makes_of_it_is_checked(tiny_pipeline, place, tmp_path, capsys, prompt, said):
+    shutil.copytree(place / "run", tmp_path / "outputs" / "cat")
+    words = ["--prompt", prompt, "--outputs", tmp_path / "outputs"]
+    assert generate(tiny_pipeline, tmp_path / "a.png", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_adapter_argument_splits_at_the_last_colon_only_before_a_number(tmp_path):
@@ -199,7 +233,7 @@ MISTAKES = {
     "no prompt": ["generate", "--output", "{new}/a.png"],
     "no output": ["generate", "--prompt", "x"],
     "seed is a word": [*GENERATE, "--seed", "lucky"],
-    "negative seed": [*GENERATE, "--seed", "-1"],
+    "negative seed": [*GENERATE, "--seed", "-2"],
     "huge seed": [*GENERATE, "--seed", str(2**63)],
     "no images": [*GENERATE, "--num_images", "0"],
     "no steps": [*GENERATE, "--num_inference_steps", "0"],
@@ -257,7 +291,7 @@ TRAINING_MISTAKES = {
     "output below a file": ["--output_dir={place}/words.safetensors/out"],
     "output is used": ["--output_dir={place}/run"],
     "nothing to resume": ["--resume_from_checkpoint=latest"],
-    "unsupported flag of diffusers": ["--train_text_encoder"],
+    "unsupported flag of diffusers": ["--cond_image_column=edited"],
 }
 
 

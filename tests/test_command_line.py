@@ -46,8 +46,26 @@ def test_layers_named_as_in_diffusers_flux_script_become_targets():
 
 
 def test_layers_are_named_once():
-    with pytest.raises(EffiLoRAError, match="mean the same"):
-        parse_arguments(["--lora_layers", "to_q", "--target_modules", "to_k"])
+    for flag in ("--lora_layers", "--lora_blocks"):
+        with pytest.raises(EffiLoRAError, match=f"{flag} and --target_modules both name the layers"):
+            parse_arguments([flag, "0", "--target_modules", "to_k"])
+
+
+def test_blocks_named_as_in_diffusers_sd3_script_become_targets():
+    asked = ["--lora_blocks", "0, 12", "--lora_layers", "attn.to_k,attn.to_q"]
+    assert parse_arguments(asked).target_modules == [
+        f"transformer_blocks.{block}.attn.{name}" for block in (0, 12) for name in ("to_k", "to_q")
+    ]
+    assert len(parse_arguments(["--lora_blocks", "3"]).target_modules) == 8
+    with pytest.raises(EffiLoRAError, match="--lora_blocks must be numbers of blocks, as in 12,30, not 'all'"):
+        parse_arguments(["--lora_blocks", "all"])
+
+
+def test_the_layers_that_flux2_reads_anyway_may_be_named():
+    for own in ("10 20 30", "9 18 27"):
+        assert parse_arguments(["--text_encoder_out_layers", *own.split()]) == TrainingConfig()
+    with pytest.raises(EffiLoRAError, match="--text_encoder_out_layers is not supported"):
+        parse_arguments(["--text_encoder_out_layers", "1"])
 
 
 def test_an_optimizer_is_known_by_any_spelling():
@@ -97,7 +115,7 @@ def test_malformed_options_end_with_code_two(words, capsys):
         (["--save_every_n_steps", "1"], "here it is --checkpointing_steps"),
         (["--lr", "1"], "here it is --learning_rate"),
         (["--steps", "1"], "here it is --max_train_steps"),
-        (["--trigger_word", "sks"], "here it is --instance_prompt"),
+        (["--trigger_word", "sks"], "here it is --trigger for [trigger] in captions, or the whole --instance_prompt"),
         (["stray"], "quote values that have spaces"),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """Runs with several subjects: the list that names them, whose turn a row is, what is learned, written and resumed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from effilora_diffusion.cli import main
 from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.core.concepts import Concept, find_concepts
 from effilora_diffusion.core.inspection import single_head
-from effilora_diffusion.diffusion.concepts_list import ConceptData, read_concepts
+from effilora_diffusion.diffusion.concepts_list import ConceptData
 from effilora_diffusion.diffusion.config import TrainingConfig
-from effilora_diffusion.diffusion.data.concepts import ConceptSource, name_concepts, scan_concepts
+from effilora_diffusion.diffusion.data.concepts import ConceptSource, name_concepts, row_shares, scan_concepts
+from effilora_diffusion.diffusion.data.folder import Example
+from effilora_diffusion.diffusion.dataset_config import Subset
 from effilora_diffusion.diffusion.sampling.generate import draw_images
 from effilora_diffusion.diffusion.sampling.leakage import leakage_prompts
 from effilora_diffusion.diffusion.training.trainer import Trainer
@@ -189,7 +192,7 @@ class Numbers:
     def __init__(self, name):
         self.name = name
 
-    def draw(self, position):
+    def draw(self, position, size=None):
         return self.name, position
 
 
@@ -202,6 +205,15 @@ def test_concepts_take_turns_by_weight_and_a_turn_depends_on_its_position_only()
     assert [sum(name == wanted for name, _ in drawn) for wanted in "abc"] == [300, 100, 200]
     assert [sum(name == "b" for name, _ in drawn[start : start + 12]) for start in range(0, 600, 12)] == [2] * 50
     assert ConceptSource(sources, [3.0, 1.0, 2.0]).draw(431) == drawn[431]
+
+
+def test_shares_of_rows_are_of_the_images_that_are_trained_on():
+    subsets = (Subset("a", "a cat", repeats=3),)
+    entries = [ConceptData(name, f"a {name}", subsets=subsets) for name in ("cat", "dog")]
+    concepts = [Concept(name, (name,)) for name in ("cat", "dog")]
+    left = [Example(Path("0.png"), "", "", (1, 1), concept=name, repeats=3) for name in ("cat", "dog", "dog")]
+    assert row_shares(entries, left, concepts) == (3.0, 6.0)
+    assert row_shares([ConceptData("cat", "a cat", weight=2.0)], left, concepts[:1]) == (2.0,)
 
 
 def test_captions_that_name_both_train_both(tiny_pipeline, tmp_path):
@@ -247,38 +259,6 @@ def test_other_routings_train_on_several_subjects_too(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[", "not valid JSON"),
-        ("{}", "a list of 1 to 63 objects"),
-        ("[]", "a list of 1 to 63 objects"),
-        ("[3]", "entry 1 of .* is not an object"),
-        ('[{"instance_prompt": "a"}]', "has no instance_data_dir"),
-        ('[{"instance_data_dir": "a", "instance_prompt": " "}]', "has no instance_prompt"),
-        ('[{"instance_data_dir": "a", "instance_prompt": "b", "steps": 3}]', "unknown key 'steps'"),
-        ('[{"instance_data_dir": "a", "instance_prompt": 3}]', "instance_prompt must be a text"),
-        ('[{"instance_data_dir": "a", "instance_prompt": "b", "weight": 0}]', "weight must be"),
-        ('[{"instance_data_dir": "a", "instance_prompt": "b", "weight": "1"}]', "weight must be"),
-        ('[{"instance_data_dir": "a", "instance_prompt": "b", "trigger": {"a": 1}}]', "trigger must be"),
-    ],
-)
-def test_a_broken_list_is_refused_in_a_sentence(tmp_path, text, words):
-    path = tmp_path / "concepts.json"
-    path.write_text(text)
-    with pytest.raises(EffiLoRAError, match=words):
-        read_concepts(path)
-
-
-def test_a_list_of_another_trainer_is_read(tmp_path):
-    entry = {"instance_prompt": "a", "class_prompt": "b", "instance_data_dir": "c", "class_data_dir": "d"}
-    path = tmp_path / "concepts.json"
-    path.write_text("\ufeff" + json.dumps([entry]))
-    (found,) = read_concepts(path)
-    assert (found.instance_prompt, found.class_prompt) == ("a", "b")
-    assert (found.instance_data_dir, found.class_data_dir, found.weight) == ("c", "d", 1.0)
-
-
-@pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
         ({"zwx": {"trigger": "sks", "instance_prompt": "a sks dog"}}, {}, "share a trigger"),
@@ -294,7 +274,7 @@ def test_a_list_of_another_trainer_is_read(tmp_path):
         ({"sks": {"instance_data_dir": "no-such-folder"}}, {}, "'no-such-folder' does not exist"),
         ({}, {"routing": "token", "common_head": True}, "common_head are for concept routing"),
         ({}, {"concepts_list": None}, "--routing concept needs --instance_prompt .* or --concepts_list"),
-        ({}, {"trigger": "sks"}, "--trigger is for a single subject .* into the subjects' list"),
+        ({}, {"trigger": "sks"}, "--trigger is for a single subject: .* into the subjects' list"),
     ],
 )
 def test_settings_that_can_not_work_are_refused_in_a_sentence(tiny_pipeline, tmp_path, changes, options, words):

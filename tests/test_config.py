@@ -6,6 +6,7 @@ import math
 import pytest
 
 from effilora_diffusion.core import EffiLoRAConfig, EffiLoRAError, ReducerConfig
+from effilora_diffusion.core.config import heads_text
 
 NAN, INF = float("nan"), float("inf")
 
@@ -162,3 +163,11 @@ def test_reading_a_dictionary_leaves_it_as_it_was():
     data = full_config().to_dict()
     EffiLoRAConfig.from_dict(data)
     assert data == full_config().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("heads", "routing", "words"),
+    [(1, "token", "1 head"), (1, "concept", "1 head, concept routing"), (3, "static", "3 heads, static routing")],
+)
+def test_heads_in_words(heads, routing, words):
+    assert heads_text(heads, routing) == words

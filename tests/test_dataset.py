@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from helpers import PROMPT, image, make_subject, metrics, settings
 from safetensors.torch import load_file
 
+from effilora_diffusion import export_lora
 from effilora_diffusion.cli.plan import command
 from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.core import EffiLoRAError
@@ -90,6 +91,7 @@ def test_a_command_with_a_data_set_trains_resumes_and_repeats(parquet, tiny_pipe
     repeated = parse_arguments(["--config", str(first / "config.yaml"), "--output_dir", str(tmp_path / "again")])
     Trainer(repeated).run()
     assert metrics(tmp_path / "again") == metrics(first)
+    assert 0 < export_lora(f"{first}@1", tmp_path / "plain.safetensors") < 1
     run("first", resume_from_checkpoint="checkpoint-1")
     assert metrics(first) == metrics(tmp_path / "again")
     one, other = (load_file(tmp_path / name / "effilora.safetensors") for name in ("first", "again"))

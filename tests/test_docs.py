@@ -34,6 +34,12 @@ def test_the_page_of_settings_is_what_the_code_says():
     assert written == page(), "run: python docs/settings_page.py > docs/settings.md"
 
 
+def test_the_page_of_targets_says_what_the_groups_mean_in_transformers_models():
+    page = runpy.run_path(str(ROOT / "docs" / "targets_page.py"))["page"]
+    written = (ROOT / "docs" / "targets.md").read_text(encoding="utf-8")
+    assert written == page(), "run: python docs/targets_page.py > docs/targets.md"
+
+
 def test_the_files_that_the_pages_name_exist():
     pages = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     named = {name for page in pages for name in re.findall(r"`([\w/]+/[\w/]+\.py)`", page.read_text(encoding="utf-8"))}

@@ -38,7 +38,7 @@ def arrays(pipe, prompts, steps=6):
 @pytest.fixture(scope="module", params=["static", "one head"])
 def run(request, tmp_path_factory):
     """A training run of the example, far too short to be good, by two adapters that export exactly."""
-    kind = {"static": {"routing": "static"}, "one head": {"heads": 1}}[request.param]
+    kind = {"static": {"routing": "static", "heads": 3}, "one head": {"heads": 1}}[request.param]
     folder = tmp_path_factory.mktemp("example") / "run"
     changes = {"max_train_steps": 12, "num_validation_images": 0, "with_prior_preservation": False, **kind}
     Trainer(TrainingConfig(**{**example_settings(), **changes, "output_dir": str(folder)})).run()

@@ -36,13 +36,12 @@ def unguided(name):
     return {**options, "guidance_scale": UNGUIDED.get(name, 1.0)}
 
 
-def as_image(values, name, size=8):
-    """Unpack the pipeline's latents to ``(n, c, h, w)``."""
+def as_image(values, name, height, width):
+    """Unpack the pipeline's latents of an image to ``(n, c, h, w)``."""
     if values.ndim == 3 and name.startswith("flux2"):
-        edge = int(values.shape[1] ** 0.5)
-        return values.transpose(1, 2).reshape(len(values), -1, edge, edge)
+        return values.transpose(1, 2).reshape(len(values), -1, height // 16, width // 16)
     if values.ndim == 3:
-        return unpack(values, torch.empty(len(values), values.shape[2] // 4, size, size))
+        return unpack(values, torch.empty(len(values), values.shape[2] // 4, height // 8, width // 8))
     return values
 
 
@@ -63,24 +62,26 @@ class Spy:
         return (self.last,) if isinstance(result, tuple) else type(result)(prev_sample=self.last)
 
 
-def image_condition(name):
+def image_condition(name, height=64, width=64):
     """Return the pipelines' default size condition: HunyuanDiT assumes a large original, the others the target size."""
-    original = 1024 if name == "hunyuandit" else 64
-    return torch.tensor([original, original, 0, 0, 64, 64], dtype=torch.float32)
+    original = (1024, 1024) if name == "hunyuandit" else (height, width)
+    return torch.tensor([*original, 0, 0, height, width], dtype=torch.float32)
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_predictions_equal_what_the_pipeline_passes_to_its_scheduler(name):
+def test_predictions_equal_what_the_pipeline_passes_to_its_scheduler(name, height, width):
     family = family_of(name)
     spy = Spy(family.pipe)
-    family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **unguided(name))
+    size = {"height": height, "width": width}
+    family.pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **{**unguided(name), **size})
     assert len(spy.seen) == 3
-    conditions = {**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name)}
+    conditions = {**family.encode_prompt(PROMPTS[0]), IMAGE: image_condition(name, height, width)}
     for output, timestep, sample in spy.seen:
-        noisy = as_image(sample, name)
+        noisy = as_image(sample, name, height, width)
         with torch.no_grad():
             found = family.predict(noisy, torch.tensor([timestep]), family.collate([conditions]))
-        expected = as_image(output, name)
+        expected = as_image(output, name, height, width)
         assert found.shape == noisy.shape
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 

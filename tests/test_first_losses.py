@@ -15,12 +15,11 @@ from effilora_diffusion.diffusion.models import make_family
 from effilora_diffusion.diffusion.presets import EMBEDDED_RATE
 
 RATE = 5e-4
-STEPS = 30
+STEPS = 10
 
 
-@pytest.mark.parametrize("rank", [4, 64])
-def test_the_first_losses_are_those_of_the_lora_of_diffusers_scripts(tmp_path, rank):
-    shape = {"rank": rank, "max_train_steps": STEPS, "train_batch_size": 2, "lr_scheduler": "constant"}
+def test_the_first_losses_are_those_of_the_lora_of_diffusers_scripts(tmp_path):
+    shape = {"rank": 64, "max_train_steps": STEPS, "train_batch_size": 1, "lr_scheduler": "constant"}
     shape |= {"with_prior_preservation": False, "a_start": "gaussian", "export_distillation_steps": 0}
 
     def run(rate=RATE, **changes):

@@ -12,8 +12,8 @@ from tiny_families import build
 from tiny_judges import clip, dino
 
 from benchmarks import paper, peft_board, runs
-from benchmarks.judges import Clip, Dino, likeness, matched
 from effilora_diffusion.core import EffiLoRAError, exit_code
+from effilora_diffusion.diffusion.judges.vision import Clip, Dino, likeness, matched
 
 CPU = torch.device("cpu")
 

@@ -110,7 +110,7 @@ def test_the_result_is_on_the_hub_as_it_is_in_the_folder(server, train, tmp_path
         "before_after.png",
     }
     assert wanted <= server.files.keys()
-    assert not [name for name in server.files if name.startswith(("checkpoint-", ".", "logs"))]
+    assert not [name for name in server.files if name.startswith(("checkpoint-", ".", "logs", "report"))]
     for name, content in server.files.items():
         assert content == (tmp_path / "cat" / name).read_bytes(), name
 

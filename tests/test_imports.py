@@ -152,3 +152,10 @@ def test_a_run_s_settings_stay_with_the_run():
     }
     assert not {name for name in knowing if not name.startswith(("cli.", "studio.", "diffusion.training."))}
     assert len({name for name in knowing if not name.startswith("studio.")}) <= 12
+
+
+def test_every_benchmark_finds_what_it_imports():
+    names = [f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+    lines = ["import importlib", *(f"importlib.import_module({name!r})" for name in names)]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ def test_a_run_that_started_from_another_is_resumed_exactly(runs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 8}, "--rank 8, but --init_from .* has 3: leave --rank out"),
+        ({"rank": 5}, "--rank 5, but --init_from .* has 3: leave --rank out"),
         ({"heads": 5}, "--heads 5, but"),
         ({"routing": "static"}, "--routing static, but"),
         ({"target_modules": ["to_q"]}, "--target_modules to_q, but"),

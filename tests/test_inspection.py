@@ -10,7 +10,7 @@ from helpers import make_subject, trainer
 from effilora_diffusion import EffiLoRAError
 from effilora_diffusion.core import AdapterFile, attach, calibrate, detach, load_adapter_file
 from effilora_diffusion.core.inspection import head_usage, inspect_adapter, logged_blocks, reducer_history, single_head
-from effilora_diffusion.studio import figures
+from effilora_diffusion.diffusion.report import figures
 
 
 def mean_gates(model, adapter, x):

@@ -247,7 +247,7 @@ def test_export_writes_a_peft_folder_by_default(place, tmp_path, capsys):
     with torch.no_grad():
         assert not torch.allclose(plain(ids).logits, build("llama")(ids).logits, atol=1e-2)
     assert main(["export", str(place / "run"), str(tmp_path / "a.safetensors"), "--format", "kohya"]) == 2
-    assert "peft or merged" in capsys.readouterr().err
+    assert "peft, merged, gguf or merged-gguf" in capsys.readouterr().err
 
 
 def test_inspect_prints_an_adapter_of_a_language_model(place, capsys):

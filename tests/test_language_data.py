@@ -9,9 +9,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer
 
 from effilora_diffusion import EffiLoRAError
-from effilora_diffusion.language.batches import collate, collate_packed, pack
-from effilora_diffusion.language.encoding import IGNORED, Encoder, Example, Examples
-from effilora_diffusion.language.records import read_records
+from effilora_diffusion.language.batches import IGNORED, Example, PackedExamples, collate, collate_packed
+from effilora_diffusion.language.encoding import Encoder
+from effilora_diffusion.language.examples import Examples
+from effilora_diffusion.language.lessons import learn
+from effilora_diffusion.language.sources import read_records
 
 SUM = {"instruction": "add 1 and 2", "input": "", "output": "3"}
 MESSAGES = (("system", "be brief"), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4"))
@@ -98,33 +100,29 @@ def test_errors_in_files_name_the_line(tmp_path, text, word):
     [
         ({"instruction": "a"}, "'instruction' and 'output'"),
         ({"output": "a"}, "'instruction' and 'output'"),
-        ({"messages": []}, "last one the assistant"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "last one the assistant"),
+        ({"messages": []}, "no user message"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "it needs an answer"),
         ({"messages": [{"role": "user"}]}, "a role and a content"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "must be strings"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "must be strings or lists of parts"),
         ({"messages": 5}, "a role and a content"),
         (
-            {"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]},
-            "unknown message role 'tool'",
+            {"messages": [{"role": "critic", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "unknown message role 'critic'",
         ),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "no user message"),
         ({**SUM, "history": [["a", "b"]]}, "'history'"),
         ({**CHAT, "tools": [{}]}, "'tools'"),
+        ({**CHAT, "tools": [{"name": "add"}]}, "does not render its 'tools'"),
         ({**SUM, "output": " "}, "answer is empty"),
         ({**SUM, "system": ["be brief"]}, "'system' must be a string"),
         ({**SUM, "input": {"a": 1}}, "'input' must be a string"),
         ({"messages": [*CHAT["messages"][:-1], {**CHAT["messages"][-1], "reasoning_content": "hm"}]}, "reasoning"),
-        ({"messages": [*CHAT["messages"][:-1], {**CHAT["messages"][-1], "train": False}]}, "'train'"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]},
-            "'weight'",
-        ),
         ({**LLAVA, "image": "a.png"}, "train_vlm_effilora.py"),
     ],
 )
 def test_errors_in_records_name_the_record(record, word):
     with pytest.raises(EffiLoRAError, match=f"data, record 2: .*{word}"):
-        Examples([SUM, record], Encoder(tokenizer()), "data")
+        Examples.of([SUM, record], Encoder(tokenizer()), "data")
 
 
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
@@ -133,7 +131,7 @@ def test_errors_in_records_name_the_record(record, word):
 )
 def test_templates_without_messages_need_strings(template, record):
     with pytest.raises(EffiLoRAError, match=r"data, record 1: .*'instruction' and 'output' as strings"):
-        Examples([record], Encoder(tokenizer(), template), "data")
+        Examples.of([record], Encoder(tokenizer(), template), "data")
     with pytest.raises(EffiLoRAError, match="vicuna is for images"):
         Encoder(tokenizer(), "vicuna")
 
@@ -161,20 +159,24 @@ THINKING = (
 """A template that removes the reasoning from earlier answers."""
 
 
-def test_if_a_template_rewrites_answers_the_loss_is_on_the_last_one():
+def test_if_a_template_rewrites_answers_each_has_an_example():
     reader = tokenizer()
     reader.chat_template = THINKING
     turns = [("user", "1+1"), ("assistant", "hm=2"), ("user", "2+2"), ("assistant", "so=4")]
     record = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    with pytest.warns(UserWarning, match="on the last answers only"):
-        example = Encoder(reader).encode(record)
+    found = learn(Encoder(reader), record)
+    first, example = found.examples
+    assert found.notes == {"split": 1}
+    assert reader.decode(first.ids) == "<user>1+1</s><assistant>hm=2</s>"
     assert reader.decode(example.ids) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>so=4</s>"
     assert labelled(example, reader) == ["so=4</s>"]
+    assert labelled(first, reader) == ["hm=2</s>"]
     assert Encoder(reader).prompt(record) == "<user>1+1</s><assistant>2</s><user>2+2</s><assistant>"
+    assert not learn(Encoder(reader), {"messages": record["messages"][:2]}).notes
     reader.chat_template = CHAT_OPENED
-    with pytest.warns(UserWarning, match="on the last answers only"):
-        example = Encoder(reader).encode(SUM)
-    assert labelled(example, reader) == ["<assistant>3</s>"]
+    (example,) = (found := learn(Encoder(reader), SUM)).examples
+    assert reader.decode(example.ids) == Encoder(reader).prompt(SUM) + "3</s>"
+    assert (labelled(example, reader), found.notes) == (["3</s>"], {"written": 1})
 
 
 CHAT_OPENED = (
@@ -186,10 +188,12 @@ CHAT_OPENED = (
 
 def test_errors_of_a_template_name_the_record():
     reader = tokenizer()
-    reader.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*rejects its messages: no system here"):
-        Examples([CHAT], Encoder(reader), "data")
-    with pytest.raises(EffiLoRAError, match=r"here: .*rejects its messages: no system here"):
+    reader.chat_template = (
+        "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + reader.chat_template
+    )
+    with pytest.raises(EffiLoRAError, match=r"data, record 1: .*rejects its messages: one turn only"):
+        Examples.of([CHAT], Encoder(reader), "data")
+    with pytest.raises(EffiLoRAError, match=r"here: .*rejects its messages: one turn only"):
         Encoder(reader).prompt(CHAT, "here")
 
 
@@ -247,7 +251,7 @@ def test_json_lists_and_lines_are_the_same(tmp_path):
 def test_packed_examples_do_not_attend_to_each_other(name):
     encoder = Encoder(tokenizer())
     items = [encoder.encode({"instruction": "x" * n, "output": "y" * (n % 3 + 1)}) for n in (3, 9, 1, 6)]
-    rows = pack(items, 30)
+    rows = PackedExamples(items, [len(item.ids) for item in items], 30)
     assert sorted(len(item.ids) for row in rows for item in row) == sorted(len(item.ids) for item in items)
     assert all(sum(len(item.ids) for item in row) <= 30 for row in rows)
     assert len(rows) < len(items)

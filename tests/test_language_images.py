@@ -1,22 +1,18 @@
 """Conversations about images: LLaVA's format as tokens, training on it, talking about an image, what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from conftest import randomise
 from PIL import Image
-from tiny_language import VOCAB, save
-from tiny_vision import VISION_MODELS, build_vision, save_vision
+from tiny_language import VOCAB
+from tiny_vision import CHAT, VISION_MODELS, build_vision, make_place, processor, talk
 
 from effilora_diffusion import EffiLoRAError, attach, detach, load_adapter
-from effilora_diffusion.cli import main as cli
-from effilora_diffusion.cli.train_llm import main
-from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, load_adapter_file, save_adapter_file
+from effilora_diffusion.core import AdapterFile, EffiLoRAConfig, Reducer, save_adapter_file
 from effilora_diffusion.core.image_io import load_image
+from effilora_diffusion.language.batches import IGNORED
 from effilora_diffusion.language.config import LanguageTrainingArguments
-from effilora_diffusion.language.encoding import IGNORED
 from effilora_diffusion.language.generate import generate_answers
 from effilora_diffusion.language.images import ImageEncoder, ImageExamples, image_paths
 from effilora_diffusion.language.multiple_choice import grade, parse_question
@@ -24,33 +20,11 @@ from effilora_diffusion.language.targets import create_adapter
 from effilora_diffusion.language.trainer import LanguageTrainer
 
 IMAGE = VOCAB - 1
-COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 220, 20), "white": (250, 250, 250)}
-
-
-def processor(chat=True):
-    return build_vision(chat=chat)[1]
-
-
-def talk(*turns, **more):
-    names = ("human", "gpt")
-    return {**more, "conversations": [{"from": names[i % 2], "value": text} for i, text in enumerate(turns)]}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model folder, images of four colours in two shades, and questions about them."""
-    folder = tmp_path_factory.mktemp("images")
-    save_vision(folder / "model")
-    (folder / "images").mkdir()
-    records = []
-    for name, colour in COLOURS.items():
-        for shade in (0, 30):
-            file = f"{name}{shade}.png"
-            Image.new("RGB", (24, 20), tuple(max(0, c - shade) for c in colour)).save(folder / "images" / file)
-            records.append(talk("which?\n<image>", name[0], image=file))
-    (folder / "train.json").write_text(json.dumps(records[::2]))
-    (folder / "held.json").write_text(json.dumps(records[1::2]))
-    return folder
+    return make_place(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
@@ -81,6 +55,9 @@ def test_images_without_a_mark_belong_to_the_first_question_and_several_keep_the
     assert two.images["pixel_values"].shape == (2, 3, 16, 16)
     alone = encoder.encode(talk("<image>", "a", image="blue0.png"))
     assert torch.equal(two.images["pixel_values"][1], alone.images["pixel_values"][0])
+    parts = [{"type": "image"}, {"type": "text", "text": "what"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    assert encoder.encode({"messages": turns, "image": "red0.png"}).ids == marked.ids
     plain = encoder.encode(talk("hi", "a"))
     assert plain.images == {}
     batch = encoder.collate([bare, plain, two])
@@ -239,6 +216,46 @@ def test_processors_without_a_template_speak_as_llava_does(place):
     assert encoder.prompt(asked) == "".join(text for text, _ in parts) + "USER: why? ASSISTANT:"
     with pytest.raises(EffiLoRAError, match="no chat template"):
         ImageEncoder(processor(chat=False), place / "images", "chat")
+    with pytest.raises(EffiLoRAError, match="exclude each other"):
+        ImageEncoder(processor(), place / "images", "vicuna", chat_template="{{ messages }}")
+    own = ImageEncoder(processor(chat=False), place / "images", chat_template=CHAT.replace("MARK", "<image>"))
+    assert own.segments(record, "here") == ImageEncoder(processor(), place / "images").segments(record, "here")
+
+
+def test_every_answer_is_learned_where_the_template_rewrites_earlier_ones(place):
+    reader = processor()
+    reader.chat_template = reader.chat_template.replace(
+        "{{ part['text'] }}",
+        "{{ part['text'].split('=')[-1] if m.role == 'assistant' and not loop.last else part['text'] }}",
+    ).replace("and not loop.last", "and m != messages[-1]")
+    records = [talk("<image>a", "1=2", "b<image>", "3=4", image=["red0.png", "blue0.png"]), talk("hi", "5=6")]
+    encoder = ImageEncoder(reader, place / "images")
+    data = ImageExamples(records, encoder, "data")
+    said = [text_of(encoder, [token for token in item.labels if token != IGNORED]) for item in data]
+    assert (said, data.notes) == (["1=2</s>", "3=4</s>", "5=6</s>"], {"split": 1})
+    assert [len(item.images.get("pixel_values", ())) for item in data] == [1, 2, 0]
+    silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    assert len(ImageExamples([silent, records[1]], encoder, "data")) == 1
+    with pytest.raises(EffiLoRAError, match="none of its 1 records has an answer to learn"):
+        ImageExamples([silent], encoder, "data")
+
+
+def test_every_conversation_is_looked_at_where_a_template_goes_by_what_is_said(place):
+    reader = processor()
+    whole, shown = reader.chat_template, "{{ part['text'] }}"
+    past = "{{ part['text'].split('</think>')[-1] if m.role == 'assistant' and m != messages[-1] else part['text'] }}"
+    reader.chat_template = whole.replace(shown, past)
+    plain = [talk("a", "1", "b", "2"), talk("a", "<think>x</think>3", "b", "<think>y</think>4")]
+    encoder = ImageEncoder(reader, place / "images")
+    said = [
+        text_of(encoder, [token for token in item.labels if token != IGNORED])
+        for item in ImageExamples(plain, encoder, "d")
+    ]
+    assert said == ["1</s>2</s>", "<think>x</think>3</s>", "<think>y</think>4</s>"]
+    reader.chat_template = whole.replace(shown, "{% if m.role == 'x' %}{% generation %}{{ part['text'] }}{% endgeneration %}"
+                                                "{% else %}{{ part['text'] }}{% endif %}")  # fmt: skip
+    with pytest.raises(EffiLoRAError, match="none of its 2 records has an answer to learn"):
+        ImageExamples([talk("hi", "a"), *plain[:1]], ImageEncoder(reader, place / "images"), "d")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +267,7 @@ def test_processors_without_a_template_speak_as_llava_does(place):
         (talk("<image><image>", "a", image="red0.png"), "2 times <image>, but it names 1"),
         (talk("<image>", "a"), "1 times <image>, but it names 0"),
         (talk("<image>", "", image="red0.png"), "answer is empty"),
-        (talk("<image>", image="red0.png"), "last one the assistant"),
+        (talk("<image>", image="red0.png"), "it needs an answer"),
     ],
 )
 def test_records_that_can_t_be_learned_are_named_at_once(encoder, record, word):
@@ -302,100 +319,3 @@ def test_smoothed_labels_are_those_of_the_next_token(encoder, tmp_path):
         expected = sum(-0.9 * row[label] - 0.1 * row.mean() for row, label in learned) / len(learned)
         found = trainer.compute_loss(model, dict(batch))
     torch.testing.assert_close(found, expected)
-
-
-def test_a_damaged_image_is_one_sentence_from_a_loader_s_process_too(place, tmp_path, capsys):
-    whole = (place / "images" / "red0.png").read_bytes()
-    (place / "images" / "half.png").write_bytes(whole[: len(whole) - 30])
-    records = [talk("hi", "a"), talk("<image>", "a", image="half.png")]
-    (tmp_path / "half.json").write_text(json.dumps(records))
-    told = words(place, tmp_path / "out", train_file=tmp_path / "half.json", dataloader_num_workers=1)
-    assert main(told, images=True) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert said.startswith(f"error: --train_file {tmp_path / 'half.json'}, record 2: the image")
-
-
-def test_a_damaged_image_that_no_step_has_drawn_costs_no_result(place, tmp_path):
-    records = json.loads((place / "train.json").read_text())
-    whole = (place / "images" / "red0.png").read_bytes()
-    Image.effect_noise((64, 64), 90).convert("RGB").save(place / "images" / "late.png")
-    whole = (place / "images" / "late.png").read_bytes()
-    (place / "images" / "late.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "late.json").write_text(json.dumps([*records, {**records[0], "image": "late.png"}]))
-    steps = {"max_steps": 1, "per_device_train_batch_size": 1}
-    for seed in range(20):  # the first seed whose only step draws another record
-        output = tmp_path / f"out{seed}"
-        told = words(place, output, train_file=tmp_path / "late.json", seed=seed, **steps)
-        if main(told, images=True) == 0:
-            break
-    assert (output / "effilora.safetensors").exists()
-    assert (output / "adapter_model.safetensors").exists()
-
-
-def words(place, output, **options):
-    base = {"model_name_or_path": place / "model", "train_file": place / "train.json", "validation_file": place / "held.json",
-            "image_folder": place / "images", "output_dir": output, "max_steps": 40, "learning_rate": 2e-2, "rank": 4,
-            "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
-            "save_strategy": "no"}  # fmt: skip
-    return [f"--{name}={value}" for name, value in {**base, **options}.items()]
-
-
-def test_a_run_learns_to_tell_images_apart(place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out"), images=True) == 0
-    content = load_adapter_file(tmp_path / "out" / "effilora.safetensors")
-    assert content.metadata["images"] is True
-    assert all("language_model" in site.name for site in content.adapter.sites)
-    model, encoder = build_vision()[0], ImageEncoder(processor(), place / "images")
-    records = json.loads((place / "held.json").read_text())
-    wanted = [record["conversations"][-1]["value"] for record in records]
-    assert generate_answers(model, encoder, records, 3) != wanted
-    load_adapter(model, tmp_path / "out")
-    assert generate_answers(model, encoder, records, 3, batch_size=3) == wanted
-    capsys.readouterr()
-    for name, answer in (("red30.png", "r"), ("white30.png", "w")):
-        image = str(place / "images" / name)
-        assert cli(["chat", "--adapter", str(tmp_path / "out"), "--image", image, "--prompt", "which?"]) == 0
-        assert capsys.readouterr().out.strip() == answer
-    question = {"instruction": "<image>which?", "image": "red30.png", "choices": ["r", "b", "g", "w"], "answer": "r"}
-    other = {**question, "image": "blue30.png", "answer": "b"}
-    (tmp_path / "choices.json").write_text(json.dumps([question, other]))
-    data = ["--data", str(tmp_path / "choices.json"), "--image_folder", str(place / "images"), "--json"]
-    assert cli(["evaluate", "--adapter", str(tmp_path / "out"), *data]) == 0
-    assert json.loads(capsys.readouterr().out)["choices"] == {"questions": 2, "choice": 1.0}
-    assert cli(["chat", "--adapter", str(tmp_path / "out"), "--prompt", "which?"]) == 0
-    assert capsys.readouterr().out.strip()
-    assert cli(["export", str(tmp_path / "out"), str(tmp_path / "merged"), "--format", "merged"]) == 0
-    assert (tmp_path / "merged" / "preprocessor_config.json").exists() or (
-        tmp_path / "merged" / "processor_config.json"
-    ).exists()
-
-
-def test_a_model_of_images_is_also_asked_without_one(place, tmp_path, monkeypatch):
-    assert main(words(place, tmp_path / "out", max_steps=1), images=True) == 0
-    asked = []
-    monkeypatch.setattr(
-        "effilora_diffusion.language.generate.stream_answer",
-        lambda model, encoder, record, **options: asked.append(encoder.prompt(record)) or iter(["ok"]),
-    )
-    assert cli(["chat", "--adapter", str(tmp_path / "out"), "--prompt", "which?"]) == 0
-    assert asked == ["<user>which?</s><assistant>"]
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"image_folder": "/nowhere"}, "--image_folder /nowhere: no such folder"),
-        ({"image_folder": "."}, "can't be used: there is no such file"),
-        ({"train_file": "/nowhere.json"}, "--train_file /nowhere.json can't be read"),
-        ({"max_length": 3}, "longer than --max_length 3"),
-        ({"prompt_template": "chat", "model_name_or_path": "text"}, "is not a vision-language model"),
-    ],
-)
-def test_mistakes_are_one_sentence_and_exit_code_2(place, tmp_path, capsys, change, word):
-    if "model_name_or_path" in change:
-        change = {**change, "model_name_or_path": save(tmp_path / "text")}
-    assert main(words(place, tmp_path / "out", **change), images=True) == 2
-    said = capsys.readouterr().err.strip()
-    assert word in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "out" / "effilora.safetensors").exists()

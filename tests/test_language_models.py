@@ -184,7 +184,30 @@ def test_targets_are_groups_suffixes_or_all_linear():
     assert suffixes(["all-linear"]) == suffixes(["attention"]) | suffixes(
         ["feed_forward"]
     )  # never the output embedding
-    with pytest.raises(EffiLoRAError, match=r"ends in to_q: .* of \['down_proj'"):
+    with pytest.raises(EffiLoRAError, match=r"ends in to_q; .* of \['down_proj'"):
         find_sites(model, ["to_q"])
     with pytest.raises(EffiLoRAError, match="no timestep"):
         create_adapter(model, EffiLoRAConfig(routing="timestep", target_modules=("paper",)))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_model_with_an_encoder_and_a_decoder_is_refused_at_once(name, tmp_path):
+    import transformers as t
+    from tiny_language import tokenizer
+
+    from effilora_diffusion.language.models import load_model
+
+    config = {
+        "t5": lambda: t.T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+        "bart": lambda: t.BartConfig(
+            vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+            encoder_attention_heads=2, decoder_attention_heads=2,
+        ),
+    }[name]()  # fmt: skip
+    model = t.AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(EffiLoRAError, match="is a model with an encoder and a decoder"):
+        create_adapter(model, PAPER)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(EffiLoRAError, match=r"--model_name_or_path .*: a model with an encoder and a decoder"):
+        load_model(str(tmp_path))

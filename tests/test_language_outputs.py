@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 from language_runs import logs, make_place, same, weights, words
+from PIL import Image
 from tiny_language import build, tokenizer
+from tiny_vision import build_vision
 
 from effilora_diffusion.cli.train_llm import main
+from effilora_diffusion.language.generate import generate_answers
+from effilora_diffusion.language.images import ImageEncoder
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(place, tmp_path, reducer)
 
 def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_path, capsys):
     output = tmp_path / "out"
-    options = {"reducer": "random", "reducer_warmup": 1}
+    options = {"reducer": "random", "reducer_warmup": 1, "lr_scheduler_type": "constant"}
     assert main(words(place, output, max_steps=3, **options)) == 0
     first = weights(output)
     (output / "notes.txt").write_text("mine")
@@ -52,7 +57,8 @@ def test_an_earlier_run_is_continued_or_replaced_only_when_told_to(place, tmp_pa
     told = {"overwrite_output_dir": True, "save_strategy": "no", "reducer": "off", "max_steps": 3}
     assert main(words(place, output, **told)) == 0
     assert sorted(path.name for path in output.iterdir()) == [
-        ".run.json", "adapter_config.json", "adapter_model.safetensors", "effilora.safetensors", "notes.txt",
+        ".run.json", "adapter_config.json", "adapter_model.safetensors", "effilora.safetensors", "language_config.yaml",
+        "notes.txt",
     ]  # fmt: skip
 
 
@@ -87,9 +93,13 @@ def test_a_folder_with_other_files_of_the_same_names_is_left_alone(place, tmp_pa
 
 def test_resuming_from_elsewhere_overwrites_no_other_run(place, tmp_path, capsys):
     for name, steps in (("one", 3), ("two", 6)):
-        assert main(words(place, tmp_path / name, max_steps=steps)) == 0
+        assert main(words(place, tmp_path / name, max_steps=steps, lr_scheduler_type="constant")) == 0
     kept = weights(tmp_path / "one")
-    again = {"max_steps": 9, "resume_from_checkpoint": tmp_path / "two" / "checkpoint-6"}
+    again = {
+        "max_steps": 9,
+        "lr_scheduler_type": "constant",
+        "resume_from_checkpoint": tmp_path / "two" / "checkpoint-6",
+    }
     assert main(words(place, tmp_path / "one", **again)) == 2
     assert same(weights(tmp_path / "one"), kept)
     assert main(words(place, tmp_path / "three", **again)) == 0
@@ -112,13 +122,15 @@ def test_latest_is_the_newest_whole_checkpoint(place, tmp_path, capsys):
 
 
 def test_a_run_goes_on_with_its_own_base_only(place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out", max_steps=3)) == 0
+    assert main(words(place, tmp_path / "out", max_steps=3, lr_scheduler_type="constant")) == 0
     build("llama", seed=5).save_pretrained(tmp_path / "other")
     tokenizer().save_pretrained(tmp_path / "other")
-    more = {"max_steps": 6, "resume_from_checkpoint": "latest"}
+    more = {"max_steps": 6, "lr_scheduler_type": "constant", "resume_from_checkpoint": "latest"}
     assert main(words(place, tmp_path / "out", model_name_or_path=tmp_path / "other", **more)) == 2
-    assert "this base has other weights" in capsys.readouterr().err
-    assert main(words(place, tmp_path / "out", dtype="bfloat16", **more)) == 0  # the same one in another type
+    assert "the base model is a different one" in capsys.readouterr().err
+    assert main(words(place, tmp_path / "out", dtype="bfloat16", **more)) == 2
+    assert "dtype was 'float32' and is 'bfloat16'" in capsys.readouterr().err
+    assert main(words(place, tmp_path / "out", **more)) == 0
 
 
 @pytest.mark.parametrize(
@@ -147,9 +159,10 @@ def test_an_earlier_run_outlives_settings_that_can_t_be(place, tmp_path, capsys,
 
 
 def test_replacing_a_run_from_elsewhere_leaves_none_of_its_checkpoints(place, tmp_path):
-    assert main(words(place, tmp_path / "one", max_steps=3)) == 0
-    assert main(words(place, tmp_path / "two", max_steps=9)) == 0
-    more = {"overwrite_output_dir": True, "resume_from_checkpoint": tmp_path / "one" / "checkpoint-3"}
+    constant = {"lr_scheduler_type": "constant"}
+    assert main(words(place, tmp_path / "one", max_steps=3, **constant)) == 0
+    assert main(words(place, tmp_path / "two", max_steps=9, **constant)) == 0
+    more = {"overwrite_output_dir": True, "resume_from_checkpoint": tmp_path / "one" / "checkpoint-3", **constant}
     assert main(words(place, tmp_path / "two", **more)) == 0
     assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-6"]
 
@@ -159,4 +172,19 @@ def test_another_adapter_s_checkpoint_is_refused(place, tmp_path, capsys):
     capsys.readouterr()
     other = words(place, tmp_path / "other", rank=2, resume_from_checkpoint=tmp_path / "out" / "checkpoint-3")
     assert main(other) == 2
-    assert "another configuration" in capsys.readouterr().err
+    assert "rank was 8 and is 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_answer_never_contains_the_mark_of_an_image(tmp_path, sign):
+    Image.new("RGB", (24, 20), "red").save(tmp_path / "red.png")
+    turns = [{"from": "human", "value": "which?\n<image>"}, {"from": "gpt", "value": "r"}]
+    model, reader = build_vision("llava")
+    with torch.no_grad():  # with one of the two signs it is the likeliest token of all
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[model.config.image_token_id] = sign
+    encoder = ImageEncoder(reader, tmp_path)
+    record = {"image": "red.png", "conversations": turns}
+    assert generate_answers(model, encoder, [record], 3) == generate_answers(
+        model, encoder, [record], 3, use_cache=False
+    )

@@ -57,7 +57,7 @@ def test_a_signal_while_loading_leaves_nothing(place, tmp_path, monkeypatch, cap
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("moment", ["calibrate", "write_peft_folder"])
+@pytest.mark.parametrize("moment", ["measure", "write_peft_folder"])
 def test_a_signal_while_the_result_is_written_is_made_good_by_resuming(
     place, whole, tmp_path, monkeypatch, capsys, moment
 ):

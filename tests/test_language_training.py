@@ -101,8 +101,13 @@ def test_long_examples_are_counted_and_fit_the_model(place, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a" * 500, "output": "b"}))
     save(tmp_path / "model", "gpt2")  # 64 positions
     options = {"model_name_or_path": tmp_path / "model", "train_file": tmp_path / "long.jsonl", "max_steps": 1}
+    assert main(words(place, tmp_path / "out", **options)) == 2
+    assert "none of its 1 records has an answer that fits with its question in 64 tokens" in capsys.readouterr().err
+    (tmp_path / "long.jsonl").write_text(
+        "\n".join(json.dumps({"instruction": "a" * n, "output": "b"}) for n in (9, 500))
+    )
     assert main(words(place, tmp_path / "out", **options)) == 0
-    assert "cut_examples       1" in capsys.readouterr().out
+    assert "1 answer is left out: with the question alone longer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -163,20 +168,19 @@ def test_a_gguf_file_is_a_base(place, tmp_path):
         found = model.get_submodule(f"model.layers.1.{path}").weight
         torch.testing.assert_close(found, torch.from_numpy(kept[f"blk.1.{name}"]))
     assert reader("hi")["input_ids"] == [ord("h") - 29, ord("i") - 29]
-    options = {"model_name_or_path": tmp_path, "gguf_file": "tiny.gguf", "max_steps": 30}
+    options = {"model_name_or_path": tmp_path, "gguf_file": "tiny.gguf", "prompt_template": "plain", "max_steps": 30}
     assert main(words(place, tmp_path / "out", **options)) == 0
     assert logs(tmp_path / "out")[-1][1] < 0.8 * logs(tmp_path / "out")[0][1]
     metadata = load_adapter_file(tmp_path / "out" / "effilora.safetensors").metadata
-    assert (metadata["gguf_file"], metadata["prompt_template"]) == ("tiny.gguf", "alpaca")
+    assert (metadata["gguf_file"], metadata["prompt_template"]) == ("tiny.gguf", "plain")
     assert cli(["export", str(tmp_path / "out"), str(tmp_path / "merged"), "--format", "merged"]) == 0
     merged = load_model(str(tmp_path / "merged"))[0].model.layers[1]
     assert not torch.allclose(merged.self_attn.v_proj.weight, model.model.layers[1].self_attn.v_proj.weight, atol=1e-3)
     torch.testing.assert_close(merged.self_attn.o_proj.weight, model.model.layers[1].self_attn.o_proj.weight)
 
 
-@pytest.mark.parametrize("reducer", ["off", "importance"])
-def test_two_processes_train_what_one_does(place, tmp_path, reducer):
-    options = {"max_steps": 4, "reducer": reducer, "reducer_warmup": 1, "reducer_interval": 1, "save_strategy": "no"}
+def test_torchrun_trains_what_one_process_does(place, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "no"}
     assert main(words(place, tmp_path / "one", **options)) == 0
     command = [
         sys.executable,
@@ -190,15 +194,10 @@ def test_two_processes_train_what_one_does(place, tmp_path, reducer):
     ]
     told = {**options, "per_device_train_batch_size": 2}
     done = subprocess.run([*command, *words(place, tmp_path / "two", **told)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("export_error") == 1
     for one, two in zip(weights(tmp_path / "one"), weights(tmp_path / "two"), strict=True):
         torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-2)
-    if reducer == "importance":
-        events = [[json.loads(line) for line in (tmp_path / name / "reducer.jsonl").read_text().splitlines()]
-                  for name in ("one", "two")]  # fmt: skip
-        assert [event["event"] for event in events[0]] == [event["event"] for event in events[1]]
-        assert [event.get("layers") for event in events[0]] == [event.get("layers") for event in events[1]]
 
 
 @pytest.mark.parametrize(

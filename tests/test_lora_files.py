@@ -13,7 +13,7 @@ from effilora_diffusion.core import load_adapter_file
 from effilora_diffusion.diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
 from effilora_diffusion.diffusion.adapters.lora_files import describe_plain, is_plain_lora, load_plain_lora
 from effilora_diffusion.diffusion.sampling.generate import draw_images
-from effilora_diffusion.diffusion.sampling.png import read_parameters
+from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ def subject(tmp_path_factory):
 
 
 def run(tiny_pipeline, subject, output, **changes):
-    """A short run with frozen heads, a checkpoint in its middle, and an own rate."""
+    """A short run with frozen heads, a checkpoint in its middle, and an own rate; nothing is to be fitted at its end."""
     short = {"max_train_steps": 6, "checkpointing_steps": 3, "num_validation_images": 0, "train_batch_size": 2,
-             "reducer": "random", "reducer_warmup": 2, "reducer_interval": 2}  # fmt: skip
+             "routing": "static", "reducer": "random", "reducer_warmup": 2, "reducer_interval": 2}  # fmt: skip
     one = Trainer(settings(tiny_pipeline, subject, output, **{**short, **changes}))
     one.run()
     return one
@@ -151,3 +151,29 @@ def test_flags_of_diffusers_for_prodigy():
 def test_what_can_not_be_an_optimizer_is_told_in_a_sentence(tiny_pipeline, subject, tmp_path, changes, words):
     with pytest.raises(EffiLoRAError, match=words):
         run(tiny_pipeline, subject, tmp_path / "out", **changes)
+
+
+RATIOS = {"loraplus_lr_ratio": 4.0, "router_lr_ratio": 0.5}
+
+
+def test_heads_and_routers_have_rates_of_their_own(tiny_pipeline, subject, tmp_path):
+    steps = {"optimizer": "torch.optim.SGD", "learning_rate": 0.5, "max_train_steps": 1}
+    for name, ratios in (("one", {}), ("four", RATIOS)):
+        run(tiny_pipeline, subject, tmp_path / name, **steps, **ratios)
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    heads = [name for name in one if name.startswith("B.")]
+    assert any(one[name].any() for name in heads)  # they start at zero, so that the first step is all they are
+    assert all(torch.equal(four[name], 4 * one[name]) for name in heads)
+    longer = run(tiny_pipeline, subject, tmp_path / "longer", **{**steps, "max_train_steps": 2}, **RATIOS)
+    rates = {id(value): group["lr"] for group in longer.optimizer.param_groups for value in group["params"]}
+    for name, parameter in longer.adapter.named_parameters():
+        assert rates[id(parameter)] == 0.5 * {"A": 1, "B": 4, "G": 0.5}[name.split(".")[0]]
+
+
+def test_own_rates_resume_bit_for_bit(tiny_pipeline, subject, tmp_path):
+    rates = {"learning_rate": 5e-3, **RATIOS}
+    run(tiny_pipeline, subject, tmp_path / "whole", **rates)
+    continued(tiny_pipeline, subject, tmp_path / "whole", tmp_path / "again", **rates)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+    with pytest.raises(EffiLoRAError, match="--loraplus_lr_ratio is for optimizers with a rate of your own"):
+        parse_arguments(["--loraplus_lr_ratio", "16", "--optimizer", "prodigy"])

@@ -41,7 +41,7 @@ def test_comfyui_knows_every_layer_of_the_diffusers_file(name):
     content = plain(build(name), "transformer")
     rules = [re.compile(re.escape(rule).replace("\\(", "(").replace("\\|", "|").replace("\\)", ")").replace("N", r"\d+"))
              for rule in RULES[name]]  # fmt: skip
-    keys = diffusers_tensors(to_lora(content.adapter), content)
+    keys = diffusers_tensors({"transformer": to_lora(content.adapter)})
     layers = {key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in keys}
     assert len(keys) == 2 * len(layers)
     assert [layer for layer in layers if not any(rule.fullmatch(layer) for rule in rules)] == []
@@ -106,7 +106,7 @@ def expected_sdxl():
 )
 def test_the_kohya_file_names_every_attention_layer_as_sd_scripts_does(config, expected):
     content = plain(unet(**config), "unet", ("attention",), base_class="UNet2DConditionModel")
-    found = kohya_tensors(to_lora(content.adapter), content)
+    found = kohya_tensors({"unet": to_lora(content.adapter)}, content)
     assert {key.split(".")[0] for key in found} == expected
     assert len(expected) == {768: 128, 2048: 560}[config["cross_attention_dim"]]
     assert {key.split(".", 1)[1] for key in found} == {"lora_down.weight", "lora_up.weight", "alpha"}
@@ -147,7 +147,7 @@ def test_lumina_2_has_one_lora_for_its_fused_projection():
     pipe = build("lumina2")
     content = plain(pipe, "transformer", base_class="Lumina2Transformer2DModel")
     factors = to_lora(content.adapter)
-    found = kohya_tensors(factors, content)
+    found = kohya_tensors({"unet": factors}, content)
     layers = {re.sub(r"_\d+_", "_N_", key.split(".")[0]) for key in found}
     kinds = [f"lora_unet_{kind}_N" for kind in ("layers", "context_refiner", "noise_refiner")]
     names = ("attention_qkv", "attention_out", "feed_forward_w1", "feed_forward_w2", "feed_forward_w3")

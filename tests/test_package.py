@@ -111,7 +111,7 @@ def test_the_installed_command_trains_the_example_and_draws_with_it(installed, t
     words = ["--prompt", "an emoji of sks cat", "--num_inference_steps", "2", "--output", "cat.png"]
     assert run(installed, trained, "effilora", "generate", "--adapter", "outputs/example", *words) == "cat.png\n"
     assert (trained / "cat.png").stat().st_size > 0
-    assert "rank 4" in run(installed, trained, "effilora", "inspect", "outputs/example")
+    assert "rank 8" in run(installed, trained, "effilora", "inspect", "outputs/example")
 
 
 def test_the_training_modules_run_as_accelerate_launches_them(installed, tmp_path):

@@ -35,14 +35,14 @@ def test_a_preset_is_its_settings_over_the_defaults(name):
 
 def test_what_is_named_wins_even_where_it_is_the_default(tmp_path):
     default = TrainingConfig()
-    assert parse("--preset", "plain").heads == 1 != default.heads
-    assert parse("--preset", "plain", "--heads", str(default.heads)).heads == default.heads
+    assert parse("--preset", "quality").heads == 3 != default.heads
+    assert parse("--preset", "quality", "--heads", str(default.heads)).heads == default.heads
     assert parse("--preset", "small", "--no-gradient_checkpointing").gradient_checkpointing is False
     assert parse("--preset", "small", "--save_precision", "float").save_precision == "float"
     file = tmp_path / "s.yaml"
-    file.write_text(f"heads: {default.heads}\nrank: 5\npreset: plain\n")
+    file.write_text(f"heads: {default.heads}\nrank: 5\npreset: quality\n")
     config = parse("--config", str(file))
-    assert (config.heads, config.rank, config.routing) == (default.heads, 5, "static")
+    assert (config.heads, config.rank, config.routing) == (default.heads, 5, "token")
     config = parse("--config", str(file), "--rank", "6", "--preset", "small")
     assert (config.heads, config.rank, config.save_precision) == (default.heads, 6, "fp16")
 
@@ -138,7 +138,8 @@ def test_every_preset_trains(bases, tmp_path, name, base, capsys):
         "--preset",
         name,
     ]
-    words += ["--max_train_steps", "2", "--num_validation_images", "0", "--output_dir", str(tmp_path / "out")]
+    words += ["--max_train_steps", "2", "--export_distillation_steps", "2", "--num_validation_images", "0"]
+    words += ["--output_dir", str(tmp_path / "out")]
     words += ["--pretrained_model_name_or_path", str(model)] if model else []
     assert cli.main(["train", *words]) == 0
     said = capsys.readouterr().out

@@ -19,10 +19,14 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_families import FAMILIES, build
 from tiny_language import build as build_language
+from tiny_language import build_mixture
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModel, Trainer, TrainingArguments
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArgumentParser
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from effilora_diffusion.core.peft_format import TAKEN
 
 PACKAGE = Path(__file__).parents[1] / "effilora_diffusion"
 
@@ -59,13 +63,14 @@ PYTHONS = {
     "__module__",
     "__name__",
     "__path__",
+    "__post_init__",
     "__qualname__",
     "__setattr__",
     "__signature__",
 }
-"""Names of the language itself."""
+"""Names of the language itself and of its dataclasses."""
 
-OWN = {"_effilora_base", "_effilora_scope", "_assets", "_"}
+OWN = {"_effilora_base", "_effilora_scope", "_effilora_words", "_assets", "_"}
 
 
 def private_names(tree):
@@ -211,7 +216,27 @@ def test_tuner_layers_wrap_a_base_layer_and_list_their_adapters():
         assert list(layer.active_adapters) == ["x"]
 
 
+def test_peft_takes_linears_with_names_of_experts_for_experts():
+    """core/peft_format.py: of a mixture they are written as target_parameters."""
+    from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
+
+    assert {name for names in _MOE_TARGET_MODULE_MAPPING.values() for name in names} <= {*TAKEN}
+
+
 # -------------------------------------------------------------------------------------------------------- transformers
+
+
+def test_experts_say_how_their_weights_lie_and_are_asked_for_by_name():
+    """core/weights.py and core/experts.py: ``is_transposed``, and names on the module before its parameters."""
+    for name, lies in (("mixtral", False), ("gpt_oss", True)):
+        experts = build_mixture(name).model.layers[0].mlp.experts
+        assert experts.is_transposed is lies
+        shadow = torch.zeros(1)
+        experts.__dict__["down_proj"] = shadow
+        assert experts.down_proj is shadow
+        del experts.__dict__["down_proj"]
+        assert experts.down_proj is experts._parameters["down_proj"]
+    assert isinstance(PreTrainedModel.use_kernels, property)
 
 
 def test_trainer_saves_and_loads_through_the_methods_that_are_overridden():
@@ -224,6 +249,7 @@ def test_trainer_saves_and_loads_through_the_methods_that_are_overridden():
     for call in ("self._load_from_checkpoint(", "self._load_best_model()", "self._save("):
         assert call in source
     assert "self.label_smoother(" in inspect.getsource(Trainer.compute_loss)
+    assert list(inspect.signature(Trainer._prepare_inputs).parameters) == ["self", "inputs"]  # language/evaluation.py
 
 
 def test_trainer_refuses_quantised_models_by_their_mark(tmp_path):
@@ -272,3 +298,14 @@ def test_models_can_be_copied_with_hooks_and_handles():
     twin.handle.remove()
     assert not twin._forward_pre_hooks
     assert linear._forward_pre_hooks
+
+
+def test_chat_templates_are_rendered_with_the_places_of_what_they_mark_as_generated():
+    """language/encoding.py: ``render_jinja_template`` is what ``apply_chat_template`` takes its mask of answers from."""
+    source = "{% for m in messages %}<{% generation %}{{ m.content }}{% endgeneration %}>{% endfor %}{{ eos_token }}{{ own }}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    more = {"chat_template": source, "eos_token": ".", "own": "!"}
+    assert render_jinja_template([messages], return_assistant_tokens_mask=True, **more) == (
+        ["<a><bc>.!"],
+        [[(1, 2), (4, 6)]],
+    )

@@ -24,9 +24,10 @@ from effilora_diffusion.core.depth import (
     kept_bytes,
 )
 from effilora_diffusion.core.options import hints_of
+from effilora_diffusion.core.processes import leave_group
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.diffusion.training import budget
-from effilora_diffusion.diffusion.training.processes import end, start
+from effilora_diffusion.diffusion.training.processes import start
 from effilora_diffusion.diffusion.training.trainer import Trainer
 
 PLAN = DepthPlan(tuple(f"blocks.{index}" for index in range(6)), ((0, 0.2), (2, 0.3), (5, 0.5)))
@@ -264,7 +265,7 @@ def train_measured(folder, config):
     run.run()
     weights = torch.cat([parameter.detach().flatten() for parameter in run.adapter.parameters()])
     torch.save([weights, run.reducer.plan.to_dict()], folder / f"found-{rank}.pt")
-    end()
+    leave_group()
     return 0
 
 

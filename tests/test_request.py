@@ -8,11 +8,14 @@ from PIL import Image
 
 from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.diffusion.adapters.active_adapters import label_of
-from effilora_diffusion.diffusion.sampling.png import read_parameters, save_png
+from effilora_diffusion.diffusion.sampling.metadata import read_parameters
+from effilora_diffusion.diffusion.sampling.png import save_png
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest, Limits, sampling_defaults
 from effilora_diffusion.studio.session import LIMITS
 
-WHOLE = GenerationRequest("a cat", "a dog", [("my-cat @ 300", 0.5), ("other", -1.0)], 7, 2.5, 64, 32, 1, 11)
+WHOLE = GenerationRequest(
+    "a cat", "a dog", [("my-cat @ 300", 0.5), ("other", -1.0)], 7, 2.5, 64, 32, 1, 11, "Euler a", True
+)
 
 
 def test_a_png_gives_back_the_request_that_drew_it(tmp_path):

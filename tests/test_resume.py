@@ -242,6 +242,7 @@ def test_checkpoint_of_another_run_is_refused_and_nothing_changes(short, tmp_pat
     assert launch.main([*words, options.format(other=other, twice=twice)]) == 2
     error = capsys.readouterr().err
     assert "belongs to another run" in error
+    assert f"(--config {output}/config.yaml)" in error
     assert named in error
     assert files_in(output) == before
 

@@ -12,7 +12,7 @@ from effilora_diffusion.core import EffiLoRAError
 from effilora_diffusion.core.reference import Reference, adapter_file, parse_reference
 from effilora_diffusion.core.run_folder import LOCK_FILE, OWNER_FILE, RECORD_FILE, RunFolder
 from effilora_diffusion.diffusion.training.checkpoints import IMAGE_RUN
-from effilora_diffusion.language.trainer import LANGUAGE_RUN
+from effilora_diffusion.language.checkpoints import LANGUAGE_RUN
 
 HOLDER = """
 import sys

@@ -14,7 +14,6 @@ from effilora_diffusion.diffusion.presets import EMBEDDED_RATE
 from effilora_diffusion.diffusion.run_options import SCHEDULES
 
 DIFFUSERS_DEFAULTS = {
-    "rank": 4,
     "lora_dropout": 0.0,
     "learning_rate": 5e-4,
     "resolution": 512,
@@ -72,9 +71,10 @@ def test_defaults_are_those_of_diffusers():
     assert parse_arguments([]) == config
 
 
-def test_default_adapter_has_the_paper_s_three_routed_heads_on_attention():
+def test_default_adapter_has_one_head_of_twice_diffusers_rank_and_others_are_routed():
     adapter = TrainingConfig().adapter_config()
-    assert (adapter.rank, adapter.heads, adapter.routing, adapter.a_sharing) == (4, 3, "token", "width")
+    assert (adapter.rank, adapter.heads, adapter.a_sharing) == (8, 1, "width")
+    assert TrainingConfig(heads=3).adapter_config().routing == "token"
     assert adapter.target_modules == ("attention",)
     assert adapter.reducer.mode == "off"
 
@@ -258,7 +258,8 @@ def test_example_is_used_only_if_neither_model_nor_images_are_named(tmp_path):
     embedded = replace(plain, **EMBEDDED_RATE)
     assert parse_arguments([], example) == replace(embedded, **EXAMPLE)
     assert parse_arguments(["--resolution", "32"], example) == replace(embedded, **{**EXAMPLE, "resolution": 32})
-    for name, base in (("instance_data_dir", embedded), ("pretrained_model_name_or_path", plain)):
+    images = [(name, embedded) for name in ("instance_data_dir", "dataset_name", "dataset_config")]
+    for name, base in (*images, ("pretrained_model_name_or_path", plain)):
         named = replace(base, **{name: "mine"})
         assert parse_arguments([f"--{name}", "mine"], example) == named
         assert parse_arguments(["--config", write(tmp_path / "a.yaml", f"{name}: mine\n")], example) == named

@@ -92,8 +92,10 @@ def test_a_trigger_can_be_named_and_must_stand_in_the_prompt(tiny_pipeline, tmp_
     assert "does not contain the trigger of its concept (fox)" in capsys.readouterr().err
     assert main([*words, "--instance_prompt", PROMPT]) == 2
     assert "name it with --trigger" in capsys.readouterr().err
-    assert main([word for word in words if word not in ("--routing", "concept")] + ["--trigger", "sks"]) == 2
-    assert "--trigger is for a single subject with --routing concept" in capsys.readouterr().err
+    assert main([*words[:-2], "--instance_prompt", "a [trigger] cat", "--trigger", "sks"]) == 0
+    assert "'a sks cat' (--instance_prompt)" in capsys.readouterr().out
+    assert main([*words[:-2], "--instance_prompt", "a [trigger] cat"]) == 2
+    assert "--instance_prompt has [trigger]: say with --trigger what stands for it" in capsys.readouterr().err
 
 
 def test_subjects_may_stand_in_the_config_file_itself(tiny_pipeline, tmp_path):

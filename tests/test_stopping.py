@@ -10,7 +10,7 @@ from helpers import arguments, files_in, make_subject, same_content, settings
 import effilora_diffusion.diffusion.training.build as build_module
 import effilora_diffusion.diffusion.training.plain as plain_module
 import effilora_diffusion.diffusion.training.result as result_module
-import effilora_diffusion.diffusion.training.trainer as trainer_module
+import effilora_diffusion.diffusion.training.rows as rows_module
 import effilora_diffusion.diffusion.training.validation as validation_module
 from effilora_diffusion.cli import train as launch
 from effilora_diffusion.core import load_adapter_file
@@ -37,7 +37,7 @@ def killed_in(monkeypatch, where, name, number):
 def test_a_signal_before_the_first_step_ends_the_run_in_a_sentence_and_leaves_nothing(
     tiny_pipeline, subject, tmp_path, monkeypatch, capsys, number, moment
 ):
-    killed_in(monkeypatch, build_module if moment == "load_base" else trainer_module, moment, number)
+    killed_in(monkeypatch, build_module if moment == "load_base" else rows_module, moment, number)
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dog"}
     words = arguments(settings(tiny_pipeline, subject, tmp_path / "out", **prior, num_class_images=1))
     assert launch.main(words) == 128 + number

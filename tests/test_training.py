@@ -31,7 +31,9 @@ RESULT = {
     "plain_lora.png",
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights_kohya.safetensors",
+    "report.html",
     "samples/step-000000.png",
+    "scores.jsonl",
 }
 
 
@@ -182,7 +184,7 @@ def test_reducer_trains_half_of_the_layers_after_its_warm_up(tiny_pipeline, subj
 def test_grids_and_checkpoints_come_as_often_as_asked(tiny_pipeline, subject, tmp_path):
     options = {"max_train_steps": 5, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
     trainer(tiny_pipeline, subject, tmp_path / "a", **options, validation_steps=2).run()
-    assert checkpoint_names(tmp_path / "a") == ["checkpoint-4", "checkpoint-5"]
+    assert checkpoint_names(tmp_path / "a") == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert sorted(path.name for path in (tmp_path / "a" / "samples").iterdir()) == [
         f"step-00000{step}.png" for step in (0, 2, 4, 5)
     ]
@@ -219,7 +221,8 @@ def test_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_as_it_was(tiny_pi
         run.run()
     assert checkpoint_names(run.output) == ["checkpoint-1", "checkpoint-2"]
     assert all(fault_of(folder) is None for folder in checkpoints(run.output))
-    assert names(run.output) & RESULT == {".run.json", "config.yaml", "metrics.jsonl", "samples/step-000000.png"}
+    begun = {".run.json", "config.yaml", "metrics.jsonl", "report.html", "samples/step-000000.png", "scores.jsonl"}
+    assert names(run.output) & RESULT == begun
     assert [line["step"] for line in metrics(run.output)] == [1, 2]
 
 

@@ -120,3 +120,75 @@ def write_gguf(path, seed=0):
     writer.write_tensors_to_file()
     writer.close()
     return kept
+
+
+_MIXTURE = {**GQA, "intermediate_size": 24, "num_experts_per_tok": 2}
+_DEEPSEEK = {**_MIXTURE, "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4, "n_group": 2,
+             "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 8,
+             "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
+_YARN = {"rope_type": "default", "rope_theta": 10000.0}
+
+_MIXTURES = {
+    "mixtral": (t.MixtralForCausalLM, lambda: t.MixtralConfig(**_MIXTURE, num_local_experts=4)),
+    "qwen3_moe": (
+        t.Qwen3MoeForCausalLM,
+        lambda: t.Qwen3MoeConfig(**_MIXTURE, head_dim=8, moe_intermediate_size=24, num_experts=4),
+    ),
+    "gpt_oss": (
+        t.GptOssForCausalLM,
+        lambda: t.GptOssConfig(**_MIXTURE, head_dim=8, num_local_experts=4, rope_parameters=_YARN),
+    ),
+    "granitemoe": (t.GraniteMoeForCausalLM, lambda: t.GraniteMoeConfig(**_MIXTURE, num_local_experts=4)),
+    "deepseek_v3": (t.DeepseekV3ForCausalLM, lambda: t.DeepseekV3Config(**_DEEPSEEK)),
+}
+
+MIXTURES = tuple(_MIXTURES)
+"""Models with experts in three-dimensional parameters."""
+
+
+def build_mixture(name, seed=0):
+    """Build a frozen mixture of four experts in two blocks with seeded weights of a size that makes every layer matter."""
+    kind, config = _MIXTURES[name]
+    torch.manual_seed(seed)
+    model = kind(config())
+    with torch.no_grad():
+        for path, value in model.named_parameters():
+            if value.ndim > 1 and "emb" not in path:
+                value.normal_(0, 0.15)
+            elif path.endswith("bias"):
+                value.normal_(0, 0.05)
+    return model.eval().requires_grad_(False)
+
+
+def write_gguf_of(model, path):
+    """Write a model as GGUF the way transformers reads it: the names of its own tables, rows of q and k as they are."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    kind = model.config.model_type
+    name = {"qwen3_moe": "qwen3moe"}.get(kind, kind)
+    writer = gguf.GGUFWriter(path, name)
+    for key, setting in GGUF_CONFIG_MAPPING[kind].items():
+        value = getattr(model.config, setting or "", None)
+        if setting == "rope_theta":
+            value = model.config.rope_parameters["rope_theta"]
+        if isinstance(value, float):
+            writer.add_float32(f"{name}.{key}", value)
+        elif isinstance(value, int):
+            writer.add_uint32(f"{name}.{key}", value)
+    names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name), 2)
+    for key, value in model.state_dict().items():
+        values = {key: value}
+        if key.endswith("experts.gate_up_proj"):
+            values = dict(
+                zip((key.replace("gate_up", "gate"), key.replace("gate_up", "up")), value.chunk(2, 1), strict=True)
+            )
+        for one, part in values.items():
+            stem, suffix = (one, "weight") if one.endswith("_proj") else one.rsplit(".", 1)
+            part = part + 1 if kind == "gemma2" and "norm" in one else part
+            part = part.t() if kind == "gpt2" and (".attn.c" in one or ".mlp.c" in one) and part.ndim == 2 else part
+            if one != "lm_head.weight" or not model.config.tie_word_embeddings:
+                writer.add_tensor(f"{names.get_name(stem)}.{suffix}", part.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

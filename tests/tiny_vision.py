@@ -1,7 +1,10 @@
 """Tiny random vision-language models in their real transformers classes, with their real processors."""
 
+import json
+
 import torch
 import transformers as t
+from PIL import Image
 from tiny_language import GQA, VOCAB, WIDTH, tokenizer
 
 CHAT = (
@@ -90,4 +93,31 @@ def save_vision(folder, name="llava"):
     """Save a model and its processor to ``folder``."""
     for part in build_vision(name):
         part.save_pretrained(folder)
+    return folder
+
+
+COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 220, 20), "white": (250, 250, 250)}
+
+
+def processor(chat=True):
+    return build_vision(chat=chat)[1]
+
+
+def talk(*turns, **more):
+    names = ("human", "gpt")
+    return {**more, "conversations": [{"from": names[i % 2], "value": text} for i, text in enumerate(turns)]}
+
+
+def make_place(folder):
+    """A model folder, images of four colours in two shades, and questions about them."""
+    save_vision(folder / "model")
+    (folder / "images").mkdir()
+    records = []
+    for name, colour in COLOURS.items():
+        for shade in (0, 30):
+            file = f"{name}{shade}.png"
+            Image.new("RGB", (24, 20), tuple(max(0, c - shade) for c in colour)).save(folder / "images" / file)
+            records.append(talk("which?\n<image>", name[0], image=file))
+    (folder / "train.json").write_text(json.dumps(records[::2]))
+    (folder / "held.json").write_text(json.dumps(records[1::2]))
     return folder

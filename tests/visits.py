@@ -109,7 +109,8 @@ def browser():
 def served(tmp_path_factory):
     """The page on the embedded base, with a short run named ``cat``; yields its address and the outputs folder."""
     outputs = tmp_path_factory.mktemp("browser") / "outputs"
-    short = {"max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
+    short = {"rank": 4, "heads": 3,
+             "max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
              "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
              "validation_inference_steps": 4, "export_distillation_steps": 2, "output_dir": str(outputs / "cat")}  # fmt: skip
     Trainer(TrainingConfig(**{**example_settings(), **short})).run()

@@ -89,7 +89,11 @@ class Icon:
 
 def fetch(name: str, cache: Path) -> Path:
     """Download one pinned package with ``npm pack``, check its SHA-512, unpack it; return its folder."""
-    package, version = PACKAGES[name]
+    return fetch_package(name, *PACKAGES[name], CHECKSUMS[name], cache)
+
+
+def fetch_package(name: str, package: str, version: str, checksum: str, cache: Path) -> Path:
+    """:func:`fetch` of any package of npm's registry, kept in the cache as ``name``."""
     folder = cache / f"{name}-{version}"
     if folder.is_dir():
         return folder
@@ -99,8 +103,8 @@ def fetch(name: str, cache: Path) -> Path:
     )
     archive = cache / packed.stdout.strip().splitlines()[-1]
     digest = hashlib.sha512(archive.read_bytes()).hexdigest()
-    if digest != CHECKSUMS[name]:
-        raise SystemExit(f"{package}@{version} has SHA-512 {digest[:16]}…, expected {CHECKSUMS[name][:16]}…")
+    if digest != checksum:
+        raise SystemExit(f"{package}@{version} has SHA-512 {digest[:16]}…, expected {checksum[:16]}…")
     with tarfile.open(archive) as tar:
         tar.extractall(cache / f"{name}.tmp", filter="data")
     (cache / f"{name}.tmp" / "package").rename(folder)

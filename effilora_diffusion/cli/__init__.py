@@ -11,6 +11,7 @@ from .environment import prepare
 
 COMMANDS = {
     "train": "train an adapter on images",
+    "train-text-to-image": "train an adapter on captioned images",
     "plan": "choose the settings of a training for a budget",
     "train-llm": "train an adapter for a language model on instructions and chats",
     "train-vlm": "train an adapter for a vision-language model on conversations about images",
@@ -18,6 +19,11 @@ COMMANDS = {
     "chat": "talk to a language model with adapters",
     "evaluate": "multiple-choice accuracy of a language model with adapters",
     "export": "write an adapter as plain LoRA or as a merged model",
+    "merge": "add adapters up, into a plain LoRA or a base model",
+    "resize": "write an adapter as a plain LoRA of a lower rank",
+    "extract": "write the difference of two models as a plain LoRA",
+    "report": "write the page of a training run again",
+    "compare": "show training runs side by side on one page",
     "inspect": "show what an adapter is and does",
     "app": "the web UI",
 }

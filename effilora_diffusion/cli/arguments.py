@@ -40,3 +40,11 @@ def add_language_model(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "chat", "alpaca", "plain", "vicuna"),
         help="default: the adapter's own",
     )
+    parser.add_argument(
+        "--chat_template", metavar="FILE", help="Jinja file (default: the adapter's, else the model's)"
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="""variables of the chat template, as '{"enable_thinking": false}' (default: the adapter's)""",
+    )

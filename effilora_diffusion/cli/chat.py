@@ -58,9 +58,12 @@ def run(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace, image_folder: str | None) -> ChatModel:
     """Load the model and adapters that the options of :func:`.add_language_model` name."""
     from ..language.chat import load_chat_model
+    from ..language.template_file import read_options, read_template
 
     names = ("gguf_file", "dtype", "quantization", "prompt_template")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    options["chat_template"] = read_template(args.chat_template) if args.chat_template else None
+    options["chat_template_kwargs"] = read_options(args.chat_template_kwargs)
     adapters = [parse_adapter(text) for text in args.adapter]
     return load_chat_model(args.model, adapters, image_folder=image_folder, **options)
 

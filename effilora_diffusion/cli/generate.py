@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..core import EffiLoRAError
 from ..core.reference import adapter_file
 from ..diffusion.config import PRECISIONS
+from ..diffusion.sampling.sampler_names import NAMES
 from .arguments import parse_adapter
 
 
@@ -33,10 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a grid that shows whether the subjects of an adapter stay apart, instead of images of a prompt",
     )
     parser.add_argument("--negative_prompt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="-1: a random one, which is printed")
     parser.add_argument("--num_images", type=int, default=1, help="further images use the seeds that follow")
     parser.add_argument("--num_inference_steps", type=int, help="default: the model's own")
     parser.add_argument("--guidance_scale", type=float, help="default: the model's own")
+    parser.add_argument(
+        "--sampler", choices=NAMES, metavar="NAME", help=f"default: the model's own; {', '.join(NAMES)}"
+    )
+    parser.add_argument(
+        "--literal_prompt",
+        action="store_true",
+        help="take prompts word for word: no (weights:1.2), {choices|of|words}, __wildcards__ or <lora:name:0.8>",
+    )
+    parser.add_argument(
+        "--outputs",
+        type=Path,
+        default=Path("outputs"),
+        help="the web UI's folder, for adapters that a prompt names and for wildcards in its folder 'wildcards' (%(default)s)",
+    )
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
@@ -46,16 +62,21 @@ def run(args: argparse.Namespace) -> None:
     """Draw ``num_images`` images; each PNG carries its parameters."""
     import torch
 
-    from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
+    from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
+    from ..diffusion.adapters.shelf import adapters_in
     from ..diffusion.config import EMBEDDED_SAMPLING
     from ..diffusion.models.pipelines import load_pipeline
     from ..diffusion.sampling.generate import draw_images
-    from ..diffusion.sampling.png import save_png
-    from ..diffusion.sampling.request import GenerationRequest
+    from ..diffusion.sampling.request import GenerationRequest, random_seed
+    from ..diffusion.sampling.resolving import WILDCARDS, by_label, drawing_of
+    from ..diffusion.sampling.saving import save_image
 
     if args.output.suffix.lower() != ".png":
         raise EffiLoRAError(f"--output {args.output} must end in .png")
     adapters = [(adapter_file(path), strength) for path, strength in map(parse_adapter, args.adapter)]
+    own = _by_name([path for path, _ in adapters])
+    for path in own.values():
+        _check_for_images(path)
     concepts: Any = _grid_concepts(args, adapters) if args.leakage_grid else ()
     if args.prompt is None and not concepts:
         raise EffiLoRAError("--prompt is missing: say what to draw")
@@ -63,13 +84,15 @@ def run(args: argparse.Namespace) -> None:
     request = GenerationRequest(
         args.prompt or concepts[0].prompt or concepts[0].triggers[0],
         args.negative_prompt or "",
-        [(label_of(path), strength) for path, strength in adapters],
+        list(zip(own, (strength for _, strength in adapters), strict=True)),
         usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
         usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
         args.width,
         args.height,
         args.num_images,
-        args.seed,
+        random_seed() if args.seed == -1 else args.seed,
+        args.sampler,
+        args.literal_prompt or bool(concepts),
     )
     request.check()
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
@@ -78,12 +101,46 @@ def run(args: argparse.Namespace) -> None:
     if concepts:
         _draw_grid(args.output, ActiveAdapters(pipe), concepts, AdapterRef(adapters[0][0], adapters[0][1]), request)
         return
-    ActiveAdapters(pipe).use([AdapterRef(path, strength) for path, strength in adapters])
-    for number, seed in enumerate(request.seeds(), 1):
-        (image,) = draw_images(pipe, [request.prompt], [seed], **request.options())
+    shelf = adapters_in(args.outputs.resolve())
+    find = by_label(list(shelf))
+    drawings = [drawing_of(request, seed, pipe, find, args.outputs / WILDCARDS) for seed in request.seeds()]
+    for drawing in drawings:
+        drawing.request.check()  # what a prompt's choices and LoRAs have made of it
+    for note in dict.fromkeys(note for drawing in drawings for note in drawing.notes):
+        print(note, file=sys.stderr)
+    if args.seed == -1:
+        print(f"seed {request.seed}", file=sys.stderr)
+    active = ActiveAdapters(pipe)
+    for number, one in enumerate((drawing.request for drawing in drawings), 1):
+        files = {label: own.get(label) or shelf[label] for label, _ in one.adapters}
+        active.use([AdapterRef(files[label], strength) for label, strength in one.adapters])
+        (image,) = draw_images(pipe, [one.prompt], [one.seed], **one.options())
         path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{number}")
-        save_png(image, path, request.parameters(image, seed, args.model))
+        save_image(image, path, one, one.seed, args.model, pipe, files)
         print(path)
+
+
+def _by_name(paths: list[Path]) -> dict[str, Path]:
+    """Adapters by what they are called, with a number where files of several folders have one name."""
+    from ..diffusion.adapters.active_adapters import label_of
+
+    found: dict[str, Path] = {}
+    for path in paths:
+        label = name = label_of(path)
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{label} ({number})"
+        found[name] = path
+    return found
+
+
+def _check_for_images(path: Path) -> None:
+    """Raise :class:`EffiLoRAError` for an adapter of a language model; files that are no adapters are told of later."""
+    from ..core.files import LANGUAGE, is_native, load_adapter_file
+
+    if is_native(path) and load_adapter_file(path).metadata.get("component") == LANGUAGE:
+        raise EffiLoRAError(f"--adapter {path} is for a language model: use it with 'effilora chat'")
 
 
 def _grid_concepts(args: argparse.Namespace, adapters: list[tuple[Path, float]]) -> Any:

@@ -26,11 +26,18 @@ ELSEWHERE = {
     **dict.fromkeys(("network_dropout", "dropout"), "lora_dropout"),
     **dict.fromkeys(("lora_target", "lora_target_modules", "lora_modules_to_save"), "target_modules"),
     **dict.fromkeys(("cutoff_len", "max_seq_length", "max_seq_len", "model_max_length", "sequence_len"), "max_length"),
-    **dict.fromkeys(("template", "chat_template"), "prompt_template"),
+    "template": "prompt_template",
+    "chat_template_path": "chat_template",
+    "enable_thinking": """chat_template_kwargs '{"enable_thinking": true}'""",
     **dict.fromkeys(("data_path", "dataset", "datasets"), "train_file"),
+    **dict.fromkeys(("dataset_num_proc", "num_proc"), "preprocessing_num_workers"),
+    **dict.fromkeys(("dataset_config", "subset"), "dataset_config_name"),
+    **dict.fromkeys(("dataset_train_split", "train_split"), "train_split_name"),
+    **dict.fromkeys(("dataset_test_split", "eval_split", "test_split"), "eval_split_name"),
     **dict.fromkeys(("train_data_dir", "folder_path", "dataset_path", "image_dir"), "instance_data_dir"),
     **dict.fromkeys(("reg_data_dir", "regularization_dir"), "class_data_dir"),
-    **dict.fromkeys(("trigger_word", "default_caption", "class_tokens"), "instance_prompt"),
+    **dict.fromkeys(("default_caption", "class_tokens"), "instance_prompt"),
+    "trigger_word": "trigger for [trigger] in captions, or the whole --instance_prompt",
     **dict.fromkeys(("name_or_path", "ckpt", "model_name"), "pretrained_model_name_or_path"),
     "base_model": "model_name_or_path",
     **dict.fromkeys(("lr", "unet_lr"), "learning_rate"),
@@ -44,6 +51,13 @@ ELSEWHERE = {
     **dict.fromkeys(("sample_every_n_steps", "sample_every"), "validation_steps"),
     **dict.fromkeys(("output_name", "training_folder", "workspace_dir"), "output_dir"),
     "min_snr_gamma": "snr_gamma",
+    "soft_min_snr_gamma": "use_soft_min_snr with --snr_gamma",
+    "ip_noise_gamma": "input_perturbation",
+    "offset_noise": "noise_offset",
+    "v_parameterization": "prediction_type v_prediction",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    **dict.fromkeys(("flow_shift", "flow_schedule_shift", "training_shift", "timestep_shift"), "discrete_flow_shift"),
+    **dict.fromkeys(("eval_data_dir", "val_data_dir"), "validation_data_dir"),
     "resume": "resume_from_checkpoint",
     **dict.fromkeys(("quantize", "fp8_base"), "quantization"),
     "load_in_4bit": "quantization bnb-4bit",
@@ -186,9 +200,9 @@ def parse(
     if unknown:
         own = [name for name in hints if f"--{name}" in parser._option_string_actions]
         raise _unknown(unknown[0].split("=")[0], [*own, *flags], "this command")
-    extra = {name: given.pop(name) for name in list(given) if name not in hints}
-    values = {**(read_config_file(config, hints) if config else {}), **given}
-    return Given(values, extra)
+    found = {**(read_config_file(config, hints, [*flags]) if config else {}), **given}
+    extra = {name: found.pop(name) for name in list(found) if name not in hints}
+    return Given(found, extra)
 
 
 def _unknown(word: str, known: Iterable[str], where: str) -> EffiLoRAError:
@@ -205,8 +219,8 @@ def _unknown(word: str, known: Iterable[str], where: str) -> EffiLoRAError:
     return EffiLoRAError(f"{word} is no setting of {where}: {hint}")
 
 
-def read_config_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a TOML or YAML file, of the types in ``hints``.
+def read_config_file(path: Path, hints: dict[str, Any], flags: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings in a TOML or YAML file, of the types in ``hints``, and ``flags`` as the words of a command line.
 
     Raises :class:`EffiLoRAError` for unknown names, values of another type and files that can't be read.
     """
@@ -218,6 +232,16 @@ def read_config_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise EffiLoRAError(f"--config {path} must hold settings as 'name: value', in TOML or YAML")
     for name in data:
-        if name not in hints:
-            raise _unknown(str(name), hints, f"--config {path}")
-    return {name: from_text(name, hints[name], value) for name, value in data.items()}
+        if name not in hints and name not in flags:
+            raise _unknown(str(name), [*hints, *flags], f"--config {path}")
+    return {
+        name: from_text(name, hints[name], value) if name in hints else _words(value)
+        for name, value in data.items()
+        if name in hints or value not in (None, False)
+    }
+
+
+def _words(value: Any) -> list[str]:
+    """What would stand behind a flag on the command line: nothing behind one that is switched on."""
+    values = value if isinstance(value, list) else [value]
+    return [str(one) for one in values if one is not True]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import EffiLoRAError, exit_code
 from ..core.options import hints_of
 from ..core.text_io import read_user_text
-from ..diffusion.config import PRECISIONS, PRESET_MARK, TrainingConfig
+from ..diffusion.config import IMAGES_IN, PRECISIONS, PRESET_MARK, TrainingConfig
 from ..diffusion.presets import EMBEDDED_RATE, PRESETS, with_preset
 from ..diffusion.training.diffusers_flags import FLAGS, translate_diffusers_flags
 from ..diffusion.training.example import example_settings
@@ -25,22 +26,49 @@ MEMORY = (
 )
 
 
+@dataclass(frozen=True)
+class Script:
+    """A training command of images: what it is, and what it has beside the settings that all of them have.
+
+    Args:
+        description: for ``--help``.
+        flags: further flags, each with its help.
+        named: turns what was chosen, these flags included, into settings.
+        defaults: settings that nobody has named.
+        example: settings where neither model nor images are named.
+    """
+
+    description: str
+    flags: dict[str, str]
+    named: Callable[[dict[str, Any]], dict[str, Any]]
+    defaults: dict[str, Any]
+    example: Callable[[], dict[str, Any]] | None
+
+
+DREAMBOOTH = Script(DESCRIPTION, {}, dict, {}, example_settings)
+
+
 def parse_arguments(
     arguments: list[str] | None = None,
     example: Callable[[], dict[str, Any]] | None = example_settings,
     prog: str | None = None,
+    script: Script = DREAMBOOTH,
 ) -> TrainingConfig:
     """Settings from the command line over those of ``--config`` over defaults.
 
     If neither model nor images are named, ``example()`` gives the defaults (the embedded example); without a model and a rate
     there are those of the embedded base.
     """
-    parser = make_parser([TrainingConfig], DESCRIPTION, prog)
+    parser = make_parser([TrainingConfig], script.description, prog)
     for name in FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    given = parse(parser, [TrainingConfig], arguments, FLAGS)
-    chosen = translate_diffusers_flags({**given.values, **given.extra})
-    return TrainingConfig(**settings_of_run(chosen, example))
+    for name, text in script.flags.items():
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
+    given = parse(parser, [TrainingConfig], arguments, (*FLAGS, *script.flags))
+    chosen = script.named(translate_diffusers_flags({**given.values, **given.extra}))
+    if "output_dir" in script.defaults:  # where a preset of a resumed run is looked up
+        chosen.setdefault("output_dir", script.defaults["output_dir"])
+    return TrainingConfig(**{**script.defaults, **settings_of_run(chosen, example)})
 
 
 def settings_of_run(chosen: dict[str, Any], example: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
@@ -77,7 +105,7 @@ def _embedded(chosen: dict[str, Any], example: Callable[[], dict[str, Any]]) -> 
     """
     if chosen.get("pretrained_model_name_or_path"):
         return {}
-    named = any(chosen.get(name) for name in ("instance_data_dir", "dataset_name", "concepts_list", "concepts"))
+    named = any(chosen.get(name) for name in IMAGES_IN)
     found = {} if named else example()
     if EMBEDDED_RATE.keys() & chosen.keys():
         return {name: value for name, value in found.items() if name not in EMBEDDED_RATE}
@@ -97,12 +125,12 @@ def _launched_precision() -> dict[str, str]:
     return {"mixed_precision": precision}
 
 
-def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str | None = None, script: Script = DREAMBOOTH) -> int:
     """Run the training command; returns the exit code: 0 done, 2 a mistake to mend, 130 or 143 stopped by a signal."""
     prepare()
 
     def run() -> int:
-        config = parse_arguments(arguments, prog=prog)
+        config = parse_arguments(arguments, script.example, prog, script)
         from ..diffusion.training.main import run  # late: --help and mistakes should not wait for torch
 
         return run(config)

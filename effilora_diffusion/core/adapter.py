@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from .concepts import Concept, find_concepts, number_of
 from .config import A_STARTS, EffiLoRAConfig
 from .errors import EffiLoRAError
 from .sites import Site
+from .switch import Switch, Switched
+from .words import NewWords
 
 TIMESTEP_FEATURES = 16
 """Width of the noise level's encoding that the ``timestep`` router reads."""
@@ -70,7 +71,23 @@ def fresh_a(start: str, rank: int, width: int, generator: torch.Generator) -> Te
     return (torch.rand(rank, width, generator=generator) * 2 - 1) * bound
 
 
-class EffiLoRA(nn.Module):
+def _check_experts(config: EffiLoRAConfig, sites: Iterable[Site]) -> None:
+    """Raise :class:`EffiLoRAError` where experts are adapted by what is no update of their weights."""
+    if not any(site.experts for site in sites):
+        return
+    if config.heads > 1 and config.routing != "static":
+        raise EffiLoRAError(
+            f"experts are adapted by one update of their weights, which {config.routing} routing has not: with experts in "
+            "--target_modules use --routing static or --heads 1"
+        )
+    if config.dropout:
+        raise EffiLoRAError(
+            "--lora_dropout acts on the input of a linear, which the weights of experts do not see: set it to 0, or leave "
+            "experts out of --target_modules"
+        )
+
+
+class EffiLoRA(Switched, nn.Module):
     """Owner of every A, head and router of one adapter (paper equations 1 and 2).
 
     For a linear map W of a site with input x: ``h = A x``, ``w = softmax(G h)``,
@@ -90,12 +107,14 @@ class EffiLoRA(nn.Module):
             diffusers' scripts; a learning rate means what it does there if A is as long.
 
     Attributes:
-        strength: factor on the whole adapter; 0 leaves the base's computation untouched, bit for bit.
-        enabled: switch with the same effect as strength 0.
+        switch: its strength, and whether it is on; see :class:`.Switched`.
+        call_scale: what the call that runs multiplies its strength with.
         routed: gates of the rows that the model runs now (concept routing only); ``None``: nobody has said.
         kept_heads: numbers of heads that training leaves as they are, see :meth:`keep_heads`.
         tokens_first: whether the model hands some linears its tokens before its batch, see :func:`.per_row`.
         chosen: those that :meth:`set_concept` or :meth:`set_concepts` named, which prompts do not change.
+        encoders: its parts on the pipeline's text encoders, by the names of those there; see :meth:`add_encoder`.
+        words: new words of the pipeline's text encoders.
     """
 
     def __init__(self, config: EffiLoRAConfig, sites: Iterable[Site], seed: int = 0, a_start: str = "kaiming"):
@@ -106,9 +125,12 @@ class EffiLoRA(nn.Module):
         self.sites = tuple(sites)
         if not self.sites:
             raise EffiLoRAError(f"the model has no linear layer of the target_modules {list(config.target_modules)}")
-        self.strength = 1.0
-        self.enabled = True
+        _check_experts(config, self.sites)
+        self.switch = Switch()
+        self.encoders = nn.ModuleDict()
+        self.words: NewWords | None = None
         self.merged = False
+        self.call_scale = 1.0
         self.block_strength: dict[str, float] = {}
         self.cut_sites = [False] * len(self.sites)
         self.noise_features: Tensor | None = None
@@ -148,26 +170,22 @@ class EffiLoRA(nn.Module):
             return single[:, : site.in_features]
         return self.A[a_key(self.config, site)]
 
+    def add_encoder(self, name: str, part: EffiLoRA) -> None:
+        """Make ``part`` this adapter's part on the text encoder ``name``: with its switch, trained and saved with it."""
+        self.encoders[name] = part
+        part.switch = self.switch
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """The Reducer's units in model order."""
         return tuple(dict.fromkeys(site.block for site in self.sites))
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Leave the model as the base is in this context."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
 
     @property
     def acts(self) -> bool:
         """Whether the adapter changes anything in a forward pass."""
         if self.routed is not None and not len(self.routed.heads):
             return False
-        return self.enabled and not self.merged and self.strength != 0
+        return self.enabled and not self.merged and self.strength != 0 and self.call_scale != 0
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -218,7 +236,7 @@ class EffiLoRA(nn.Module):
 
     def site_scale(self, site: Site) -> float:
         """Everything the site's update is multiplied with."""
-        return self.config.scale * self.strength * self.block_strength.get(site.block, 1.0)
+        return self.config.scale * self.strength * self.call_scale * self.block_strength.get(site.block, 1.0)
 
     def gates(self, index: int, h: Tensor | None = None) -> Tensor | None:
         """Softmax gates of site ``index``, heads first; ``None`` with one head.
@@ -286,6 +304,11 @@ class EffiLoRA(nn.Module):
             assert gates is not None
             return torch.matmul(gates, heads)
         return heads.flatten(1)
+
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """The update of site ``index`` but for its scale: A ``(r, in)`` and the mixed heads ``(sum of d_out, r)``."""
+        shared = self.shared_a(self.sites[index])
+        return shared.detach() if self.cut_sites[index] else shared, self.mixed_heads(index)
 
     def add_to(self, output: Tensor, index: int, position: int, shared: SharedActivations, fresh: bool) -> Tensor:
         """``output + scale * heads * activations`` in one product.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .adapter import EffiLoRA, SharedActivations, timestep_features
 from .concepts import number_of
 from .errors import EffiLoRAError
-from .sites import check_sites, is_transposed, linears_of
+from .experts import ExpertsHook
+from .weights import check_sites, paths_of, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +221,10 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
     if adapter.attached:
         raise EffiLoRAError("this adapter is attached to a model already: detach it first")
     check_sites(model, adapter.sites)
+    if any(site.experts for site in adapter.sites) and getattr(model, "use_kernels", False):
+        raise EffiLoRAError(
+            "kernels that run experts past their modules (use_kernels) leave no place for an adapter there"
+        )
     if not adapters_of(model):
         if hasattr(type(model), "save_pretrained"):
             model.__dict__["save_pretrained"] = SaveBase(model)
@@ -234,11 +239,14 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
 
 def _add_hooks(model: nn.Module, host: AdapterHost, adapter: EffiLoRA) -> list[Any]:
     handles: list[Any] = []
-    linears = linears_of(model)
+    weights = weights_of(model, paths_of(adapter.sites))
     for index, site in enumerate(adapter.sites):
+        if site.experts:
+            handles += ExpertsHook(adapter, index).register(weights[site.linears[0][0]])
+            continue
         scope = _scope_of(model, host, site.parent) if len(site.linears) > 1 else Scope()
         for path, _ in site.linears:
-            handles.append(linears[path].register_forward_hook(LinearHook(adapter, index, path, scope)))
+            handles.append(weights[path].module.register_forward_hook(LinearHook(adapter, index, path, scope)))
     if adapter.config.routing == "timestep" and adapter.config.heads > 1:
         handles.append(model.register_forward_pre_hook(TimestepHook(adapter), with_kwargs=True))
     if adapter.config.routing == "concept":
@@ -322,9 +330,7 @@ def merge(model: nn.Module, name: str = "default", concept: str | None = None) -
             "keep the adapter attached, or export it as plain LoRA (least squares) and merge that"
         )
     originals = host_of(model).originals
-    linears = linears_of(model)
-    paths = [path for site in adapter.sites for path, _ in site.linears]
-    weights: dict[str, Tensor] = {path: linears[path].weight for path in paths}  # type: ignore[misc]
+    weights = {path: weight.value for path, weight in weights_of(model, paths_of(adapter.sites)).items()}
     for path, weight in weights.items():
         if not weight.is_floating_point() or type(weight.detach()) is not Tensor:
             raise EffiLoRAError(f"{path} is quantised: dequantise the model before merging, or keep it attached")
@@ -364,11 +370,11 @@ def _rebuild(model: nn.Module) -> None:
             for path, _ in site.linears:
                 update = adapter.mixed_heads(index)[site.rows(path)] @ adapter.shared_a(site)
                 updates[path] = updates.get(path, 0) + adapter.site_scale(site) * update.float()
-    linears = linears_of(model)
+    weights = weights_of(model, originals)
     for path, original in originals.items():
-        weight: Any = linears[path].weight
+        weight = weights[path].value
         if path in updates:
-            update = updates[path].t() if is_transposed(linears[path]) else updates[path]
+            update = weights[path].shaped(updates[path])
             value = (original.float() + update.to(original.device)).to(original.dtype)
             if not value.isfinite().all():
                 raise EffiLoRAError(f"merging would make {path} infinite or NaN: the base is left as it was")

@@ -62,6 +62,13 @@ def _from_dict(cls: type, data: Any, where: str) -> dict[str, Any]:
     return dict(data)
 
 
+def heads_text(heads: int, routing: str) -> str:
+    """Heads in words: ``3 heads, token routing``; a single one has no gates, but for those of concepts."""
+    if heads == 1 and routing != "concept":
+        return "1 head"
+    return f"{heads} head{'s' if heads > 1 else ''}, {routing} routing"
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable()
 

@@ -22,7 +22,7 @@ from .adapter import EffiLoRA
 from .attachment import unwrap
 from .config import is_number
 from .errors import EffiLoRAError
-from .sites import linears_of
+from .weights import paths_of, weights_of
 
 _GOLDEN = (5**0.5 - 1) / 2
 _DIGITS = 4
@@ -189,12 +189,12 @@ def execution_order(model: nn.Module, adapter: EffiLoRA, run: Callable[[], objec
 
 @contextlib.contextmanager
 def _watching(model: nn.Module, adapter: EffiLoRA, called: Callable[[str], object]) -> Iterator[None]:
-    """Call ``called`` with the block of every adapted linear before it runs."""
-    linears = linears_of(unwrap(model))
+    """Call ``called`` with the block of every adapted linear, or mixture of experts, before it runs."""
+    weights = weights_of(unwrap(model), paths_of(adapter.sites))
     handles = []
     for site in adapter.sites:
         for path, _ in site.linears:
-            handles.append(linears[path].register_forward_pre_hook(_Watch(site.block, called)))
+            handles.append(weights[path].module.register_forward_pre_hook(_Watch(site.block, called)))
     try:
         yield
     finally:

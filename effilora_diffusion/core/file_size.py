@@ -9,7 +9,7 @@ import torch
 
 from .adapter import EffiLoRA
 from .convert import is_exact, plain_config
-from .files import PLAIN, adapter_tensors, tensor_shapes
+from .files import PLAIN, adapter_tensors, described, encoders_of, tensor_shapes
 
 Entry = tuple[tuple[int, ...], torch.dtype]
 
@@ -36,7 +36,7 @@ def native_bytes(adapter: EffiLoRA, dtype: torch.dtype = torch.float32, distille
         rank = adapter.config.rank
         moments = (adapter.config.heads + 1, rank, rank)
         entries |= {f"{site.name}.calibration": (moments, torch.float32) for site in adapter.sites}
-    header = {"config": adapter.config.to_dict(), "sites": [site.to_dict() for site in adapter.sites]}
+    header = described(adapter)
     if distilled and not is_exact(adapter):
         plain = plain_config(adapter.config)
         header["plain"] = plain.to_dict()
@@ -47,11 +47,13 @@ def native_bytes(adapter: EffiLoRA, dtype: torch.dtype = torch.float32, distille
 
 def plain_bytes(adapter: EffiLoRA, dtype: torch.dtype = torch.float32, component: str = "unet") -> int:
     """Bytes of the plain LoRA of ``adapter`` (of one concept, if it has several), its weights stored as ``dtype``."""
-    rank, entries = adapter.config.rank, dict[str, Entry]()
-    for site in adapter.sites:
-        for path, width in site.linears:
-            entries[f"{component}.{path}.lora_A.weight"] = ((rank, site.in_features), dtype)
-            entries[f"{component}.{path}.lora_B.weight"] = ((width, rank), dtype)
+    entries: dict[str, Entry] = {}
+    for prefix, part in {component: adapter, **encoders_of(adapter)}.items():
+        rank = part.config.rank
+        for site in part.sites:
+            for path, width in site.linears:
+                entries[f"{prefix}.{path}.lora_A.weight"] = ((rank, site.in_features), dtype)
+                entries[f"{prefix}.{path}.lora_B.weight"] = ((width, rank), dtype)
     paths = json.dumps(json.dumps([path for site in adapter.sites for path, _ in site.linears]))
     return _bytes(entries) + len(paths) + PLAIN_METADATA
 

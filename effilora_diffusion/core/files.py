@@ -2,9 +2,10 @@
 
 Names: ``shared_A.<width>`` (or, unshared, ``shared_A.<site>`` with "/" for "."), ``<path of linear>.stacked_B``
 ``(d_out, N, r)``, ``<site>.router`` and ``<site>.calibration`` ``(N + 1, r, r)``; where the plain LoRA was distilled, its A and
-heads under the same names behind ``plain/``. None contains "lora", so that loaders of plain LoRA reject the file. The
-metadata key ``effilora`` is JSON: format version, configuration (of the plain LoRA too), sites, base model, trigger prompt,
-library version, and the SHA-256 of the tensors and of itself.
+heads under the same names behind ``plain/``; those of its parts on text encoders behind ``text_encoder/`` and so on, with
+``words`` for the embeddings of new words, ``(tokens, width)``. None contains "lora", so that loaders of plain LoRA reject the
+file. The metadata key ``effilora`` is JSON: format version, configuration (of the plain LoRA and the parts too), sites, new
+words, base model, trigger prompt, library version, and the SHA-256 of the tensors and of itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .metadata import read_metadata
 from .sites import Site
 from .tensor_io import open_tensors, read_tensors
 from .text_io import parse_json, printable
+from .words import NewWords
 from .writing import write_atomic
 
 ADAPTER_FILE = "effilora.safetensors"
@@ -40,6 +42,12 @@ LANGUAGE = "language"
 
 PLAIN = "plain/"
 """Before the names of the plain LoRA's tensors; no module's path contains a slash."""
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+"""Names of text encoders in pipelines."""
+
+WORDS = "words"
+"""Behind the name of a text encoder: the embeddings of new words."""
 
 HEADER_DEPTH = 8
 """How deep the header's JSON may be nested; what is written has half of it."""
@@ -70,6 +78,10 @@ class AdapterFile:
             return to_lora(self.adapter, self.calibration)
         return to_lora(self.plain)
 
+    def encoder_factors(self) -> dict[str, dict[str, PlainLoRA]]:
+        """The plain LoRA of the parts on text encoders, which is exact: by the encoder's name, then by module path."""
+        return {name: to_lora(part) for name, part in encoders_of(self.adapter).items()}
+
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bytes of ``tensors``, in name order."""
@@ -95,7 +107,31 @@ def adapter_tensors(adapter: EffiLoRA) -> dict[str, Tensor]:
             tensors[f"{path}.stacked_B"] = adapter.B[index][site.rows(path)]
         if len(adapter.G):
             tensors[f"{site.name}.router"] = adapter.G[index]
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    found = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    for part, encoder in encoders_of(adapter).items():
+        found |= {f"{part}/{name}": tensor for name, tensor in adapter_tensors(encoder).items()}
+    if adapter.words is not None:
+        rows = adapter.words.embeddings.items()
+        found |= {f"{part}/{WORDS}": value.detach().cpu().contiguous().clone() for part, value in rows}
+    return found
+
+
+def encoders_of(adapter: EffiLoRA) -> dict[str, EffiLoRA]:
+    """Return the parts of ``adapter`` on text encoders by their names."""
+    return dict(adapter.encoders.items())  # type: ignore[arg-type]
+
+
+def described(adapter: EffiLoRA) -> dict[str, Any]:
+    """Return what the header says of an adapter's shape."""
+    found: dict[str, Any] = {
+        "config": adapter.config.to_dict(),
+        "sites": [site.to_dict() for site in adapter.sites],
+    }
+    if encoders := encoders_of(adapter):
+        found["encoders"] = {name: described(encoder) for name, encoder in encoders.items()}
+    if adapter.words is not None:
+        found["words"] = adapter.words.described()
+    return found
 
 
 def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype | None = None) -> str:
@@ -127,8 +163,7 @@ def save_adapter_file(path: str | Path, content: AdapterFile, dtype: torch.dtype
     header = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "config": content.adapter.config.to_dict(),
-        "sites": [site.to_dict() for site in content.adapter.sites],
+        **described(content.adapter),
         "metadata": content.metadata,
         "sha256": tensors_sha256(tensors),
     }
@@ -171,10 +206,16 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
         try:
             header = _read_header(text)
             config, sites = _described(header)
+            encoders = _encoders(header)
+            words = NewWords.from_description(header["words"], ENCODERS) if "words" in header else None
             plain = _plain_config(header, sites)
         except EffiLoRAError as error:
             raise EffiLoRAError(f"{path}: {printable(error)[:400]}") from error
         required, optional = tensor_shapes(config, sites)
+        for part, shape in encoders.items():
+            required |= {f"{part}/{name}": size for name, size in tensor_shapes(*shape)[0].items()}
+        if words is not None:
+            required |= {f"{part}/{WORDS}": tuple(rows.shape) for part, rows in words.embeddings.items()}
         if plain is not None:
             required |= {PLAIN + name: shape for name, shape in tensor_shapes(plain, sites)[0].items()}
         tensors = read_tensors(path, file, required, optional)
@@ -182,6 +223,11 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
         raise EffiLoRAError(f"{path}: the weights do not match their checksum: the file is damaged, get it again")
     adapter = EffiLoRA(config, sites)
     calibration = _fill(path, adapter, tensors)
+    for part, shape in encoders.items():
+        adapter.add_encoder(part, EffiLoRA(*shape))
+        _fill(path, encoders_of(adapter)[part], tensors, f"{part}/")
+    if words is not None:
+        adapter.words = _fill_words(path, words, tensors)
     content = AdapterFile(adapter, read_metadata(header["metadata"]), calibration, header["sha256"])
     if plain is not None:
         content.plain = EffiLoRA(plain, sites)
@@ -205,9 +251,16 @@ def _read_header(text: str) -> dict[str, Any]:
 
 def _described(header: dict[str, Any]) -> tuple[EffiLoRAConfig, list[Site]]:
     """Configuration and sites of the adapter that a header claims."""
+    if not isinstance(header.setdefault("metadata", {}), dict):
+        raise EffiLoRAError("its header has no object of metadata: get the file again")
+    return _shape(header)
+
+
+def _shape(header: dict[str, Any]) -> tuple[EffiLoRAConfig, list[Site]]:
+    """Configuration and sites as :func:`described` wrote them."""
     config, entries = EffiLoRAConfig.from_dict(header.get("config", {})), header.get("sites")
-    if not isinstance(entries, list) or not entries or not isinstance(header.setdefault("metadata", {}), dict):
-        raise EffiLoRAError("its header has no sites, or no object of metadata: get the file again")
+    if not isinstance(entries, list) or not entries:
+        raise EffiLoRAError("its header has no sites: get the file again")
     sites = [Site.from_dict(entry) for entry in entries]
     names = {site.name for site in sites}
     paths = [path for site in sites for path, _ in site.linears]
@@ -215,6 +268,17 @@ def _described(header: dict[str, Any]) -> tuple[EffiLoRAConfig, list[Site]]:
         raise EffiLoRAError("its header names a site or a linear twice: get the file again")
     _check_names(config, sites)
     return config, sites
+
+
+def _encoders(header: dict[str, Any]) -> dict[str, tuple[EffiLoRAConfig, list[Site]]]:
+    """Configuration and sites of the parts on text encoders that a header claims."""
+    entries = header.get("encoders", {})
+    if not isinstance(entries, dict) or not set(entries) <= {*ENCODERS}:
+        raise EffiLoRAError("its header names parts that no pipeline has: get the file again")
+    found = {name: _shape(entry) for name, entry in entries.items() if isinstance(entry, dict)}
+    if len(found) < len(entries) or any(config.heads != 1 for config, _ in found.values()):
+        raise EffiLoRAError("its header claims what no adapter has on a text encoder: get the file again")
+    return found
 
 
 def _plain_config(header: dict[str, Any], sites: list[Site]) -> EffiLoRAConfig | None:
@@ -247,6 +311,16 @@ def tensor_shapes(
             required[f"{site.name}.router"] = router_shape(config)
     size = (config.heads + 1, config.rank, config.rank)
     return required, {f"{site.name}.calibration": size for site in sites}
+
+
+@torch.no_grad()
+def _fill_words(path: Path, words: NewWords, tensors: dict[str, Tensor]) -> NewWords:
+    for part, rows in words.embeddings.items():
+        found = tensors[f"{part}/{WORDS}"].float()
+        if not found.isfinite().all():
+            raise EffiLoRAError(f"{path}: its new words have NaN or infinite values")
+        rows.copy_(found)
+    return words
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ from .errors import EffiLoRAError
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """A model's id on the hub: its owner and its name."""
 
+EMBEDDED_BASE = "the embedded base"
+"""Name of the model that comes with the package."""
+
 TIMEOUT = 10.0
 """Seconds to wait for the hub's answer."""
 
@@ -58,3 +61,9 @@ def not_cached(name: str) -> str:
         f"there is no folder {name!r} here, the hub can't be reached, and its cache on this machine does not hold the whole "
         f"model: go online once, or copy the model here and give its folder"
     )
+
+
+def public_name(model: str | None) -> str:
+    """A model's name for files that are passed on: of a folder or file on this machine only the last part."""
+    name = str(model or EMBEDDED_BASE)
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if not HUB_ID.fullmatch(name) or Path(name).exists() else name

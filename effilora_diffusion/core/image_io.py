@@ -1,5 +1,9 @@
 """Read one image file safely and turn it into a square training tensor."""
 
+import functools
+import hashlib
+import importlib.util
+import io
 import stat
 import warnings
 from collections.abc import Iterator
@@ -21,6 +25,9 @@ LARGE_PIXELS = 50_000_000
 MAX_BYTES = 1 << 30
 """The largest image file."""
 
+MAX_GLANCED = 1 << 26
+"""The largest one that is read whole to see whether it is."""
+
 _HALVED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Modes that Pillow can reduce."""
 
@@ -39,7 +46,23 @@ _SIDEWAYS = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 
 # Photo and drawing formats only. Pillow knows more, but some start another program (EPS runs Ghostscript) and some
 # hold an image larger than their header says (ICO), which would slip past the limit above.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "PCX", "QOI")
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "PPM",
+    "TGA",
+    "JPEG2000",
+    "PCX",
+    "QOI",
+    "HEIF",
+)
 
 # The first bytes of files that people do put among their images, tried in this order after HTML and SVG.
 _SIGNATURES = (
@@ -94,6 +117,13 @@ def check_header(path: Path) -> tuple[int, int]:
         return image.size
 
 
+def has_transparency(path: Path) -> bool:
+    """Whether an image file says that it has transparent parts; raises :class:`ImageError` as :func:`check_header`."""
+    path = Path(path)
+    with _named(path), _open(path) as image:
+        return image.has_transparency_data or "transparency" in image.info
+
+
 def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
     """Decode one image file to be sure of it; return its width and height in pixels and what is odd about it.
 
@@ -107,13 +137,57 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
     _, size, turned = _decode(path, (255, 255, 255))
     remarks = [] if turned else ["its EXIF data cannot be read, so it was not rotated"]
     remarks += _file_remarks(path)
+    return size, remarks + _size_remarks(size)
+
+
+def _size_remarks(size: tuple[int, int]) -> list[str]:
+    """What is odd about an image of ``size`` (width, height)."""
     width, height = size
     short, long = sorted(size)
-    if short < 64:
-        remarks.append(f"very small ({width}x{height} pixels)")
+    remarks = [f"very small ({width}x{height} pixels)"] if short < 64 else []
     if long > 4 * short:
         remarks.append(f"extreme aspect ratio ({width}x{height} pixels): a square crop shows little of it")
-    return size, remarks
+    return remarks
+
+
+def glance_at_image(path: Path) -> tuple[tuple[int, int], list[str], str] | None:
+    """Width and height, what is odd and the SHA-256 of an image whose file is whole, without decoding it.
+
+    ``None`` where only decoding tells whether it is: other formats than PNG, JPEG and WebP, and files without their end.
+
+    Raises:
+        ImageError: there is no image of a known format and allowed size.
+    """
+    path = Path(path)
+    with _named(path):
+        if path.stat().st_size > MAX_GLANCED:
+            return None
+        content = path.read_bytes()
+        with _open(io.BytesIO(content)) as image:
+            size = image.size
+            try:
+                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            except Exception:  # as in _decode, which has a remark on it
+                return None
+            plain = image.mode in ("L", "P", "RGB", "RGBA") and getattr(image, "n_frames", 1) == 1
+            if not plain or not _is_whole(content, image.format):
+                return None
+    size = size[::-1] if _TURNS.get(turn) in _SIDEWAYS else size
+    return size, _size_remarks(size), hashlib.sha256(content).hexdigest()
+
+
+def _is_whole(content: bytes, kind: str | None) -> bool:
+    """Whether a file ends as its format says."""
+    if kind == "WEBP":
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    ends = {"PNG": b"\0\0\0\0IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+    return kind in ends and content.endswith(ends[kind])
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _decode(path: Path, background: tuple[int, int, int]) -> tuple[Image.Image, tuple[int, int], bool]:
@@ -136,6 +210,17 @@ def _decode(path: Path, background: tuple[int, int, int]) -> tuple[Image.Image, 
         return to_rgb(found, background), size, known
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """The formats that are read here: AVIF and WebP are optional parts of Pillow, HEIF that of another package."""
+    Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong with one image file into an :class:`ImageError` in words."""
@@ -153,13 +238,12 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
+def _open(path: Path | io.BytesIO) -> Iterator[ImageFile.ImageFile]:
     """Open an image with Pillow under this module's limits, without decoding it yet.
 
     Inside the block Pillow's warnings are silent and half-read files count as errors, whatever other libraries set.
     """
-    Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF and WebP are optional parts of Pillow
+    formats = _formats()
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -209,7 +293,7 @@ def _check_file(path: Path) -> None:
         missing = "it is a link to a file that does not exist" if path.is_symlink() else "there is no such file"
         raise _UnusableError(missing) from None
     if stat.S_ISDIR(status.st_mode):
-        raise _UnusableError("it is a folder, and only images directly in the chosen folder are read")
+        raise _UnusableError("it is a folder, not an image")
     if not stat.S_ISREG(status.st_mode):
         raise _UnusableError("it is not a regular file")
     if status.st_size == 0:
@@ -273,7 +357,9 @@ def _describe(path: Path) -> str:
             return reason
     if head[4:8] == b"ftyp":
         if head[8:12] in _HEIF_BRANDS:
-            return "it is a HEIC photo, which cannot be read here; convert it to JPEG or PNG"
+            if "HEIF" in _formats():
+                return "it is a HEIC photo that is damaged"
+            return "it is a HEIC photo: pip install 'effilora-diffusion[heic]' reads it, or convert it to JPEG or PNG"
         return "it is a video, not an image; save single frames as PNG or JPEG"
     text = head.decode("utf-8", "ignore")  # "ignore" drops a character cut in two at byte 512
     if len(text.encode()) >= len(head) - 3 and all(c.isprintable() or c.isspace() for c in text):

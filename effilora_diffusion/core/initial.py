@@ -13,9 +13,10 @@ from .adapter import EffiLoRA
 from .concepts import Concept
 from .config import EffiLoRAConfig
 from .errors import EffiLoRAError
-from .files import AdapterFile
+from .files import AdapterFile, encoders_of
 from .options import AdapterOptions
 from .reference import adapter_file
+from .words import NewWords
 
 Options = TypeVar("Options", bound=AdapterOptions)
 
@@ -69,6 +70,11 @@ def start_from(
     if given.concepts:
         return replace(shaped, common_head=given.common_head), _with_concepts(content, concepts, changes)
     adapter = EffiLoRA(replace(given, **changes), content.sites)
+    for name, part in encoders_of(content).items():
+        adapter.add_encoder(name, EffiLoRA(replace(part.config, dropout=shaped.lora_dropout), part.sites))
+    if content.words is not None:
+        widths = {part: rows.shape[1] for part, rows in content.words.embeddings.items()}
+        adapter.words = NewWords(content.words.meanings, widths)
     adapter.load_state_dict(content.state_dict())
     return shaped, adapter
 
@@ -97,7 +103,12 @@ def _with_concepts(content: EffiLoRA, concepts: Sequence[Concept], changes: dict
 
 
 def has_learned(adapter: EffiLoRA, initial: AdapterFile | None) -> bool:
-    """Whether any head is not what it was at the start: zero, or that of the ``initial`` adapter."""
+    """Whether any head is not what it was at the start: zero, or that of the ``initial`` adapter.
+
+    New words have always learned.
+    """
+    if adapter.words is not None:
+        return True
     if initial is None:
         return any(bool(heads.detach().any()) for heads in adapter.B)
     pairs = zip(adapter.B, initial.adapter.B, strict=True)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import is_number
+from .config import heads_text, is_number
 from .convert import describe_export_error, fixed_heads, is_exact
 from .errors import EffiLoRAError
-from .files import AdapterFile, adapter_path, load_adapter_file
+from .files import AdapterFile, load_adapter_file
+from .reference import adapter_file
 from .text_io import TextError, parse_json, read_user_text
 
 USED_SHARE = 0.01
@@ -34,7 +35,7 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
     ``heads``, both with the scale included, and to ``usage``, the mean gate of each head over the calibration inputs
     (``None`` if the file has no calibration).
     """
-    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_path(adapter))
+    content = adapter if isinstance(adapter, AdapterFile) else load_adapter_file(adapter_file(adapter))
     model = content.adapter
     blocks: dict[str, dict[str, Any]] = {
         block: {"norm": 0.0, "heads": [0.0] * model.config.heads} for block in model.blocks
@@ -57,7 +58,7 @@ def inspect_adapter(adapter: str | Path | AdapterFile) -> dict[str, Any]:
     used = sum(size > 0 and size >= USED_SHARE * largest for size in head_norms)
     return {
         **content.metadata,  # first, so that metadata can't overwrite what is computed
-        "export_error": content.metadata.get("export_error", 0.0),
+        "export_error": content.metadata.get("export_error", 0.0 if is_exact(model) else None),
         "config": model.config.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(model.sites),
@@ -202,22 +203,36 @@ def concept_lines(concepts: Iterable[dict[str, Any]]) -> list[str]:
     return [f"concept         {one['name']}: {', '.join(map(repr, one['triggers']))}" for one in concepts]
 
 
+def own_template(facts: dict[str, Any]) -> str:
+    """What a language adapter brings along with its prompt template: a chat template of its own, and variables for it."""
+    own = ", a chat template of its own" if facts.get("chat_template") else ""
+    return own + (f", {facts['chat_template_kwargs']}" if facts.get("chat_template_kwargs") else "")
+
+
+def plain_form(facts: dict[str, Any]) -> str:
+    """How close the plain LoRA is, of the result of :func:`inspect_adapter`; the file of a checkpoint may not say it."""
+    if facts["exact_export"]:
+        return describe_export_error(None)
+    error = facts.get("export_error")
+    return (
+        "a fit, not yet measured" if error is None else describe_export_error(error, facts.get("export_error_others"))
+    )
+
+
 def describe(facts: dict[str, Any]) -> str:
     """Format the result of :func:`inspect_adapter` as text."""
     config = facts["config"]
     alpha = config["alpha"] if config["alpha"] is not None else config["rank"]
-    error, others = facts.get("export_error", 0.0), facts.get("export_error_others")
-    export = describe_export_error(None if facts["exact_export"] else error, others)
     lines = [
         f"base            {facts.get('base_model', 'unknown')} (hash {facts.get('base_hash', 'unknown')})",
-        f"template        {facts['prompt_template']}"
+        f"template        {facts['prompt_template']}{own_template(facts)}"
         if "prompt_template" in facts
         else f"trigger prompt  {facts.get('trigger_prompt', 'unknown')}",
-        f"adapter         rank {config['rank']}, alpha {alpha}, {config['heads']} heads, {config['routing']} routing",
+        f"adapter         rank {config['rank']}, alpha {alpha}, {heads_text(config['heads'], config['routing'])}",
         *concept_lines(config.get("concepts", ())),
         f"parameters      {facts['parameters']:,} in {facts['maps']} linear layers",
         f"heads used      {facts['heads_used']} of {facts['heads_total']}",
-        f"plain LoRA      {export}",
+        f"plain LoRA      {plain_form(facts)}",
         f"sha256          {facts['sha256']}",
         "",
         "norm of the update and of each head, by block:",

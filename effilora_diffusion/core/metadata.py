@@ -55,6 +55,9 @@ _FACTS: dict[str, Callable[[Any], bool]] = {
     "component": lambda value: isinstance(value, str) and len(value) <= 40 and value.isidentifier(),
     "trigger_prompt": _text(10_000),
     "prompt_template": _text(40),
+    "chat_template": _text(2 << 20),  # JSON, as it has several lines
+    "chat_template_kwargs": _text(10_000),
+    "template_date": lambda value: isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value) is not None,
     "dtype": _dtype,
     "quantization": _text(40),
     "steps": _count,
@@ -62,6 +65,10 @@ _FACTS: dict[str, Callable[[Any], bool]] = {
     "max_length": _count,
     "images": _count,  # how many; for language models whether there are any
     "fan_in_fan_out": lambda value: isinstance(value, bool),
+    "experts": lambda value: isinstance(value, bool),
+    "model_type": _text(100),
+    "attention_heads": _count,
+    "key_value_heads": _count,
     "export_error": _error,
     "export_error_others": _error,
     "fit_error": _error,

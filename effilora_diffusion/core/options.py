@@ -69,6 +69,7 @@ def option(
     fixed: bool = False,
     form: bool = True,
     command: bool = True,
+    blank: bool = False,
 ) -> Any:
     """A dataclass field that is also a setting.
 
@@ -82,6 +83,7 @@ def option(
         fixed: whether a resumed run must have the same value, since it decides what a step computes.
         form: whether the web UI shows it among the advanced settings.
         command: whether it is a flag of the command line; else config files alone have it.
+        blank: whether an empty text is a value like any other.
     """
     metadata = {
         "help": text,
@@ -92,6 +94,7 @@ def option(
         "fixed": fixed,
         "form": form,
         "command": command,
+        "blank": blank,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -121,7 +124,9 @@ def check_options(settings: Any) -> None:
         value, metadata = getattr(settings, entry.name), entry.metadata
         if value is None and entry.default is None:
             continue
-        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+        words = value if isinstance(value, list) else [value]
+        empty = [text for text in words if isinstance(text, str) and not text.strip()]
+        if any(text or not metadata["blank"] for text in empty):
             raise EffiLoRAError(f"--{entry.name} is empty: name it, or leave the setting out")
         choices, bounds = metadata["choices"], metadata["bounds"]
         if choices and value not in (*choices, entry.default):

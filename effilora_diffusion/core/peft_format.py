@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from .convert import PlainLoRA, is_exact
 from .files import AdapterFile
-from .sites import base_layer, is_transposed
+from .sites import Site
+from .weights import weights_of
 from .writing import write_atomic, write_text, writing
+
+TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names of linears that PEFT takes for experts' in models that have some, also where they are shared or dense layers'."""
 
 
 def origin(content: AdapterFile, error: float) -> dict[str, str]:
@@ -33,9 +37,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile, error: float, **extra: Any) -> None:
-    """Write the folder that ``PeftModel.from_pretrained`` loads; ``extra`` goes into ``adapter_config.json``."""
+    """Write the folder that ``PeftModel.from_pretrained`` loads; ``extra`` goes into ``adapter_config.json``.
+
+    Experts' parameters are PEFT's ``target_parameters``. So are, in a mixture, the linears with names that PEFT takes for those
+    of experts (:data:`TAKEN`).
+    """
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
+    stacked = {path: site for site in content.adapter.sites for path, _ in site.linears if site.experts}
+    mixture = bool(stacked) or bool(content.metadata.get("experts"))
+    taken = [path for path in factors if mixture and path not in stacked and path.rpartition(".")[2] in TAKEN]
+    if stacked or taken:
+        extra = {**extra, "target_parameters": [*stacked, *(f"{path}.weight" for path in taken)]}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": content.metadata.get("base_model"),
@@ -43,7 +56,7 @@ def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile
         "lora_alpha": content.adapter.config.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(factors),
+        "target_modules": sorted(path for path in factors if path not in stacked and path not in taken),
         "inference_mode": True,
         **extra,
     }
@@ -51,16 +64,29 @@ def write_peft(output: Path, factors: dict[str, PlainLoRA], content: AdapterFile
     write_text(output / "adapter_config.json", text)
     tensors = {}
     for path, pair in factors.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.down
-        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.up
+        name = _wrapper(path, list(stacked)) if path in stacked else path
+        pair = _of_experts(pair, stacked[path]) if path in stacked else pair
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.up
     write_tensors(output / "adapter_model.safetensors", tensors, {"format": "pt", **origin(content, error)})
+
+
+def _wrapper(path: str, stacked: list[str]) -> str:
+    """PEFT's path of what it wraps around the module of a parameter: one wrapper in another, the last parameter's outermost."""
+    module = path.rpartition(".")[0]
+    own = [other for other in stacked if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(own) - 1 - own.index(path))
+
+
+def _of_experts(pair: PlainLoRA, site: Site) -> PlainLoRA:
+    """The factors as PEFT has them: A repeated for every expert ``(experts r, in)``, B ``(out, r experts)``, the experts last."""
+    up = pair.up.view(site.experts, -1, pair.up.shape[1]).permute(1, 2, 0).flatten(1)
+    return PlainLoRA(pair.down.repeat(site.experts, 1), up.contiguous())
 
 
 @torch.no_grad()
 def add_to_weights(model: nn.Module, factors: dict[str, PlainLoRA]) -> None:
     """Add the update of every map in ``factors`` to its weight in ``model``."""
-    for path, pair in factors.items():
-        module = base_layer(model.get_submodule(path))
-        update = pair.up @ pair.down
-        weight: Any = module.weight
-        weight += (update.t() if is_transposed(module) else update).to(weight)
+    for path, weight in weights_of(model, factors).items():
+        value = weight.value
+        value += weight.shaped(factors[path].up @ factors[path].down).to(value)

@@ -33,6 +33,7 @@ COMPARISON_FILE = "before_after.png"
 PLAIN_COMPARISON_FILE = "plain_lora.png"
 SAMPLE_FILE = "sample.png"
 SAMPLES_FOLDER = "samples"
+CACHE_FOLDER = "cache"
 
 CHECKPOINT_ADAPTER = "adapter.safetensors"
 """Name of the adapter in a checkpoint of an image run; those of language runs hold an :data:`ADAPTER_FILE`."""

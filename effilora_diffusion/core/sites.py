@@ -16,6 +16,9 @@ from .errors import EffiLoRAError
 MAX_WIDTH = 1 << 24
 """The widest input or output of a linear that an adapter file may name."""
 
+MAX_EXPERTS = 1 << 16
+"""The largest number of experts that an adapter file may name."""
+
 _PATH = re.compile(r"[^\s/]{1,300}")
 _BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
 
@@ -24,13 +27,15 @@ _BLOCK = re.compile(r"^(.*(?:blocks|layers|layer|h)\.\d+)\.")
 class Site:
     """One input and every adapted linear that reads it: ``h = A x`` and the gates are computed once for all.
 
-    ``linears`` pairs each linear layer's module path with its output width; ``block`` is the Reducer's unit.
+    ``linears`` pairs each linear layer's module path with its output width; ``block`` is the Reducer's unit. Of a site with
+    ``experts`` the only path is that of a parameter with the matrices of so many experts, and its width that of all together.
     """
 
     name: str
     block: str
     in_features: int
     linears: tuple[tuple[str, int], ...]
+    experts: int = 0
 
     @property
     def parent(self) -> str:
@@ -52,9 +57,10 @@ class Site:
         raise KeyError(path)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """A JSON-ready dictionary; without ``experts`` where there are none, so that earlier versions read it."""
         maps = [list(pair) for pair in self.linears]
-        return {"name": self.name, "layer": self.block, "in_features": self.in_features, "maps": maps}
+        found = {"name": self.name, "layer": self.block, "in_features": self.in_features, "maps": maps}
+        return {**found, "experts": self.experts} if self.experts else found
 
     @classmethod
     def from_dict(cls, data: Any) -> Site:
@@ -74,7 +80,11 @@ class Site:
         for width in widths:
             if type(width) is not int or not 1 <= width <= MAX_WIDTH:
                 raise EffiLoRAError(f"the site {paths[0]} has the width {width!r}")
-        return cls(paths[0], paths[1], widths[0], tuple((path, width) for path, width in maps))
+        experts = data.get("experts", 0)
+        stacked = type(experts) is int and 0 < experts <= MAX_EXPERTS and len(maps) == 1 and not widths[1] % experts
+        if not stacked and (type(experts) is not int or experts != 0):
+            raise EffiLoRAError(f"the site {paths[0]} is not one of {experts!r:.40} experts")
+        return cls(paths[0], paths[1], widths[0], tuple((path, width) for path, width in maps), experts)
 
 
 def block_of(path: str) -> str:
@@ -144,17 +154,3 @@ def single_sites(model: nn.Module, targets: Iterable[str], taken: Iterable[str] 
         if size is not None and path not in taken and is_target(path, targets):
             sites.append(Site(path, block_of(path), size[0], ((path, size[1]),)))
     return sites
-
-
-def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise :class:`EffiLoRAError` if a site's linears are missing from ``model`` or have other widths."""
-    linears = linears_of(model)
-    for site in sites:
-        for path, width in site.linears:
-            size = widths(linears[path]) if path in linears else None
-            if size != (site.in_features, width):
-                found = "is missing" if size is None else f"is {size[0]} to {size[1]} wide"
-                raise EffiLoRAError(
-                    f"the adapter was made for another base model: its layer {path} "
-                    f"({site.in_features} to {width}) {found} in this {type(model).__name__}"
-                )

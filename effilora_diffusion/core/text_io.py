@@ -81,7 +81,7 @@ def parse_json(text: str, depth: int | None = None) -> Any:
         EffiLoRAError: it is no JSON, or nested too deeply; the message says only why.
     """
     try:
-        found = json.loads(text, parse_constant=_refuse)
+        found = json.loads(text, parse_constant=refuse_constant)
     except RecursionError as error:
         raise EffiLoRAError("it is nested too deeply") from error
     except ValueError as error:
@@ -101,5 +101,6 @@ def _parts(value: Any) -> list[Any]:
     return [inner for inner in values if isinstance(inner, list | dict)]
 
 
-def _refuse(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
+    """Raise ``ValueError``: NaN and the infinities are Python's, not of JSON."""
     raise ValueError(f"{constant} is no number of JSON")

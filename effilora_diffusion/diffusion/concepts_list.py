@@ -13,6 +13,7 @@ from ..core.concepts import Concept, contains
 from ..core.config import is_number
 from ..core.errors import EffiLoRAError
 from ..core.text_io import parse_json, printable, read_user_text
+from .dataset_config import Subset
 
 MOST_CONCEPTS = 63
 """Heads that an adapter can have, but for the common one."""
@@ -38,6 +39,7 @@ class ConceptData:
         name: of the concept; empty: made of its trigger.
         triggers: words that name it; none: the rarest of the words that only its ``instance_prompt`` has.
         weight: its share of the rows, relative to the others'.
+        subsets: its folders, where it has several or of other repeats or captions than those of the run.
     """
 
     instance_data_dir: str
@@ -47,6 +49,12 @@ class ConceptData:
     name: str = ""
     triggers: tuple[str, ...] = ()
     weight: float = 1.0
+    subsets: tuple[Subset, ...] = ()
+
+    @property
+    def folders(self) -> list[str]:
+        """All folders with its images."""
+        return [subset.image_dir for subset in self.subsets] or [self.instance_data_dir]
 
     def concept(self, rarest_word: str) -> Concept:
         """What the adapter keeps of it; ``rarest_word`` is the trigger where none is given."""
@@ -76,6 +84,19 @@ def read_concepts(path: str | Path) -> list[ConceptData]:
     except EffiLoRAError as error:
         raise EffiLoRAError(f"{where} is not valid JSON ({error})") from error
     return check_entries(entries, where)
+
+
+def by_prompt(subsets: Sequence[Subset], where: str) -> list[ConceptData]:
+    """Folders with the same prompt as one subject each; raises :class:`EffiLoRAError` for a folder without a prompt."""
+    groups: dict[str, list[Subset]] = {}
+    for subset in subsets:
+        if not subset.prompt:
+            raise EffiLoRAError(
+                f"{where}: the folder {printable(subset.image_dir)} has no class_tokens with what names its subject, which "
+                "--routing concept needs"
+            )
+        groups.setdefault(subset.prompt, []).append(subset)
+    return [ConceptData(group[0].image_dir, prompt, subsets=tuple(group)) for prompt, group in groups.items()]
 
 
 def check_entries(entries: Any, where: str) -> list[ConceptData]:

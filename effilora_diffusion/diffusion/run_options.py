@@ -18,9 +18,6 @@ SAVED = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 """Schedules of the learning rate that are functions of the step."""
 
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-"""Densities and weightings of flow matching, by diffusers' names."""
-
 PRIOR_TARGETS = ("base", "images")
 """What class rows are held to."""
 
@@ -35,7 +32,6 @@ DATA = "Images and prompts"
 PRIOR = "Prior preservation"
 LENGTH = "Length and batches"
 OPTIMIZER = "Optimizer"
-LOSS = "Loss"
 MEMORY = "Precision and memory"
 OUTPUT = "Output and checkpoints"
 VALIDATION = "Validation"
@@ -44,8 +40,20 @@ VALIDATION = "Validation"
 
 @dataclass
 class RunOptions(AdapterOptions):
-    """The settings of :class:`.TrainingConfig`, which checks them."""
+    """The settings of :class:`.TrainingConfig`, which checks them.
 
+    One head of rank 8 by default, whose plain LoRA is exact: on images it is as good as several of rank 4 (docs/benchmarks.md).
+    """
+
+    rank: int = option(8, "rank of the shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True)
+    heads: int = option(
+        1,
+        "B heads per adapted linear: 1 is plain LoRA with a shared A, and exact as such; several are mixed by a router",
+        ADAPTER,
+        bounds=COUNT,
+        usual=True,
+        fixed=True,
+    )
     a_start: str = option(
         "gaussian",
         "what A starts as: gaussian as in diffusers' scripts, or kaiming, shorter, which takes a higher learning rate",
@@ -117,8 +125,23 @@ class RunOptions(AdapterOptions):
     caption_column: str | None = option(
         None, "column of the data set's captions (default: every image has the instance prompt)", DATA, form=False
     )
+    dataset_config: str | None = option(
+        None,
+        "sd-scripts' TOML file of data sets ([general], [[datasets]], [[datasets.subsets]]), instead of instance_data_dir; "
+        "what it says goes before other settings",
+        DATA,
+        form=False,
+    )
+    max_train_samples: int | None = option(
+        None, "train on so many of the images, drawn by the seed", DATA, bounds=COUNT, form=False
+    )
     instance_prompt: str | None = option(
-        None, "prompt that names the subject, for images without a caption of their own", DATA, usual=True, form=False
+        None,
+        "prompt that names the subject, for images without a caption of their own",
+        DATA,
+        usual=True,
+        form=False,
+        blank=True,
     )
     concepts_list: str | None = option(
         None,
@@ -133,8 +156,8 @@ class RunOptions(AdapterOptions):
     )
     trigger: list[str] = option(
         [],
-        "with routing concept and a single subject: the words that name it (default: those of instance_prompt that no "
-        "class_prompt has)",
+        "the word in place of [trigger] in captions and prompts; with routing concept and a single subject also what names it "
+        "(default: the words of instance_prompt that no class_prompt has)",
         DATA,
         form=False,
     )
@@ -151,6 +174,14 @@ class RunOptions(AdapterOptions):
     image_interpolation_mode: str = option("lanczos", "filter for resizing images", DATA, fixed=True)
     max_sequence_length: int | None = option(
         None, "longest prompt in tokens (default: what the pipeline samples with)", DATA, bounds=COUNT, fixed=True
+    )
+    max_token_length: int = option(
+        75,
+        "most tokens that are read of a prompt in training, in chunks of 75, by Stable Diffusion 1.x, 2.x and XL (sd-scripts' "
+        "name; its values are 75, 150 and 225); drawing reads all",
+        DATA,
+        bounds=Bounds(at_least=75, multiple_of=75),
+        fixed=True,
     )
     class_data_dir: str | None = option(
         None,
@@ -236,6 +267,16 @@ class RunOptions(AdapterOptions):
         fixed=True,
     )
     optimizer_args: list[str] = option([], "further arguments of the optimizer, as KEY=VALUE", OPTIMIZER, fixed=True)
+    loraplus_lr_ratio: float = option(
+        1.0,
+        "learning rate of the heads (B) relative to that of A, as in LoRA+",
+        OPTIMIZER,
+        bounds=POSITIVE,
+        fixed=True,
+    )
+    router_lr_ratio: float = option(
+        1.0, "learning rate of the routers relative to that of A", OPTIMIZER, bounds=POSITIVE, fixed=True
+    )
     use_ema: bool = option(False, "keep and draw with a moving average of the weights", OPTIMIZER, fixed=True)
     ema_decay: float = option(
         0.999,
@@ -249,22 +290,6 @@ class RunOptions(AdapterOptions):
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay", OPTIMIZER, bounds=NATURAL, fixed=True)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", OPTIMIZER, bounds=POSITIVE, fixed=True)
     max_grad_norm: float = option(1.0, "gradient clipping", OPTIMIZER, bounds=POSITIVE, fixed=True)
-    snr_gamma: float | None = option(
-        None, "min-SNR gamma (5.0 is usual) for DDPM models; none: unweighted loss", LOSS, bounds=POSITIVE, fixed=True
-    )
-    weighting_scheme: str | None = option(
-        None,
-        "density or weighting of the noise levels of flow matching (default: the family's own)",
-        LOSS,
-        choices=WEIGHTING_SCHEMES,
-        fixed=True,
-    )
-    logit_mean: float = option(0.0, "mean of the logit_normal scheme", LOSS, fixed=True)
-    logit_std: float = option(1.0, "deviation of the logit_normal scheme", LOSS, bounds=POSITIVE, fixed=True)
-    mode_scale: float = option(1.29, "scale of the mode scheme", LOSS, bounds=NATURAL, fixed=True)
-    guidance_scale: float = option(
-        3.5, "guidance scale given to FLUX.1 dev and FLUX.2 dev while training", LOSS, bounds=NATURAL, fixed=True
-    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower", MEMORY, usual=True)
     mixed_precision: str = option(
         "no", "type of the frozen base's weights", MEMORY, choices=("no", "fp16", "bf16"), usual=True, fixed=True
@@ -313,7 +338,9 @@ class RunOptions(AdapterOptions):
     )
     dry_run: bool = option(False, "only load, check and print the report; write and train nothing", OUTPUT, form=False)
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints", OUTPUT, bounds=COUNT)
-    checkpoints_total_limit: int | None = option(None, "number of newest checkpoints to keep", OUTPUT, bounds=COUNT)
+    checkpoints_total_limit: int | None = option(
+        None, "number of newest checkpoints to keep, beside one between two of them at the end", OUTPUT, bounds=COUNT
+    )
     resume_from_checkpoint: str | None = option(
         None, "'latest', a checkpoint's name, or its folder", OUTPUT, form=False
     )
@@ -327,9 +354,25 @@ class RunOptions(AdapterOptions):
     validation_epochs: int | None = option(
         None, "epochs between grids, if validation_steps is not given", VALIDATION, bounds=COUNT
     )
+    validation_split: float | None = option(
+        None,
+        "share of the images that is held out, for the loss on fixed noise with every grid and checkpoint (validation_loss)",
+        VALIDATION,
+        bounds=Bounds(above=0, below=1),
+    )
+    validation_data_dir: str | None = option(
+        None, "folder with images for the validation loss, instead of validation_split", VALIDATION, form=False
+    )
     validation_inference_steps: int | None = option(
         None, "sampling steps of validation and class images (default: the pipeline's own)", VALIDATION, bounds=COUNT
     )
     validation_guidance_scale: float | None = option(
         None, "guidance of validation and class images (default: the pipeline's own)", VALIDATION, bounds=NATURAL
+    )
+    judge: str | None = option(
+        None,
+        "what likeness of validation images is measured with: folder or hub id of a DINOv2 or CLIP, efficientnet or none "
+        "(default: efficientnet where its package is installed); a named judge also sees every checkpoint, and the best one is "
+        "kept",
+        VALIDATION,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -44,33 +45,54 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def pack(items: Iterable[Example], max_length: int) -> list[list[Example]]:
-    """Pack examples into rows of at most ``max_length`` tokens (best-fit decreasing)."""
-    rows: list[list[Example]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row index), sorted
-    for item in sorted(items, key=lambda one: len(one.ids), reverse=True):
-        best = bisect.bisect_left(free, (len(item.ids), 0))
-        if best < len(free):
-            room, row = free.pop(best)
+def pack(lengths: Iterable[int], max_length: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Pack examples into rows of at most ``max_length`` tokens (best-fit decreasing).
+
+    Args:
+        lengths: of the examples, in tokens.
+        max_length: tokens of a row.
+
+    Returns:
+        The examples' numbers row by row, and where every row ends among them.
+    """
+    sizes = np.fromiter(lengths, np.int64)
+    row_of = np.empty(len(sizes), np.int64)
+    rows_with: dict[int, list[int]] = {}  # by their free tokens
+    free: list[int] = []  # keys of it, sorted
+    count = 0
+    order = np.argsort(-sizes, kind="stable")
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        place = bisect.bisect_left(free, size)
+        if place < len(free):
+            room, rows = free[place], rows_with[free[place]]
+            row = rows.pop()
+            if not rows:
+                del rows_with[room], free[place]
         else:
-            room, row = max_length, len(rows)
-            rows.append([])
-        rows[row].append(item)
-        bisect.insort(free, (room - len(item.ids), row))
-    return rows
+            room, row, count = max_length, count, count + 1
+        row_of[index] = row
+        if left := room - size:
+            if left not in rows_with:
+                bisect.insort(free, left)
+            rows_with.setdefault(left, []).append(row)
+    return np.argsort(row_of, kind="stable"), np.cumsum(np.bincount(row_of, minlength=count))
 
 
 class PackedExamples(Dataset[list[Example]]):
-    """The rows of :func:`pack` as a data set."""
+    """The rows of :func:`pack` as a data set over ``examples``, whose ``lengths`` are known."""
 
-    def __init__(self, items: Iterable[Example], max_length: int):
-        self.rows = pack(items, max_length)
+    def __init__(self, examples: Any, lengths: Iterable[int], max_length: int):
+        self.examples = examples
+        self.order, self.ends = pack(lengths, max_length)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ends)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return self.rows[index]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = self.ends[index - 1] if index else 0
+        return [self.examples[int(number)] for number in self.order[start : self.ends[index]]]
 
 
 def collate(items: list[Example], padding: int, left: bool = False) -> dict[str, Tensor]:

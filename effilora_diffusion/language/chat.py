@@ -12,9 +12,9 @@ from torch import nn
 from ..core import EffiLoRAError, attach, load_adapter_file
 from ..core.load import load, unique_name
 from ..core.reference import adapter_file
+from .encoders import encoder_of
 from .encoding import Encoder
 from .export import is_language
-from .images import ImageEncoder
 from .models import load_model, max_positions
 
 MAX_LENGTH = 32768
@@ -37,6 +37,8 @@ def load_chat_model(
     quantization: str | None = None,
     prompt_template: str | None = None,
     image_folder: str | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> ChatModel:
     """Load a base model and attach adapters, on the GPU if there is one.
 
@@ -48,6 +50,8 @@ def load_chat_model(
         quantization: ``bnb-8bit`` or ``bnb-4bit``.
         prompt_template: ``None`` takes the first adapter's.
         image_folder: folder of the records' images; ``None`` if there are none.
+        chat_template: a Jinja template; ``None`` takes the first adapter's, else the model's own.
+        chat_template_kwargs: variables of the chat template; they replace those of the first adapter one by one.
     """
     contents = [load_adapter_file(adapter_file(path)) for path, _ in adapters]
     for (path, _), content in zip(adapters, contents, strict=True):
@@ -65,9 +69,7 @@ def load_chat_model(
         host.to("cuda")
     for (path, strength), content in zip(adapters, contents, strict=True):
         load(host, content, strength, unique_name(host, Path(path).resolve().stem), attach)
-    template = prompt_template or str(metadata.get("prompt_template", "auto"))
-    length = min(MAX_LENGTH, max_positions(host))  # a conversation may be longer than the training examples
-    if hasattr(processor, "image_processor"):
-        template = template if template in ("chat", "vicuna") else "auto"
-        return ChatModel(host, ImageEncoder(processor, Path(image_folder or "."), template, length))
-    return ChatModel(host, Encoder(processor, template, length))
+    asked = {"prompt_template": prompt_template, "chat_template": chat_template}
+    encoder = encoder_of(processor, metadata, asked, chat_template_kwargs or {}, Path(image_folder or "."))
+    encoder.max_length = min(MAX_LENGTH, max_positions(host))  # it may be longer than the training examples
+    return ChatModel(host, encoder)

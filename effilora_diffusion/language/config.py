@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, fields
 from inspect import signature
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
+from transformers.utils import is_torch_xla_available
 
 from ..core import EffiLoRAError
 from ..core.errors import is_out_of_memory
-from ..core.options import ADAPTER, COUNT, AdapterOptions, Bounds, check_options, option
+from ..core.options import ADAPTER, COUNT, AdapterOptions, Bounds, check_options, default_of, option
 from .models import DTYPES, QUANTIZATIONS
 
 MODEL = "Model"
@@ -41,9 +43,9 @@ class ModelOptions:
     model_name_or_path: str | None = option(None, "model folder, hub id, or .gguf file", MODEL, usual=True)
     gguf_file: str | None = option(None, "name of a GGUF file in the model's folder", MODEL)
     model_revision: str | None = option(None, "revision of a hub model", MODEL)
-    dtype: str = option("float32", "type of the frozen base's weights", MODEL, choices=DTYPES, usual=True)
+    dtype: str = option("float32", "type of the frozen base's weights", MODEL, choices=DTYPES, usual=True, fixed=True)
     quantization: str | None = option(
-        None, "quantise the frozen base; needs bitsandbytes", MODEL, choices=QUANTIZATIONS, usual=True
+        None, "quantise the frozen base; needs bitsandbytes", MODEL, choices=QUANTIZATIONS, usual=True, fixed=True
     )
 
 
@@ -51,19 +53,40 @@ class ModelOptions:
 class DataOptions:
     """What is learned."""
 
-    train_file: str | None = option(None, "JSONL or JSON: instruction/input/output, or messages", DATA, usual=True)
+    train_file: str | None = option(
+        None, "JSONL, JSON, CSV, parquet or text (a line an example); see docs/language.md", DATA, usual=True
+    )
     validation_file: str | None = option(None, "the same, to be evaluated on", DATA, usual=True)
+    dataset_name: str | None = option(
+        None, "hub id or local folder of a data set for the datasets library, instead of train_file", DATA, usual=True
+    )
+    dataset_config_name: str | None = option(None, "configuration of dataset_name, if it has several", DATA)
+    train_split_name: str = option("train", "split of dataset_name to train on; slices as train[:90%] too", DATA)
+    eval_split_name: str | None = option(
+        None, "split of dataset_name to evaluate on, instead of validation_file", DATA
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "processes that tokenise (default: one per core for large files, else one)", DATA, bounds=COUNT
+    )
+    overwrite_cache: bool = option(False, "tokenise anew, whatever an earlier run has kept", DATA)
     prompt_template: str = option(
-        "auto", "form of the prompts", DATA, choices=("auto", "chat", "alpaca", "plain"), usual=True
+        "auto", "form of the prompts", DATA, choices=("auto", "chat", "alpaca", "plain"), usual=True, fixed=True
+    )
+    chat_template: str | None = option(None, "Jinja file in place of the tokenizer's chat template", DATA)
+    chat_template_kwargs: str | None = option(
+        None, """variables of the chat template, as JSON: '{"enable_thinking": false}'""", DATA, fixed=True
     )
     max_length: int = option(
         512,
-        "longest example in tokens; longer ones are truncated on the left",
+        "longest example in tokens; longer conversations lose their oldest turns, longer single turns are left out",
         DATA,
         bounds=Bounds(at_least=2),
         usual=True,
+        fixed=True,
     )
-    packing: bool = option(False, "several examples in one row, kept apart by their positions", DATA, usual=True)
+    packing: bool = option(
+        False, "several examples in one row, kept apart by their positions", DATA, usual=True, fixed=True
+    )
 
 
 @dataclass
@@ -73,13 +96,20 @@ class ImageDataOptions:
     train_file: str | None = option(None, "JSON or JSONL in LLaVA's format: image, conversations", DATA, usual=True)
     validation_file: str | None = option(None, "the same, to be evaluated on", DATA, usual=True)
     image_folder: str = option(".", "folder that the records' images are in", DATA, usual=True)
-    prompt_template: str = option("auto", "form of the prompts", DATA, choices=("auto", "chat", "vicuna"), usual=True)
+    prompt_template: str = option(
+        "auto", "form of the prompts", DATA, choices=("auto", "chat", "vicuna"), usual=True, fixed=True
+    )
+    chat_template: str | None = option(None, "Jinja file in place of the processor's chat template", DATA)
+    chat_template_kwargs: str | None = option(
+        None, """variables of the chat template, as JSON: '{"enable_thinking": false}'""", DATA, fixed=True
+    )
     max_length: int = option(
         2048,
         "longest example in tokens, its images' included; longer ones are truncated on the right",
         DATA,
         bounds=Bounds(at_least=2),
         usual=True,
+        fixed=True,
     )
 
 
@@ -90,7 +120,7 @@ class LanguageAdapterOptions(AdapterOptions):
     rank: int = option(8, "rank of the shared A", ADAPTER, bounds=COUNT, usual=True, fixed=True)
     target_modules: list[str] = option(
         ["paper"],
-        "groups (paper: q, k, v, up, down; attention; feed_forward; all-linear) and name endings to adapt",
+        "groups (paper: q, k, v, up, down; attention; feed_forward; all-linear; experts) and name endings to adapt",
         ADAPTER,
         usual=True,
         fixed=True,
@@ -110,6 +140,27 @@ class LanguageTrainingArguments(TrainingArguments):
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate; small models take more"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "our batches have no columns to remove"})
+    logging_steps: float = field(
+        default=10, metadata={"help": "steps between two losses; below 1: a share of the run"}
+    )
+    logging_first_step: bool = field(default=True, metadata={"help": "log the loss of the first step"})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "show neither a bar nor lines while training"})
+    use_cpu: bool = field(
+        default=False, metadata={"help": "compute on the CPU, as is done where there is nothing else"}
+    )
+
+    def __post_init__(self) -> None:
+        values = {entry.name: (getattr(self, entry.name), default_of(entry)) for entry in fields(self) if entry.init}
+        # transformers changes some of them below
+        self.given = {name: value for name, (value, default) in values.items() if value != default}
+        if not has_accelerator():  # else transformers takes each of several processes for the only one
+            self.use_cpu = True
+        super().__post_init__()
+
+
+def has_accelerator() -> bool:
+    """Whether there is anything but a CPU to compute on."""
+    return torch.accelerator.is_available() or bool(is_torch_xla_available())
 
 
 @dataclass

@@ -11,9 +11,12 @@ from ..core.files import LANGUAGE
 from ..core.load import prepare_for_inference
 from ..core.peft_format import add_to_weights, write_peft
 from ..core.writing import check_new, write_folder
+from .encoders import encoder_of
+from .gguf_format import write_gguf_lora, write_merged_gguf
 from .models import load_model
+from .template_file import with_defaults
 
-FORMATS = ("peft", "merged")
+FORMATS = ("peft", "merged", "gguf", "merged-gguf")
 
 
 def is_language(content: AdapterFile) -> bool:
@@ -31,7 +34,18 @@ def write_peft_folder(output: Path, content: AdapterFile) -> float:
     error = export_error(content)
     factors = to_lora(content.adapter, content.calibration)
     transposed = bool(content.metadata.get("fan_in_fan_out"))
-    write_peft(output, factors, content, error, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
+    base = content.metadata.get("base_model")
+    if str(base).endswith(".gguf"):  # PEFT opens the folder, and takes the file's name as gguf_file
+        base = str(Path(str(base)).parent)
+    write_peft(
+        output,
+        factors,
+        content,
+        error,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=transposed,
+        base_model_name_or_path=base,
+    )
     return error
 
 
@@ -54,6 +68,7 @@ def write_merged(output: Path, content: AdapterFile, model: str | None = None) -
     check_sites(base, content.adapter.sites)
     prepare_for_inference(base, content, 1.0, str(content.metadata.get("base_model")))  # says if it is another base
     add_to_weights(base, factors)
+    stop_where_answers_end(base, reader, content.metadata)
 
     def write(folder: Path) -> None:
         base.save_pretrained(folder)
@@ -63,8 +78,33 @@ def write_merged(output: Path, content: AdapterFile, model: str | None = None) -
     return export_error(content)
 
 
+def stop_where_answers_end(model: Any, reader: Any, metadata: dict[str, Any]) -> None:
+    """Give a merged model the ends of answers, and its tokenizer the chat template, that the adapter was trained with.
+
+    A base that was not tuned on chats knows the end of a text only: ``generate`` would go on after every answer.
+    """
+    encoder = encoder_of(reader, metadata)
+    if encoder.own_template or encoder.options:
+        reader.chat_template = with_defaults(encoder.source(), encoder.options)
+    own = model.generation_config.eos_token_id
+    stops = [*(own if isinstance(own, list) else [own]), *encoder.stop_tokens]
+    found = list(dict.fromkeys(token for token in stops if token is not None))
+    model.generation_config.eos_token_id = found if len(found) > 1 else (found or [None])[0]
+
+
 def export(content: AdapterFile, output: Path, format: str, model: str | None = None) -> float:
     """Write ``content`` in one of :data:`FORMATS`; returns the relative output error, 0 where the form is exact."""
     if format not in FORMATS:
-        raise EffiLoRAError(f"an adapter of a language model is exported as {' or '.join(FORMATS)}, not as {format}")
-    return write_peft_folder(output, content) if format == "peft" else write_merged(output, content, model)
+        *others, last = FORMATS
+        raise EffiLoRAError(
+            f"an adapter of a language model is exported as {', '.join(others)} or {last}, not as {format}"
+        )
+    if format == "peft":
+        return write_peft_folder(output, content)
+    if format == "merged":
+        return write_merged(output, content, model)
+    if format == "merged-gguf":
+        rounded = write_merged_gguf(output, content, model)
+        return float((rounded**2 + export_error(content) ** 2) ** 0.5)
+    write_gguf_lora(output, content, model)
+    return export_error(content)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +17,11 @@ from torch.utils.data import Dataset
 from ..core import EffiLoRAError
 from ..core.image_io import ImageError, check_header, load_image
 from .batches import pad_and_concat
+from .chat_template import Pieces
+from .conversations import MARK, Conversation, check_record, to_conversation
 from .encoding import Encoder, Example
-from .records import check_record, to_messages
 
 T = TypeVar("T")
-
-MARK = "<image>"
-"""Where an image belongs, in the texts of LLaVA's format."""
 
 VICUNA = (
     "{% for message in messages %}{% if loop.first %}{% if message['role'] == 'system' %}"
@@ -96,8 +96,19 @@ class ImageEncoder(Encoder):
 
     truncation_side = "right"
 
-    def __init__(self, processor: Any, image_folder: Path, template: str = "auto", max_length: int = 2048):
-        own = getattr(processor, "chat_template", None)
+    def __init__(
+        self,
+        processor: Any,
+        image_folder: Path,
+        template: str = "auto",
+        max_length: int = 2048,
+        chat_template: str | None = None,
+        options: dict[str, Any] | None = None,
+        date: str | None = None,
+    ):
+        if chat_template and template == "vicuna":
+            raise EffiLoRAError("--chat_template and --prompt_template vicuna exclude each other")
+        own = chat_template or getattr(processor, "chat_template", None)
         if template == "chat" and not own:
             raise EffiLoRAError("--prompt_template chat: this model's processor has no chat template; use vicuna")
         self.processor, self.tokenizer, self.image_folder = processor, processor.tokenizer, image_folder
@@ -105,22 +116,34 @@ class ImageEncoder(Encoder):
         self.mark = str(getattr(processor, "image_token", MARK))
         self.chat_template = own if own and template != "vicuna" else VICUNA.replace(MARK, self.mark)
         self.template = "chat" if self.chat_template == own else "vicuna"
-        self.is_chat = True
+        self._configure(True, chat_template, options, date)
 
-    def messages(self, record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    def source(self, tools: Any = None) -> str:
+        """The chat template's text."""
+        found = self.chat_template
+        return str(found["default"] if isinstance(found, dict) and "default" in found else found)
+
+    def conversation(self, record: dict[str, Any], where: str) -> Conversation:
         """The record's messages in parts, as processors take them."""
         check_record(record, where, images=True)
         paths = image_paths(record, self.image_folder, where)
-        return with_images(to_messages(record, where), len(paths), where)
+        found = to_conversation(record, where, images=True)
+        return replace(found, messages=with_images(found.messages, len(paths), where))
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def content(self, text: str) -> Any:
+        """A text as the content of a message, in parts."""
+        return [{"type": "text", "text": text}]
+
+    def apply(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Any = None,
+        options: dict[str, Any] | None = None,
+    ) -> str:
         """Messages in parts as one text."""
-        options = {
-            "tokenize": False,
-            "add_generation_prompt": add_generation_prompt,
-            "chat_template": self.chat_template,
-        }
-        text = str(self.processor.apply_chat_template(messages, **options))
+        more = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        text = str(self.processor.apply_chat_template(messages, **more, **self._inputs(tools, options)))
         if "{'type': " in text:  # the parts themselves, printed
             raise EffiLoRAError("this model's chat template takes texts only: give --prompt_template vicuna")
         return text
@@ -128,6 +151,16 @@ class ImageEncoder(Encoder):
     def encode(self, record: dict[str, Any], where: str = "a record") -> Example:
         """One record as an :class:`Example`; its images are read."""
         return self._example(self.segments(record, where), record, where)
+
+    def encode_lesson(self, record: dict[str, Any], lesson: int, where: str) -> Example:
+        """One of a record's examples, of which there are several where the chat template rewrites earlier turns."""
+        conversation = self.conversation(record, where)
+        lessons, _ = self.template_for(conversation).lessons(conversation, where)
+        return self._example(lessons[lesson].pieces, record, where, last=lesson == len(lessons) - 1)
+
+    def encode_choice(self, record: dict[str, Any], where: str = "a record") -> Example:
+        """One record with the loss on its last answer only."""
+        return self._example(self.choice_segments(record, where), record, where)
 
     def encode_prompt(
         self, record: dict[str, Any], where: str = "the question", max_length: int | None = None
@@ -141,7 +174,7 @@ class ImageEncoder(Encoder):
             )
         return example
 
-    def _example(self, segments: list[tuple[str, bool]], record: dict[str, Any], where: str) -> Example:
+    def _example(self, segments: Pieces, record: dict[str, Any], where: str, last: bool = True) -> Example:
         paths = image_paths(record, self.image_folder, where)
         images = [_read(load_image, path, where) for path in paths]
         example = Example([], [])
@@ -161,7 +194,7 @@ class ImageEncoder(Encoder):
             for name, value in features.items():
                 seen = example.images.get(name)
                 example.images[name] = value if seen is None else pad_and_concat([seen, value])
-        if images:
+        if images and last:
             raise EffiLoRAError(
                 f"{where}: the chat template leaves out {len(images)} of its images: {self.mark} is not in its text"
             )
@@ -200,20 +233,36 @@ class ImageExamples(Dataset[Example]):
 
     def __init__(self, records: list[dict[str, Any]], encoder: ImageEncoder, where: str):
         self.records, self.encoder, self.where = records, encoder, where
-        for number, record in enumerate(records, 1):
-            place = f"{where}, record {number}"
-            if not any(part.get("text") for part in encoder.messages(record, place)[-1]["content"]):
+        self.notes: Counter[str] = Counter()
+        self.items: list[tuple[int, int]] = []  # records and which of their examples
+        rewrites: bool | None = None
+        varies = encoder.can_reason or encoder.has_marks  # what a template does then depends on what is said
+        for number, record in enumerate(records):
+            place = f"{where}, record {number + 1}"
+            conversation = encoder.conversation(record, place)
+            if not any(part.get("text") for part in conversation.messages[-1]["content"]):
                 raise EffiLoRAError(f"{place}: its answer is empty")
             for path in image_paths(record, encoder.image_folder, place):
                 _read(check_header, path, place)
+            count = int(any(conversation.learned))
+            several = sum(conversation.learned) > 1
+            if (count and varies) or (several and rewrites is not False):  # rendering all conversations takes long:
+                count = len(encoder.template_for(conversation).lessons(conversation, place)[0])
+            if several and rewrites is None:  # the first one shows what the template does
+                rewrites = count > 1
+            self.items += [(number, lesson) for lesson in range(count)]
+            self.notes += conversation.notes + Counter(split=int(count > 1))
+        if not self.items:
+            raise EffiLoRAError(f"{where}: none of its {len(records)} records has an answer to learn")
         self[0]  # template and processor, before anything is trained
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> Example:
-        where = f"{self.where}, record {index + 1}"
-        example = self.encoder.encode(self.records[index], where)
+        number, lesson = self.items[index]
+        where = f"{self.where}, record {number + 1}"
+        example = self.encoder.encode_lesson(self.records[number], lesson, where)
         if example.num_label_tokens == 0:
             raise EffiLoRAError(f"{where}: its answer is empty, or cut off by --max_length {self.encoder.max_length}")
         if example.truncated:

@@ -19,6 +19,10 @@ from ..core.hub import loading_options, not_cached
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit")
 
+ENCODER_DECODER = (
+    "a model with an encoder and a decoder; models that continue their prompt, as LLaMA, are adapted here"
+)
+
 
 def load_model(
     name: str,
@@ -55,7 +59,7 @@ def load_model(
         loader = _model_class(name, images, options)
         model = loader.from_pretrained(name, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, EffiLoRAError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         reason = not_cached(name) if options.get("local_files_only") else reason
@@ -86,7 +90,10 @@ def _model_class(name: str, images: bool, options: dict[str, Any]) -> Any:
 
     if "gguf_file" in options:
         return AutoModelForCausalLM
-    kind = type(AutoConfig.from_pretrained(name, **_processor_options(options)))
+    config = AutoConfig.from_pretrained(name, **_processor_options(options))
+    if getattr(config, "is_encoder_decoder", False):
+        raise EffiLoRAError(f"--model_name_or_path {name}: {ENCODER_DECODER}")
+    kind = type(config)
     if images and kind not in IMAGES:
         raise EffiLoRAError(f"--model_name_or_path {name} is not a vision-language model, but the data has images")
     return AutoModelForImageTextToText if kind in IMAGES and (images or kind not in TEXT) else AutoModelForCausalLM

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core import EffiLoRAError
-from .encoding import IGNORED, Encoder, Example
+from .batches import IGNORED, Example
+from .conversations import with_answer
+from .encoding import Encoder
 from .generate import generate_answers
-from .records import read_records, with_answer
+from .sources import read_records
 
 ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 """The end of every question of the commonsense tasks, as in ``Answer format: answer1/answer2/answer3``."""
+
+ROOM = {False: 2, True: 1024}
+"""Tokens that a generated answer may have more than the correct one: its end, or also the reasoning before it."""
 
 STATED = "the correct answer is {answer}"
 """An answer in the commonsense tasks' training data."""
@@ -27,12 +32,22 @@ STATED = "the correct answer is {answer}"
 
 @dataclass
 class Question:
-    """A record without its answer, the ``answers`` to choose from, and the index of the ``correct`` one."""
+    """A record without its answer, the ``answers`` to choose from, and the index of the ``correct`` one.
+
+    ``names`` are those of the answers in a commonsense task (``solution1``, ``solution2``); else there are none.
+    """
 
     record: dict[str, Any]
     answers: list[str]
     correct: int
     where: str = "a question"
+    names: tuple[str, ...] = ()
+
+    def named(self, text: str) -> str | None:
+        """The first of the ``names`` in a generated answer, as the tasks' own evaluation takes it."""
+        longest_first = sorted(self.names, key=len, reverse=True)
+        found = re.search("|".join(map(re.escape, longest_first)), text) if self.names else None
+        return found[0] if found else None
 
 
 def parse_question(record: dict[str, Any], where: str = "a record") -> Question:
@@ -54,7 +69,7 @@ def parse_question(record: dict[str, Any], where: str = "a record") -> Question:
         answers = [STATED.format(answer=name) for name in names]
     if answer not in names:
         raise EffiLoRAError(f"{where}: its 'answer' {answer!r} is not one of {names}")
-    return Question(record, list(answers), names.index(answer), where)
+    return Question(record, list(answers), names.index(answer), where, () if "choices" in record else tuple(names))
 
 
 def read_tasks(paths: list[Path], limit: int | None = None) -> dict[str, list[Question]]:
@@ -82,12 +97,24 @@ def evaluate(
     tasks: dict[str, list[Question]],
     batch_size: int = 16,
     exact_match: bool = False,
+    max_new_tokens: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure accuracy by task.
 
+    Args:
+        model: a transformers model, with or without adapters.
+        encoder: applies the prompt template that the adapter was trained with.
+        tasks: questions by task.
+        batch_size: answers, or prompts, per batch.
+        exact_match: also generate answers.
+        max_new_tokens: how long these may be, with their reasoning; default: the longest correct one and a margin, which
+            is wider if the chat template knows reasoning blocks.
+
     Returns:
         For every task the number of ``questions``, the accuracy by likelihood (``choice``) and, with ``exact_match``, the
-        share of greedy answers equal to the correct one (``exact match``).
+        share of greedy answers equal to the correct one, apart from reasoning before them (``exact match``). Of a
+        commonsense task also the share of greedy answers that name the correct choice first (``generated``), which is what
+        papers report.
     """
     results: dict[str, dict[str, Any]] = {}
     for task, questions in tasks.items():
@@ -95,10 +122,14 @@ def evaluate(
         results[task] = {"questions": len(questions), "choice": sum(correct) / len(correct)}
         if exact_match:
             expected = [question.answers[question.correct].strip() for question in questions]
-            longest = max(len(encoder.tokens(text)) for text in expected) + 2
+            longest = max_new_tokens or max(len(encoder.tokens(text)) for text in expected) + ROOM[encoder.can_reason]
             records = [question.record for question in questions]
             generated = generate_answers(model, encoder, records, longest, batch_size)
             results[task]["exact match"] = sum(map(str.__eq__, generated, expected)) / len(expected)
+            if all(question.names for question in questions):
+                pairs = zip(questions, generated, strict=True)
+                right = [one.named(text) == one.names[one.correct] for one, text in pairs]
+                results[task]["generated"] = sum(right) / len(right)
     return results
 
 
@@ -133,7 +164,7 @@ def log_likelihoods(
 
 def _encode(encoder: Encoder, question: Question, answer: str) -> Example:
     """Tokenise a question with one of its answers; refuse it if the answer, or all of the question, is truncated."""
-    example = encoder.encode(with_answer(question.record, answer), question.where)
+    example = encoder.encode_choice(with_answer(question.record, answer), question.where)
     if example.truncated and (encoder.truncation_side == "right" or example.labels[1] != IGNORED):
         raise EffiLoRAError(f"{question.where}: longer than the model's {encoder.max_length} tokens: remove it")
     if example.truncated:

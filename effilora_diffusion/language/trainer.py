@@ -6,14 +6,14 @@ import functools
 import json
 import math
 import shutil
-import warnings
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..core import (
     AdapterFile,
@@ -21,18 +21,26 @@ from ..core import (
     EffiLoRAError,
     Reducer,
     attach,
-    calibrate,
     load_adapter_file,
     save_adapter_file,
 )
 from ..core.files import ADAPTER_FILE, LANGUAGE
 from ..core.fingerprint import base_fingerprint, same_base
 from ..core.initial import has_learned, initial_file, start_from
-from ..core.run_folder import REDUCER_FILE, Layout, RunFolder, trim_log
+from ..core.run_folder import REDUCER_FILE, RunFolder, trim_log
 from ..core.signals import Interrupted, StopSignals
-from ..core.sites import is_transposed
 from ..core.writing import write_text, writing
+from .calibration import measure
 from .callbacks import ReducerCallback, StopCallback
+from .checkpoints import (
+    FINGERPRINT_FILE,
+    LANGUAGE_RUN,
+    REDUCER_STATE,
+    SETTINGS_FILE,
+    STATE_FILE,
+    is_finished,
+    steps_done,
+)
 from .config import (
     DataOptions,
     ImageDataOptions,
@@ -40,65 +48,31 @@ from .config import (
     Settings,
     as_mistakes,
 )
-from .datasets import Collator, Datasets, Records, build_datasets, read_files
+from .coverage import describe_coverage, model_facts
+from .datasets import Collator, Datasets, Sources, build_datasets, open_sources
+from .encoders import as_metadata, template_facts
+from .evaluation import TokenWeighted
 from .export import write_peft_folder
+from .identity import check_same_run, fingerprint, may_be_longer
 from .models import load_model
+from .progress import show_progress
+from .run_settings import as_yaml, autocast_type
 from .targets import create_adapter
 
 MEASURED = 16
 """Examples on which the Reducer measures importance."""
 
-CALIBRATION_EXAMPLES = 128
-
-
 CONTINUE = "continue with --resume_from_checkpoint latest"
 
-REDUCER_STATE = "reducer.json"
-"""The Reducer in a checkpoint."""
 
-STATE_FILE = "trainer_state.json"
-"""Where transformers keeps the number of steps, among others; it is written last."""
-
-
-def steps_done(checkpoint: Path) -> int:
-    """The optimizer steps behind a checkpoint."""
-    try:
-        return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EffiLoRAError(f"--resume_from_checkpoint {checkpoint}: its {STATE_FILE} can't be read") from error
-
-
-def fault_of(folder: Path) -> str | None:
-    """Why ``folder`` is no checkpoint that a run can be continued from, or ``None``."""
-    if not (folder / ADAPTER_FILE).is_file():
-        return f"{folder} is no checkpoint of this trainer"
-    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
-    return f"{folder} has no {missing}, so the run can't go on as it was" if missing else None
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether a checkpoint is whole: transformers writes the file of its state last."""
-    try:
-        return isinstance(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
-
-
-LANGUAGE_RUN = Layout(
-    marks=(ADAPTER_FILE, REDUCER_FILE),
-    names=("adapter_config.json", "adapter_model.safetensors"),
-    finished=_is_finished,
-    fault=fault_of,
-)
-"""What a language run writes into its folder."""
-
-
-class LanguageTrainer(Trainer):
+class LanguageTrainer(TokenWeighted):
     """A ``Trainer`` whose checkpoints hold the adapter and the Reducer instead of the whole model."""
 
     label_smoother: Any
     own: Callable[[str], Path] | None = None
     """Records a name in the run's folder as the run's."""
+    fingerprint: dict[str, Any] | None = None
+    """What a checkpoint says of its run."""
 
     def __init__(self, adapter: EffiLoRA, reducer: Reducer, metadata: dict[str, Any], **options: Any):
         model = options["model"]
@@ -109,6 +83,7 @@ class LanguageTrainer(Trainer):
         finally:
             model.is_quantized = quantized
         self.adapter, self.reducer, self.metadata = adapter, reducer, metadata
+        show_progress(self)
         if self.label_smoother is not None:
             # the trainer knows of text models only that a token's label is the next one
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
@@ -132,7 +107,7 @@ class LanguageTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                if self.args.should_save and not _is_finished(folder):
+                if self.args.should_save and not is_finished(folder):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -142,8 +117,9 @@ class LanguageTrainer(Trainer):
         save_adapter_file(
             folder / ADAPTER_FILE, AdapterFile(self.adapter, {**self.metadata, "steps": self.state.global_step})
         )
-        text = json.dumps(self.reducer.state_dict())
-        write_text(folder / REDUCER_STATE, text)
+        for name, state in ((REDUCER_STATE, self.reducer.state_dict()), (FINGERPRINT_FILE, self.fingerprint)):
+            if state is not None:
+                write_text(folder / name, json.dumps(state))
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take over the last checkpoint of a run whose steps are all done."""
@@ -189,11 +165,11 @@ def train(settings: Settings, signals: StopSignals | None = None) -> dict[str, A
     if checkpoint is not None:
         steps_done(checkpoint)
     folder.check(args.overwrite_output_dir, checkpoint)
-    records, held = read_files(data)
+    sources = open_sources(data)
     if args.process_index == 0:
         folder.claim(args.overwrite_output_dir, checkpoint)
     try:
-        return _train(settings, folder, checkpoint, records, held, signals or StopSignals())
+        return _train(settings, folder, checkpoint, sources, signals or StopSignals())
     finally:
         folder.release()
 
@@ -202,23 +178,30 @@ def _train(
     settings: Settings,
     folder: RunFolder,
     checkpoint: Path | None,
-    records: Records,
-    held: Records,
+    sources: Sources,
     signals: StopSignals,
 ) -> dict[str, Any]:
     """The run itself, in a claimed folder."""
     model_options, data, args = settings.model, settings.data, settings.training
+    told = as_yaml(settings)
     images = isinstance(data, ImageDataOptions)
     model, reader = _load(model_options, images)
-    datasets = build_datasets(data, records, held, model, reader)
+    datasets = build_datasets(data, sources, model, reader, _date_of(checkpoint) if checkpoint else None)
+    if args.process_index == 0:
+        datasets.tell()
     metadata = _metadata(model_options, data, datasets, model)
     adapter, initial = _adapter(settings, model)
+    if args.process_index == 0:
+        print(describe_coverage(model, adapter), file=sys.stderr)
     attach(model, adapter)
     trainer = make_trainer(datasets, model, adapter, args, metadata)
-    over = _check_schedule(trainer, checkpoint, folder.finished)
+    steps = _check_schedule(trainer)
+    trainer.fingerprint = fingerprint(settings, datasets, adapter, metadata, steps)
+    over = checkpoint is not None and _continues(trainer, checkpoint, steps, folder.finished)
     if args.process_index == 0:
         folder.open(checkpoint)
         trainer.own = folder.own
+        write_text(folder.own(SETTINGS_FILE), told)
         if adapter.config.reducer.mode != "off":
             folder.own(REDUCER_FILE)
     trainer.add_callback(StopCallback(signals))
@@ -240,8 +223,6 @@ def _train(
         folder.finish()
     if datasets.validation is not None:
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if datasets.num_truncated():
-        figures["cut_examples"] = datasets.num_truncated()
     counts = {**adapter.parameter_counts(), "trained_ever": trainer.reducer.trained_ever()}
     return {**figures, **counts} if args.process_index == 0 else {}
 
@@ -292,6 +273,11 @@ def _load(options: ModelOptions, images: bool) -> tuple[nn.Module, Any]:
     return load_model(name, options.gguf_file, options.dtype, options.quantization, images, **more)
 
 
+def _date_of(checkpoint: Path) -> str | None:
+    """The day that a run's chat template writes, which is that of its start."""
+    return template_facts(load_adapter_file(checkpoint / ADAPTER_FILE).metadata).get("template_date")
+
+
 def _metadata(
     options: ModelOptions, data: DataOptions | ImageDataOptions, datasets: Datasets, model: nn.Module
 ) -> dict[str, Any]:
@@ -305,18 +291,17 @@ def _metadata(
         "quantization": options.quantization,
         **base_fingerprint(model),
         "examples": len(datasets.examples),
-        "prompt_template": datasets.encoder.template,
+        **as_metadata(datasets.encoder.facts),
         "max_length": datasets.encoder.max_length,
         "images": isinstance(data, ImageDataOptions),
-        "fan_in_fan_out": any(is_transposed(part) for part in model.modules()),
+        **model_facts(model),
     }
 
 
-def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None, finished: bool) -> bool:
+def _check_schedule(trainer: LanguageTrainer) -> int:
     """Build dataloader, optimizer and scheduler once, so that bad settings fail before old files are deleted.
 
-    Returns whether the checkpoint is at the end of the run, of which only the result is missing. Raises
-    :class:`EffiLoRAError` also for one whose result is there: there would be nothing to do.
+    Returns the run's number of steps.
     """
     args = trainer.args
     with as_mistakes():
@@ -325,11 +310,21 @@ def _check_schedule(trainer: LanguageTrainer, checkpoint: Path | None, finished:
         trainer.create_optimizer()
         trainer.create_scheduler(max(1, wanted), trainer.optimizer)
     trainer.optimizer = trainer.lr_scheduler = None  # the trainer makes its own, by its own count of steps
-    if checkpoint is None:
-        return False
+    return wanted
+
+
+def _continues(trainer: LanguageTrainer, checkpoint: Path, wanted: int, finished: bool) -> bool:
+    """Whether the checkpoint is at the end of the run, of which only the result is missing.
+
+    Raises :class:`EffiLoRAError` for a checkpoint of another run, and for one whose result is there: nothing is left to do.
+    """
+    note = check_same_run(checkpoint, trainer.fingerprint or {})
+    if note is not None and trainer.args.process_index == 0:
+        print(note, file=sys.stderr)
     done = steps_done(checkpoint)
     if done > wanted or (done == wanted and finished):
-        raise EffiLoRAError(f"{checkpoint} has {done} steps behind it, of {wanted}: raise --max_steps to go on")
+        more = "raise --max_steps to go on" if may_be_longer(trainer.args) else "there is nothing to do"
+        raise EffiLoRAError(f"{checkpoint} has {done} steps behind it, of {wanted}: {more}")
     return done == wanted
 
 
@@ -354,23 +349,10 @@ def _write(folder: RunFolder, trainer: LanguageTrainer, datasets: Datasets) -> f
     facts = {**trainer.metadata, "steps": trainer.state.global_step}
     path = folder.own(ADAPTER_FILE)
     save_adapter_file(path, AdapterFile(trainer.adapter, facts))  # first of all: calibration may fail
-    calibration, error = calibrate(model, trainer.adapter, lambda: _drive(model, datasets))
+    calibration, error = measure(model, trainer.adapter, datasets, autocast_type(trainer.args.bf16, trainer.args.fp16))
     content = AdapterFile(trainer.adapter, {**facts, "export_error": error}, calibration)
     content.sha256 = save_adapter_file(path, content)
     for name in LANGUAGE_RUN.names:
         folder.own(name)
     write_peft_folder(folder.path, content)
     return error
-
-
-@torch.no_grad()
-def _drive(model: nn.Module, datasets: Datasets) -> None:
-    """Run the model over examples without padding, so that only real tokens are measured."""
-    device = next(model.parameters()).device
-    for index in range(min(CALIBRATION_EXAMPLES, len(datasets.examples))):
-        try:
-            inputs = datasets.model_inputs(index)
-        except EffiLoRAError as error:  # an image that the run has never come to
-            warnings.warn(f"left out of the calibration: {error}", stacklevel=2)
-            continue
-        model(**{name: value.to(device) for name, value in inputs.items()})

@@ -11,6 +11,8 @@ from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
 from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.sampling.request import GenerationRequest
+from ..diffusion.sampling.sampler_names import known_name
+from .fields import seed_of, whole
 from .queue import MODEL_QUEUE
 from .runs import Run
 from .session import Session
@@ -23,14 +25,16 @@ def add_endpoints(session: Session) -> None:
 
     def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = defaults["steps"],
                  guidance_scale: float = defaults["guidance_scale"], negative_prompt: str = "",
-                 width: int = defaults["edge"], height: int = defaults["edge"]) -> gr.FileData:  # fmt: skip
+                 width: int = defaults["edge"], height: int = defaults["edge"], sampler: str = "",
+                 literal: bool = False) -> gr.FileData:  # fmt: skip
         """Draw one image; returns the PNG, which carries its parameters."""
         try:
             chosen = [(str(adapter), float(strength))] if adapter else []
-            size = {"width": int(width), "height": int(height), "seed": int(seed), "num_inference_steps": int(steps)}
             wanted = GenerationRequest(
-                str(prompt or ""), str(negative_prompt or ""), chosen, guidance_scale=float(guidance_scale), **size
-            )
+                str(prompt or ""), str(negative_prompt or ""), chosen, whole(steps, "steps"), float(guidance_scale),
+                whole(width, "width"), whole(height, "height"), 1, seed_of(seed, False),
+                known_name(sampler) or str(sampler) or None, bool(literal),
+            )  # fmt: skip
             (path,) = (event for event in session.draw(wanted, preview_every=0) if isinstance(event, Path))
         except Exception as error:
             raise gr.Error(one_line(error), print_exception=False) from error

@@ -15,7 +15,7 @@ import gradio as gr
 
 from .. import EffiLoRAError
 from ..diffusion.config import PRECISIONS
-from . import figures
+from ..diffusion.report import figures
 from .api import add_endpoints
 from .guards import allowed_hosts, guarded
 from .session import Session

@@ -21,12 +21,17 @@ from ..core.files import ADAPTER_FILE
 from ..core.fingerprint import base_fingerprint
 from ..core.load import host_model
 from ..core.reference import Reference, checkpoint_adapters, parse_reference
-from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef, label_of
+from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
 from ..diffusion.adapters.lora_files import describe_plain
+from ..diffusion.adapters.shelf import BROUGHT, adapters_in
+from ..diffusion.models import Family, family_class
 from ..diffusion.models.pipelines import load_pipeline
-from ..diffusion.sampling.png import save_png
 from ..diffusion.sampling.request import GenerationRequest, Limits, sampling_defaults
+from ..diffusion.sampling.resolving import WILDCARDS, Drawing, by_label, drawing_of
+from ..diffusion.sampling.samplers import make_scheduler, own_sampler, sampler_names
+from ..diffusion.sampling.saving import save_image
 from ..diffusion.sampling.stream import Progress, Stop, draw_live, settle
+from ..diffusion.sampling.tokens import TokenCounter
 from .queue import Tickets
 from .words import clean, is_text
 
@@ -58,6 +63,9 @@ class Session:
         self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
         self.base = base_fingerprint(host_model(self.pipe))
         self.active = ActiveAdapters(self.pipe)
+        self.family: type[Family] = family_class(self.pipe) or Family
+        self.samplers, self.own_sampler = sampler_names(self.pipe), own_sampler(self.pipe)
+        self.tokens = TokenCounter(self.pipe)
         if torch.cuda.is_available():
             self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed
         for folder in (self.history, self.uploads):
@@ -71,7 +79,7 @@ class Session:
     @property
     def uploads(self) -> Path:
         """Folder of the adapters brought here."""
-        return self.outputs / "adapters"
+        return self.outputs / BROUGHT
 
     @property
     def exports(self) -> Path:
@@ -83,27 +91,38 @@ class Session:
         return sampling_defaults(self.pipe, self.model)
 
     def adapters(self) -> dict[str, Path]:
-        """Adapters by name: those of training runs and those brought here, native or plain LoRA, the newest first."""
-        trained = [file for file in self.outputs.glob(f"*/{ADAPTER_FILE}") if file.parent != self.uploads]
-        names = {file: label_of(file) for file in trained}
-        taken = set(names.values())
-        for file in self.uploads.glob("*.safetensors"):
-            if file.name != ADAPTER_FILE:
-                names[file] = f"{file.stem} (brought)" if file.stem in taken else file.stem
-        inside = [file for file in names if file.resolve().is_relative_to(self.outputs) and is_text(names[file])]
-        inside.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-        return {names[file]: file for file in inside}
+        """Adapters by name, see :func:`~..diffusion.adapters.shelf.adapters_in`; those whose names can be shown."""
+        return {name: file for name, file in adapters_in(self.outputs).items() if is_text(name)}
+
+    @property
+    def wildcards(self) -> Path:
+        """Folder of the wildcards of prompts, a text file for each."""
+        return self.outputs / WILDCARDS
 
     @property
     def max_edge(self) -> int:
         """The longest edge that is drawn: a step far beyond the model's own size takes minutes, and none ends within one."""
         return min(int(LIMITS.edge), 8 * int(self.defaults()["edge"]))
 
-    def check(self, request: GenerationRequest) -> None:
-        """Raise :class:`EffiLoRAError` for a request that can't be drawn with this model."""
-        request.check(replace(LIMITS, edge=self.max_edge))
-        for name, strength in request.adapters:
-            self.wanted(name, strength)
+    def check(self, request: GenerationRequest) -> list[Drawing]:
+        """The images of a request; raises :class:`EffiLoRAError` for what can't be drawn with this model."""
+        limits = replace(LIMITS, edge=self.max_edge)
+        request.check(limits)
+        if request.sampler is not None:
+            make_scheduler(self.pipe, request.sampler)
+        drawings = [drawing_of(request, seed, self.pipe, self.find, self.wildcards) for seed in request.seeds(LIMITS)]
+        for drawing in drawings:
+            drawing.request.check(limits)
+            count = self.tokens.count(drawing.request.prompt, drawing.request.literal)
+            if count is not None and count.cut:
+                drawing.notes.append(f"The prompt has {count}.")
+            for name, strength in drawing.request.adapters:
+                self.wanted(name, strength)
+        return drawings
+
+    def find(self, name: str) -> str | None:
+        """The adapter that ``<lora:name>`` means."""
+        return name if self.knows(name) else by_label(list(self.adapters()))(name)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -172,39 +191,53 @@ class Session:
 
         Raises :class:`EffiLoRAError` for requests that can't be drawn, before anything is changed.
         """
-        for progress in self._drawing(request, stop, preview_every):
+        for progress, drawn in self._drawing(request, stop, preview_every):
             if progress.image is None:
                 yield progress
             else:
-                assert progress.seed is not None
-                yield self._keep(progress.image, request, progress.seed)
+                yield self._keep(progress.image, drawn)
 
     def image(self, request: GenerationRequest, stop: Stop | None = None) -> Image.Image:
         """A single image, for a grid: it does not go into the history. A stop is an :class:`EffiLoRAError`."""
-        drawn = [progress.image for progress in self._drawing(request, stop, 0) if progress.image is not None]
+        drawn = [progress.image for progress, _ in self._drawing(request, stop, 0) if progress.image is not None]
         if not drawn:
             raise EffiLoRAError("stopped")
         return drawn[0]
 
-    def _drawing(self, request: GenerationRequest, stop: Stop | None, preview_every: int) -> Iterator[Progress]:
-        self.check(request)
+    def _drawing(
+        self, request: GenerationRequest, stop: Stop | None, preview_every: int
+    ) -> Iterator[tuple[Progress, GenerationRequest]]:
+        """Every step, and what is drawn in it."""
+        drawings, stop = self.check(request), Stop() if stop is None else stop
         with self.holding():
-            self.active.use([self.wanted(name, strength) for name, strength in request.adapters])
-            yield from draw_live(
-                self.pipe, request.prompt, request.seeds(LIMITS), stop, preview_every, **request.options()
-            )
+            for index, one in enumerate(drawing.request for drawing in drawings):
+                self.active.use([self.wanted(name, strength) for name, strength in one.adapters])
+                for progress in draw_live(self.pipe, one.prompt, [one.seed], stop, preview_every, **one.options()):
+                    progress.index, progress.count = index, len(drawings)
+                    yield progress, one
+                if stop:
+                    return
 
     def usual(self, prompt: str, adapters: list[tuple[str, float]], seed: int) -> GenerationRequest:
         """A single image with the model's own settings."""
         own = self.defaults()
         return GenerationRequest(
-            prompt, "", adapters, own["steps"], own["guidance_scale"], own["edge"], own["edge"], seed=seed
+            prompt,
+            "",
+            adapters,
+            own["steps"],
+            own["guidance_scale"],
+            own["edge"],
+            own["edge"],
+            seed=seed,
+            literal=True,
         )
 
-    def _keep(self, image: Image.Image, request: GenerationRequest, seed: int) -> Path:
+    def _keep(self, image: Image.Image, request: GenerationRequest) -> Path:
         """Write an image with its parameters into the history."""
-        path = self.new_file(str(seed))
-        save_png(image, path, request.parameters(image, seed, self.model))
+        path = self.new_file(str(request.seed))
+        files = {name: self.wanted(name).path for name, _ in request.adapters}
+        save_image(image, path, request, request.seed, self.model, self.pipe, files)
         return path
 
     def fresh_folder(self, label: str) -> Path:

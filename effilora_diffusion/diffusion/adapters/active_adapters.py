@@ -68,9 +68,9 @@ class ActiveAdapters:
         kept = _common_start(list(self.native), list(native))
         fresh = {key: one.content() for key, one in native.items() if key not in kept}
         for key in [key for key in self.native if key not in kept]:
-            remove(model, self.native.pop(key))
+            remove(self.pipe, self.native.pop(key))
         for key, content in fresh.items():
-            self.native[key] = load(model, content, 1.0, unique_name(model, label_of(key[0])), attach)
+            self.native[key] = load(self.pipe, content, 1.0, unique_name(model, label_of(key[0])), attach)
         follow_prompts(self.pipe)
         for key, one in native.items():
             self.native[key].strength = one.strength

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ...core import EffiLoRAError
 from ...core.errors import is_out_of_memory
-from .plain_file import read_header, read_plain
+from .plain_file import PAIRS, read_header, read_plain
 from .restore import unchanged_on_error
 
 logger = logging.getLogger(__name__)
 
-PLAIN_NAMES = ("lora_A", "lora_B", "lora_down", "lora.down", "lora.up", "lora_up", "lokr_w")
+PLAIN_NAMES = (*PAIRS, *PAIRS.values(), "lokr_w")
 """Parts of the tensor names by which a plain LoRA file is known."""
 
 UNREADABLE_NAMES = ("hada_w", "oft_blocks", "ia3_l", "lora_mid")
@@ -49,7 +49,7 @@ def describe_plain(path: str | Path) -> dict[str, Any]:
     layers = parameters = 0
     for name, shape in header.shapes.items():
         parameters += math.prod(shape)
-        if any(part in name for part in ("lora_A", "lora_down", "lora.down", "lokr_w1")) and shape:
+        if any(part in name for part in (*PAIRS, "lokr_w1")) and shape:
             layers += 1
             ranks.add(int(shape[0]))
     metadata = header.metadata

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from ...core import EffiLoRAError
 
-PAIRS = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
-"""Marks in the names of the two factors, as the programs that write LoRAs call them."""
+PAIRS = {
+    "lora_A": "lora_B",
+    "lora_down": "lora_up",
+    "lora.down": "lora.up",
+    "lora_linear_layer.down": "lora_linear_layer.up",
+}
+"""Marks in the names of the two factors, as the programs that write LoRAs call them; the last ones are those of text encoders in
+diffusers' DreamBooth scripts."""
 
 UP_PARTS = (*PAIRS.values(), "lokr_w2")
 """Marks of the tensors that are zero in an adapter that changes nothing."""

@@ -21,6 +21,7 @@ from ...core import EffiLoRA, EffiLoRAConfig, EffiLoRAError, Site
 from ...core import attach as attach_to_linears
 from ...core.attachment import SCOPE_ATTRIBUTE, adapters_of, host_of, unwrap
 from ...core.sites import base_layer, block_of, is_target, linears_of, single_sites, widths
+from .call_scale import follow_scale
 
 _SAME_INPUT = (
     ("to_q", "to_k", "to_v", "to_gate"),
@@ -234,6 +235,7 @@ def attach(model: nn.Module, adapter: EffiLoRA, name: str = "default") -> EffiLo
         raise EffiLoRAError(f"{fused[0]} has fused q, k, v projections: call unfuse_qkv_projections() first")
     fresh = not adapters_of(bare)
     attach_to_linears(model, adapter, name)
+    follow_scale(bare, adapter, name)
     adapter.tokens_first = type(bare).__name__ in TOKENS_FIRST
     _swap_processors(bare)
     if fresh:

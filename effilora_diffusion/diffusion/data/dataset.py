@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -17,8 +16,12 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from ...core.errors import EffiLoRAError
+from ...core.named_data import load_named
 from ...core.writing import writing
 from .folder import METADATA_NAME
+
+Row = tuple[bytes | None, str | list[str] | None]
+"""Bytes of an image, and its caption or captions."""
 
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
 
@@ -64,24 +67,16 @@ def dataset_folder(
     return folder
 
 
-def _rows(
-    name: str, config_name: str | None, image_column: str, caption_column: str | None
-) -> Iterator[tuple[bytes | None, str | None]]:
+def _rows(name: str, config_name: str | None, image_column: str, caption_column: str | None) -> Iterator[Row]:
     """Bytes and caption of every row."""
-    if importlib.util.find_spec("datasets") is None:
-        raise EffiLoRAError("--dataset_name needs datasets: pip install 'effilora-diffusion[data]'")
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, config_name, split="train")
-    except Exception as error:  # of the library, the network, or of whatever reads the files
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise EffiLoRAError(f"--dataset_name {name[:200]} can't be loaded: {reason}") from error
+    data = load_named(name, config_name)
     for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None and column not in data.column_names:
             raise EffiLoRAError(
                 f"--{flag} {column[:100]!r} is not in {name[:200]}: it has {', '.join(data.column_names)}"[:600]
             )
+    import datasets
+
     data = data.cast_column(image_column, datasets.Image(decode=False))
     for row in data:
         yield _content(row[image_column]), None if caption_column is None else _caption(row[caption_column])
@@ -98,14 +93,14 @@ def _content(found: Any) -> bytes | None:
         return None
 
 
-def _caption(found: Any) -> str:
-    """The caption of a row; of several the first one."""
-    if isinstance(found, list):
-        found = found[0] if found else ""
+def _caption(found: Any) -> str | list[str]:
+    """The caption of a row, or several."""
+    if isinstance(found, list) and all(one is None or isinstance(one, str) for one in found):
+        return [one for one in found if one]
     return "" if found is None else str(found)
 
 
-def _write(rows: Iterator[tuple[bytes | None, str | None]], folder: Path, name: str, column: str) -> tuple[str, int]:
+def _write(rows: Iterator[Row], folder: Path, name: str, column: str) -> tuple[str, int]:
     """Write images and captions; returns the hash of all of it, and the number of images."""
     digest, count, captions = hashlib.sha256(), 0, []
     for count, (content, caption) in enumerate(rows, 1):

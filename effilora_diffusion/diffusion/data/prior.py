@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ...core.errors import EffiLoRAError
 from ...core.rng import counter_seed
 from ...core.run_folder import LOCK_FILE
 from ...core.writing import write_text, writing
+from ..caption_options import PLAIN
 from ..sampling.generate import Sampler
-from ..sampling.png import read_parameters, save_png
+from ..sampling.metadata import read_parameters
+from ..sampling.png import save_png
 from .folder import Example, Problem, is_unrelated, report_problems, scan_images
 
 _DRAWN = re.compile(r"(\d+)-[0-9a-f]{40}\.png")
@@ -53,6 +56,15 @@ class ClassFolder:
         files = [path for path in entries if not path.name.startswith(".") and not is_unrelated(path)]
         return scan_images(self.path, self.caption) if files else ([], [])
 
+    def as_it_is(self) -> ClassFolder:
+        """All the images that are there, so that none is drawn; raises :class:`EffiLoRAError` where there are none."""
+        found = len(self.scan()[0])
+        if not found:
+            raise EffiLoRAError(
+                f"the folder of class images '{self.path}' holds no images; put PNG or JPEG files there"
+            )
+        return replace(self, count=found)
+
     def check(self, size: int) -> None:
         """Raise :class:`EffiLoRAError` for drawn images that are not what a run of ``size`` pixels would draw as these."""
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
@@ -75,7 +87,8 @@ class ClassFolder:
 
 def without_images(examples: list[Example], prompts: list[str]) -> list[Example]:
     """Class rows where there are no class images: each of the ``examples`` under each of the class ``prompts``."""
-    return [replace(example, caption=prompt) for example in examples for prompt in prompts]
+    plain = partial(replace, others=(), style=PLAIN, mask=None, mask_sha256="")
+    return [plain(example, caption=prompt) for example in examples for prompt in prompts]
 
 
 def class_examples(

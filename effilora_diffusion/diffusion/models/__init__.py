@@ -59,12 +59,21 @@ def _family_of(pipeline: str) -> type[Family] | None:
     return next((family for family in FAMILIES if pipeline in family.pipelines), None)
 
 
-def trainable(pipeline: str) -> type[Family]:
-    """The family of a pipeline's class name; raises :class:`EffiLoRAError` for pipelines that can't be trained."""
+def trainable(pipeline: str, text: bool = False) -> type[Family]:
+    """The family of a pipeline's class name; raises :class:`EffiLoRAError` for pipelines that can't be trained.
+
+    ``text``: whose text encoders are to be trained, too.
+    """
     family = _family_of(pipeline)
     if family is None:
         known = ", ".join(family.title for family in FAMILIES)
         raise EffiLoRAError(f"{pipeline} models can't be trained; supported are {known}")
+    if text and not family.trains_text:
+        known = ", ".join(family.title for family in FAMILIES if family.trains_text)
+        raise EffiLoRAError(
+            f"the text encoders of {family.title} can't be trained: leave --train_text_encoder and --train_text_encoder_ti out "
+            f"(they are for {known})"
+        )
     return family
 
 

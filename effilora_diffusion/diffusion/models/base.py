@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ...core import EffiLoRAError
+from ...core.words import reword
+from .long_prompts import CHUNK
 
 Conditions = dict[str, Tensor]
 """The denoiser's inputs besides latents and timestep, by name; without a batch axis for one prompt or image."""
@@ -45,10 +47,15 @@ class Family(ABC):
         weighting_scheme: default density of the noise levels (flow matching only).
         guidance_argument: the pipeline's name for the guidance scale.
         negative_prompts: whether the pipeline accepts a negative prompt.
+        flow_samplers: samplers besides the model's own that its pipeline can be called with (flow matching only).
         size_multiple: divisor of the image's height and width.
         guidance_scale: guidance input of distilled models in training (3.5 as in diffusers' scripts).
         comfyui: whether ComfyUI documents the LoRA key names written for this family.
+        trains_text: whether its CLIP text encoders can be trained.
+        trained: the text encoders that a run trains, which stay on its device.
+        placeholders: words that stand for the new ones of a run.
         one_by_one: whether prompts of different length must be sampled in separate batches.
+        chunked: whether prompts of any length are read, in chunks (:mod:`.long_prompts`).
     """
 
     title: ClassVar[str]
@@ -59,9 +66,14 @@ class Family(ABC):
     weighting_scheme: ClassVar[str] = "none"
     guidance_argument: ClassVar[str] = "guidance_scale"
     negative_prompts: ClassVar[bool] = True
+    flow_samplers: ClassVar[tuple[str, ...]] = ("Euler", "UniPC", "LCM")
     size_multiple: ClassVar[int] = 16
     comfyui: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
+    chunked: ClassVar[bool] = False
+    trains_text: ClassVar[bool] = False
+    trained: tuple[nn.Module, ...] = ()
+    placeholders: tuple[str, ...] = ()
     guidance_scale: float = 3.5
 
     def __init__(self, pipe: DiffusionPipeline, device: torch.device, max_sequence_length: int | None = None):
@@ -75,6 +87,11 @@ class Family(ABC):
     @property
     def architecture(self) -> str | None:
         """Return modelspec's name of the architecture, for families that other programs tell apart by it."""
+        return None
+
+    @property
+    def largest_edge(self) -> int | None:
+        """Return the largest height or width of an image in pixels, for families whose position embedding ends there."""
         return None
 
     def parts(self) -> list[nn.Module]:
@@ -104,9 +121,19 @@ class Family(ABC):
     def _tokenizers(self) -> list[Any]:
         return [part for part in self.pipe.components.values() if isinstance(part, PreTrainedTokenizerBase)]
 
+    def read_tokens(self, max_token_length: int) -> None:
+        """Read prompts of up to so many tokens from now on, as :meth:`encode_prompt` is called in training.
+
+        Raises :class:`EffiLoRAError` for more than the text encoders read at once, where there are no chunks.
+        """
+        if max_token_length > CHUNK:
+            raise EffiLoRAError(
+                f"--max_token_length is for Stable Diffusion 1.x, 2.x and XL, not {self.title} models: leave it out"
+            )
+
     def prompt_length(self, prompt: str) -> tuple[int, int | None]:
         """Return a prompt's tokens, and how many are read by the text encoder that reads most; ``None``: all of them."""
-        found = []
+        found, prompt = [], reword(self.pipe, prompt)
         for tokenizer in self._tokenizers():
             limit = int(tokenizer.model_max_length)
             if not isinstance(tokenizer, CLIPTokenizer):
@@ -127,7 +154,13 @@ class Family(ABC):
 
         tokenizers = self._tokenizers()
         words = [stripped for word in prompt.split() if (stripped := word.strip(PUNCTUATION))]
+        words = [word for word in words if word in self.placeholders] or words
         return max(words, key=rarity, default=prompt)
+
+    def without_subject(self, prompt: str) -> str:
+        """Return a prompt without its :meth:`rarest_word`."""
+        word = self.rarest_word(prompt)
+        return " ".join(one for one in prompt.split() if one.strip(PUNCTUATION) != word)
 
     @contextlib.contextmanager
     def encoders(self) -> Iterator[None]:
@@ -140,7 +173,8 @@ class Family(ABC):
         finally:
             if self.device.type != "cpu":
                 for part in parts:
-                    part.to("cpu")
+                    if part not in self.trained:
+                        part.to("cpu")
                 torch.cuda.empty_cache()
 
     @contextlib.contextmanager
@@ -162,18 +196,22 @@ class Family(ABC):
         finally:
             self.pipe.remove_all_hooks()
             for part in self.parts():
-                part.to(home if part is self.model else "cpu")
+                part.to(home if part is self.model or part in self.trained else "cpu")
             torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Conditions:
         """Encode a prompt to conditions on the CPU, without a batch axis."""
-        conditions = {name: value.cpu() for name, value in self.prompt_conditions(prompt).items()}
+        conditions = {name: value.cpu() for name, value in self.live_conditions(prompt).items()}
         if not all(value.isfinite().all() for value in conditions.values()):
             raise EffiLoRAError(
                 f"a text encoder returned NaN or infinity for {prompt!r}: try --mixed_precision bf16 instead of fp16"
             )
         return conditions
+
+    def live_conditions(self, prompt: str) -> Conditions:
+        """Encode a prompt on its device, with gradients where they are enabled; placeholders stand for new words."""
+        return self.prompt_conditions(reword(self.pipe, prompt))
 
     @contextlib.contextmanager
     def encoding_on(self, device: torch.device) -> Iterator[None]:

@@ -16,8 +16,10 @@ from .flux import Flux
 class Chroma(Flux):
     """Chroma."""
 
+    trains_text = False
     title = "Chroma"
     pipelines = ("ChromaPipeline",)
+    flow_samplers = ("Euler", "UniPC", "LCM")
     prompt_outputs = ("encoder_hidden_states", None, "attention_mask", None, None, None)
     negative_prompts = True
     comfyui = True

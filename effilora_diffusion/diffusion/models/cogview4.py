@@ -14,6 +14,7 @@ class CogView4(Family):
 
     title = "CogView4"
     pipelines = ("CogView4Pipeline",)
+    flow_samplers = ("Euler", "LCM")
     one_by_one = True
 
     def prompt_conditions(self, prompt: str) -> Conditions:

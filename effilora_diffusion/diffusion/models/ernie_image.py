@@ -19,6 +19,7 @@ class ErnieImage(Family):
 
     title = "ERNIE-Image"
     pipelines = ("ErnieImagePipeline",)
+    flow_samplers = ("Euler", "LCM")
     comfyui = True
 
     def prompt_conditions(self, prompt: str) -> Conditions:

@@ -16,10 +16,12 @@ class Flux(Family):
 
     title = "FLUX.1"
     pipelines = ("FluxPipeline",)
+    flow_samplers: ClassVar[tuple[str, ...]] = ("Euler", "DPM++ 2M", "UniPC", "LCM")
     prompt_outputs: ClassVar[tuple[str | None, ...]] = ("encoder_hidden_states", "pooled_projections", None)
     timestep_range = 1.0
     negative_prompts = False
     comfyui = True
+    trains_text = True
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer on packed latents."""

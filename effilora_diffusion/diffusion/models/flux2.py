@@ -16,6 +16,7 @@ class Flux2(Family):
 
     title = "FLUX.2"
     pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    flow_samplers = ("Euler", "DPM++ 2M", "UniPC", "LCM")
     comfyui = True
     prompt_outputs = ("encoder_hidden_states", None)
     timestep_range = 1.0

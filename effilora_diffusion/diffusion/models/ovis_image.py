@@ -14,6 +14,7 @@ from .flux import Flux
 class OvisImage(Flux):
     """Ovis-Image."""
 
+    trains_text = False
     title = "Ovis-Image"
     pipelines = ("OvisImagePipeline",)
     prompt_outputs = ("encoder_hidden_states", None, None, None)

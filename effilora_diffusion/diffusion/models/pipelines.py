@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,16 @@ from safetensors import SafetensorError, safe_open
 from ...core import EffiLoRAError
 from ...core.assets import asset
 from ...core.errors import is_out_of_memory
-from ...core.hub import HUB_ID, loading_options, not_cached
+from ...core.hub import EMBEDDED_BASE as EMBEDDED_BASE
+from ...core.hub import loading_options, not_cached
+from ...core.hub import public_name as public_name
 from . import trainable
-
-EMBEDDED_BASE = "the embedded base"
 
 UNUSED_PARTS = ("safety_checker", "pe", "pe_tokenizer")
 """Components that are not loaded: the safety checker, and ERNIE-Image's prompt enhancer."""
 
 DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """One of the hub's models from which diffusers takes the configuration of a single file."""
-
-
-def public_name(model: str | None) -> str:
-    """A model's name for files that are passed on: of a folder or file on this machine only the last part."""
-    name = str(model or EMBEDDED_BASE)
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if not HUB_ID.fullmatch(name) or Path(name).exists() else name
 
 
 @contextlib.contextmanager
@@ -76,6 +69,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     single_file_config: str | None = None,
     to_train: bool = False,
+    train_text: bool = False,
     **kwargs: Any,
 ) -> DiffusionPipeline:
     """Load a pipeline, with progress bars off.
@@ -87,6 +81,7 @@ def load_pipeline(
         single_file_config: folder or hub id with the configuration and tokenizers of a single checkpoint file; default:
             the one that diffusers finds for it on the hub.
         to_train: refuse a pipeline that can't be trained before its weights are fetched or read.
+        train_text: refuse one whose text encoders can't be trained, too.
         kwargs: further arguments of ``from_pretrained``; ``None`` values are dropped.
     """
     name = model or str(asset("base"))
@@ -100,7 +95,7 @@ def load_pipeline(
             else:
                 parts = read_index(name, options)
                 if to_train:
-                    trainable(str(parts.get("_class_name")))
+                    trainable(str(parts.get("_class_name")), train_text)
                 options |= {name: None for name in UNUSED_PARTS if name in parts}
                 pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
     except EffiLoRAError:
@@ -111,6 +106,21 @@ def load_pipeline(
         raise EffiLoRAError(reason_for(name, error, options)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_trainable(model: str | None, revision: str | None = None) -> None:
+    """Raise :class:`EffiLoRAError` for a model whose pipeline can't be trained, by the file that names its parts.
+
+    A single file, and a model that can't be looked up, are told of when they are loaded.
+    """
+    if model is None or Path(model).is_file():
+        return
+    options = {**loading_options(model, revision), **({} if revision is None else {"revision": revision})}
+    try:
+        parts = read_index(model, options)
+    except (OSError, ValueError):
+        return
+    trainable(str(parts.get("_class_name")))
 
 
 def read_index(name: str, options: dict[str, Any]) -> dict[str, Any]:

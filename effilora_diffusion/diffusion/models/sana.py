@@ -15,6 +15,7 @@ class Sana(Family):
 
     title = "Sana"
     pipelines = ("SanaPipeline",)
+    flow_samplers = ("Euler", "Heun", "DPM++ 2M", "UniPC", "LCM")
     size_multiple = 32
     prompt_outputs = ("encoder_hidden_states", "encoder_attention_mask", None, None)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from ...core import EffiLoRAError
 from .architectures import SD1, SD2, SD2_V
 from .base import Conditions, Family
+from .long_prompts import CHUNK, chunk_count, reading
+
+STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 class StableDiffusion(Family):
@@ -18,8 +21,13 @@ class StableDiffusion(Family):
     title = "Stable Diffusion 1.x / 2.x"
     pipelines = ("StableDiffusionPipeline",)
     comfyui = True
+    trains_text = True
     component = "unet"
     size_multiple = 8
+    chunked = True
+
+    chunks = 1
+    """Chunks of a prompt that are read in training."""
 
     def __init__(self, pipe: Any, device: torch.device, max_sequence_length: int | None = None):
         super().__init__(pipe, device, max_sequence_length)
@@ -33,6 +41,28 @@ class StableDiffusion(Family):
             return SD1
         return SD2_V if self.pipe.scheduler.config.prediction_type == "v_prediction" else SD2
 
+    def read_tokens(self, max_token_length: int) -> None:
+        """Read prompts in as many chunks as it takes, up to ``max_token_length`` tokens."""
+        self.chunks = max_token_length // CHUNK
+
+    def prompt_length(self, prompt: str) -> tuple[int, int | None]:
+        """Return a prompt's tokens, and how many are read of it in training."""
+        tokens, limit = super().prompt_length(prompt)
+        return tokens, limit if limit is None else limit + (limit - 2) * (self.chunks - 1)
+
+    def prompt_conditions(self, prompt: str) -> Conditions:
+        """Read the prompt in chunks."""
+        with reading(self.pipe, min(self.chunks, chunk_count(self.pipe, [prompt]))):
+            return super().prompt_conditions(prompt)
+
+    def collate(self, rows: list[Conditions]) -> Conditions:
+        """Batch the conditions of single images; attention leaves out the chunks that shorter prompts do not have."""
+        batch, lengths = super().collate(rows), [len(row[STATES]) for row in rows]
+        if len(set(lengths)) > 1:
+            batch[MASK] = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        return batch
+
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Call the UNet."""
-        return self.model(noisy, timesteps, conditions["encoder_hidden_states"], return_dict=False)[0]
+        mask = conditions.get(MASK)
+        return self.model(noisy, timesteps, conditions[STATES], encoder_attention_mask=mask, return_dict=False)[0]

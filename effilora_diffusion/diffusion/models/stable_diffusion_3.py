@@ -13,8 +13,16 @@ class StableDiffusion3(Family):
     title = "Stable Diffusion 3 / 3.5"
     pipelines = ("StableDiffusion3Pipeline",)
     comfyui = True
+    flow_samplers = ("Euler", "Heun", "DPM++ 2M", "UniPC", "LCM")
+    trains_text = True
     prompt_outputs = ("encoder_hidden_states", None, "pooled_projections", None)
     weighting_scheme = "logit_normal"
+
+    @property
+    def largest_edge(self) -> int:
+        """The learned grid of positions is cut to the size of the image."""
+        config = self.model.config
+        return int(config.pos_embed_max_size * config.patch_size * self.pipe.vae_scale_factor)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .architectures import SDXL
 from .base import IMAGE, Conditions
-from .stable_diffusion import StableDiffusion
+from .stable_diffusion import MASK, STATES, StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -34,5 +34,5 @@ class StableDiffusionXL(StableDiffusion):
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Call the UNet with the image's sizes as ``time_ids``."""
         added = {"text_embeds": conditions["text_embeds"], "time_ids": conditions[IMAGE].to(noisy.dtype)}
-        states = conditions["encoder_hidden_states"]
-        return self.model(noisy, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+        further = {"added_cond_kwargs": added, "encoder_attention_mask": conditions.get(MASK)}
+        return self.model(noisy, timesteps, conditions[STATES], **further, return_dict=False)[0]

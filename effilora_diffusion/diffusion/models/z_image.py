@@ -13,6 +13,7 @@ class ZImage(Family):
 
     title = "Z-Image"
     pipelines = ("ZImagePipeline",)
+    flow_samplers = ("Euler", "LCM")
     comfyui = True
     timestep_range = 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -10,7 +11,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ...core.words import reword
 from ..models import Family, family_class
+from ..models.long_prompts import chunk_count, reading
+from ..models.weighted_prompts import BREAK, Fragment
+from .prompt_syntax import fragments, plain
+from .samplers import drawing_with
 
 
 def draw_images(
@@ -21,12 +27,16 @@ def draw_images(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 4,
+    literal: bool = True,
+    sampler: str | None = None,
     **arguments: Any,
 ) -> list[Image.Image]:
     """One image per (prompt, seed), each from a generator of its own, so that batching changes nothing but speed.
 
+    Prompts of any length are read where a family reads chunks; those of as many chunks are drawn together.
     ``None`` leaves the pipeline's own default. ``arguments`` are any others of the pipeline, as ``width`` and ``height`` in
-    pixels.
+    pixels. Not ``literal``: prompts have weights (:func:`~.prompt_syntax.fragments`), which families without chunks leave out.
+    ``sampler``: one of :func:`~.samplers.sampler_names`.
     """
     family = family_class(pipe) or Family
     options: dict[str, Any] = {"num_inference_steps": steps, **arguments}
@@ -35,16 +45,48 @@ def draw_images(
     if {"width", "height"} & options.keys() and "use_resolution_binning" in signature(pipe.__call__).parameters:
         options["use_resolution_binning"] = False  # else the image is drawn in another size and scaled
     negative = options.pop("negative_prompt", None)
+    book: dict[str, list[Fragment]] = {}
+    if literal:
+        prompts = [reword(pipe, prompt) for prompt in prompts]
+    else:
+        *prompts, negative = _plain_words(pipe, [*prompts, negative or ""], book)
+        book = book if family.chunked else {}
     batch_size = 1 if family.one_by_one else batch_size
+    further = [negative] if negative else []
+    counts = [chunk_count(pipe, [prompt, *further], book) if family.chunked else 1 for prompt in prompts]
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+    for start, stop in _batches(counts, batch_size):
+        part = prompts[start:stop]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start:stop]]
         if negative:
-            options["negative_prompt"] = [negative] * len(chunk)
-        with torch.no_grad():
-            images += pipe(prompt=chunk, generator=generators, **options).images
+            options["negative_prompt"] = [negative] * len(part)
+        with torch.no_grad(), reading(pipe, counts[start], book), drawing_with(pipe, sampler, generators):
+            images += pipe(prompt=part, generator=generators, **options).images
     return images
+
+
+def _plain_words(pipe: Any, prompts: list[str], book: dict[str, list[Fragment]]) -> list[str]:
+    """The words of prompts with new ones put in; their fragments go into ``book``.
+
+    Prompts that differ in weights alone get spaces at the end, which are read as nothing.
+    """
+    words = []
+    for prompt in prompts:
+        parts = [(text if text == BREAK else reword(pipe, text), weight) for text, weight in fragments(prompt)]
+        key = plain(parts)
+        while book.setdefault(key, parts) != parts:
+            key += " "
+        words.append(key)
+    return words
+
+
+def _batches(counts: list[int], size: int) -> Iterator[tuple[int, int]]:
+    """Where batches start and stop: up to ``size`` neighbours of the same count."""
+    start = 0
+    for stop in range(1, len(counts) + 1):
+        if stop == len(counts) or stop - start == size or counts[stop] != counts[start]:
+            yield start, stop
+            start = stop
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -13,6 +14,8 @@ from ...core import EffiLoRAError
 from ...core.load import host_model
 from ..config import EMBEDDED_SAMPLING
 from ..models.pipelines import EMBEDDED_BASE
+from .prompt_syntax import has_syntax
+from .sampler_names import NAMES, known_name
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class GenerationRequest:
         width, height: in pixels.
         num_images: how many; each has the seed after the last one's.
         seed: of the first image.
+        sampler: one of :data:`~.sampler_names.NAMES`.
+        literal: whether prompts are taken word for word, without weights, choices, wildcards and LoRAs.
+        template: the prompt as it was written, where wildcards or LoRAs of it were put in.
     """
 
     prompt: str
@@ -53,6 +59,9 @@ class GenerationRequest:
     height: int | None = None
     num_images: int = 1
     seed: int = 0
+    sampler: str | None = None
+    literal: bool = False
+    template: str | None = None
 
     def check(self, limits: Limits = Limits()) -> None:
         """Raise :class:`EffiLoRAError` for what can't be drawn within ``limits``; one sentence."""
@@ -60,6 +69,8 @@ class GenerationRequest:
             raise EffiLoRAError("the prompt is empty: say what to draw")
         if max(len(self.prompt), len(self.negative_prompt)) > limits.prompt:
             raise EffiLoRAError(f"a prompt may have {limits.prompt:g} characters at most")
+        if self.sampler is not None and self.sampler not in NAMES:
+            raise EffiLoRAError(f"there is no sampler {self.sampler[:40]!r}: choose one of {', '.join(NAMES)}")
         edge = limits.least_edge, limits.edge
         for name, value, (least, most) in (
             ("num_inference_steps", self.num_inference_steps, (1, limits.steps)),
@@ -96,6 +107,8 @@ class GenerationRequest:
             "negative_prompt": self.negative_prompt or None,
             "width": self.width,
             "height": self.height,
+            "literal": self.literal,
+            "sampler": self.sampler,
         }
 
     def parameters(self, image: Image.Image, seed: int, model: str | None) -> dict[str, Any]:
@@ -110,12 +123,16 @@ class GenerationRequest:
             "height": image.height,
             "model": model or EMBEDDED_BASE,
             "adapters": [{"file": label, "strength": strength} for label, strength in self.adapters],
+            "sampler": self.sampler,
+            "literal": self.literal,
+            **({} if self.template is None else {"template": self.template}),
         }
 
     @classmethod
     def from_parameters(cls, found: dict[str, Any]) -> GenerationRequest:
         """The request behind a PNG's parameters, also of version 0.1.0, which named adapters' files.
 
+        Versions without ``literal`` took prompts word for word.
         Raises :class:`EffiLoRAError` if they are not complete.
         """
         try:
@@ -132,9 +149,16 @@ class GenerationRequest:
                 int(found["width"]),
                 int(found["height"]),
                 seed=int(found["seed"]),
+                sampler=known_name(found.get("sampler")),
+                literal=bool(found.get("literal", has_syntax(f"{found['prompt']} {found['negative_prompt'] or ''}"))),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EffiLoRAError("this image's parameters are not complete") from error
+
+
+def random_seed() -> int:
+    """A seed that nobody can foresee, as small as those of other programs."""
+    return random.SystemRandom().randrange(2**32)
 
 
 def _range(least: float, most: float) -> str:

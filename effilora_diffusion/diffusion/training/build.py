@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,39 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ...core import AdapterFile, EffiLoRA, EffiLoRAError, is_exact
+from ...core import AdapterFile, EffiLoRA, EffiLoRAError
 from ...core.concepts import Concept
 from ...core.fingerprint import base_fingerprint
 from ...core.initial import initial_file, start_from
-from ...core.run_folder import EARLIER_FOLDER, SAMPLES_FOLDER
+from ...core.load import attach_parts
+from ...core.run_folder import CACHE_FOLDER, EARLIER_FOLDER, SAMPLES_FOLDER
 from ..adapters.initial import read_initial
 from ..adapters.processors import attach, create_adapter
 from ..adapters.prompts import follow_prompts
+from ..caption_options import style_of
 from ..concepts_list import ConceptData
 from ..config import TrainingConfig
-from ..data.concepts import ConceptSource, concept_rows, name_concepts, scan_concepts
+from ..data.buckets import Size
+from ..data.captions import with_trigger
+from ..data.concepts import name_concepts, row_shares, scan_concepts
 from ..data.dataset import dataset_folder
 from ..data.folder import Example
 from ..data.images import Preparation
-from ..data.latents import ExampleSource
-from ..data.prior import ClassFolder, without_images
+from ..data.masks import MaskSource, with_masks
+from ..data.prior import ClassFolder
+from ..dataset_config import DatasetConfig, Subset
 from ..models import Family, make_family
-from ..models.base import PUNCTUATION
 from ..models.pipelines import load_pipeline, quantization
+from ..pixel_options import parse_resolutions
 from ..presets import PRESETS
 from ..sampling.generate import Sampler
-from .loss import DDPMObjective, FlowObjective, Objective, flow_shift, is_flow
+from .held_out import hold_out, some_of
+from .loss import Objective
+from .objective import objective_of, set_scheduler
 from .preservation import Preservation, preservation
+from .sizes import at_resolutions, check_resolution, make_buckets
+from .text import text_parts, trained_encoders
 
-OTHER_IMAGES = 16
-"""Images that are enough to see what an adapter does to unrelated prompts."""
 NO_FINGERPRINT = dict.fromkeys(("base_hash", "base_hash_bfloat16", "base_dtype"))
 """Of a model whose weights mean nothing."""
 
@@ -47,8 +54,10 @@ class RunParts:
     """What will be trained on what: the attached ``adapter`` changes nothing yet, unless it starts from another.
 
     ``base`` identifies the base's weights (:func:`.base_fingerprint`), ``images_per_step`` counts over all processes,
-    ``initial`` is the adapter that the run starts from. Of a run with several subjects there are the ``concepts``, the
-    ``weights`` of their rows, and class images of each in the same order, or one folder for all.
+    ``preparation`` says how the images become training images,
+    ``initial`` is the adapter that the run starts from, ``held_out`` are images for the validation loss alone. Of a run
+    with several subjects there are the ``concepts``, the ``weights`` of their rows, and class images of each in the same
+    order, or one folder for all.
     """
 
     config: TrainingConfig
@@ -58,10 +67,12 @@ class RunParts:
     adapter: EffiLoRA
     base: dict[str, Any]
     images_per_step: int
+    preparation: Preparation
     classes: tuple[ClassFolder, ...] = ()
     initial: AdapterFile | None = None
     concepts: tuple[Concept, ...] = ()
     weights: tuple[float, ...] = ()
+    held_out: list[Example] = field(default_factory=list)
 
     @property
     def prior(self) -> Preservation | None:
@@ -69,10 +80,26 @@ class RunParts:
         return preservation(self.config, self.images_per_step)
 
     @property
+    def images(self) -> list[Example]:
+        """Every image once, also where it is trained at several resolutions."""
+        return list({replace(example, resolution=0): example for example in self.examples}.values())
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Width and height that every image is cut to."""
+        how = self.preparation
+        return [how.size_of(example.size, example.resolution) for example in self.examples]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch; as in diffusers' scripts it is as long as the larger of instance and class images."""
-        count = max(len(self.examples), sum(folder.count for folder in set(self.classes)))
+        count = max(self.epoch, sum(folder.count for folder in set(self.classes)))
         return max(1, math.ceil(count / self.images_per_step))
+
+    @property
+    def epoch(self) -> int:
+        """Images of an epoch, each as often as it is repeated."""
+        return sum(example.repeats for example in self.examples)
 
     @property
     def steps(self) -> int:
@@ -89,17 +116,33 @@ def build(
     """
     device = accelerator.device
     entries = config.concept_data()
-    if not config.instance_data_dir and not entries:
+    if not config.instance_data_dir and not entries and not config.dataset_config:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
-    groups = scan_concepts(entries or [ConceptData(str(config.instance_data_dir), config.instance_prompt)], say)
+    groups = scan_concepts([*config.image_data(), *_validation_data(config)], say)
+    masks = MaskSource(config.masked_loss, Path(config.mask_dir) if config.mask_dir else None, config.alpha_mask)
+    groups = with_masks(groups, masks, say)
+    further = groups.pop() if config.validation_data_dir is not None else None
     known = family is None
     family = family or make_family(load_base(config), device, config.max_sequence_length)
     family.guidance_scale = config.guidance_scale
+    family.read_tokens(config.max_token_length)
+    family.placeholders = tuple(config.token_abstraction) if config.train_text_encoder_ti else ()
     config = _without_unsupported(_with_class(config, family), family, say)
     check_resolution(config.resolution, family)
+    set_scheduler(config, family)
+    how = preparation(config, family)
     objective = make_objective(config, family)
     base = base_fingerprint(family.model) if known else NO_FINGERPRINT
-    concepts, examples = name_concepts(entries, groups, family.rarest_word) if entries else ((), groups[0])
+    word = config.trigger[0] if config.trigger else None
+    if entries:
+        concepts, examples = name_concepts(entries, groups, family.rarest_word)
+        word = concepts[0].triggers[0] if len(concepts) == 1 else None
+    else:
+        concepts, examples = (), [with_trigger(example, word) for example in groups[0]]
+    examples = some_of(examples, config.max_train_samples, config.seed)
+    further = None if further is None else [with_trigger(example, word) for example in further]
+    examples, held_out = hold_out(examples, further, config.validation_split, config.seed)
+    examples = at_resolutions(examples, how, parse_resolutions(config.more_resolutions), say)
     adapter_config = replace(config.adapter_config(concepts), timestep_range=family.timestep_range)
     initial: AdapterFile | None = None
     if config.init_from is None:
@@ -109,7 +152,9 @@ def build(
         initial = read_initial(source, family.pipe, family.component, adapter_config)
         config, adapter = start_from(initial.adapter, config, source, concepts)
     config = replace(config, heads=adapter.config.heads)
-    attach(family.model, adapter)
+    text_parts(adapter, config, family, [caption for example in examples for caption in example.captions])
+    attach_parts(family.pipe, adapter, "default", attach)
+    family.trained = trained_encoders(family, adapter)
     follow_prompts(family.pipe)
     if config.gradient_checkpointing:
         if family.one_by_one and config.routing in ("timestep", "concept"):  # recomputation would see another call's
@@ -118,10 +163,19 @@ def build(
             )
         family.enable_gradient_checkpointing()
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    classes, weights = class_folders(config, base, entries, known), tuple(entry.weight for entry in entries)
+    classes, weights = class_folders(config, base, entries, known), row_shares(entries, examples, concepts)
     return RunParts(
-        config, examples, family, objective, adapter, base, per_step, classes, initial, concepts, weights
+        config, examples, family, objective, adapter, base, per_step, how, classes, initial, concepts, weights, held_out
     )  # fmt: skip
+
+
+def _validation_data(config: TrainingConfig) -> list[ConceptData]:
+    """The folder of images for the validation loss, as an entry behind those of the subjects; none without one."""
+    folder, prompt = config.validation_data_dir, config.instance_prompt
+    if folder is None:
+        return []
+    subset = Subset(folder, prompt, 1, style_of(config), config.caption_extension)
+    return [ConceptData(folder, prompt, subsets=(subset,))]
 
 
 def _with_class(config: TrainingConfig, family: Family) -> TrainingConfig:
@@ -129,8 +183,7 @@ def _with_class(config: TrainingConfig, family: Family) -> TrainingConfig:
     if not config.with_prior_preservation or config.class_prompt or config.concepts_list or config.concepts:
         return config
     named = str(config.instance_prompt)
-    word = family.rarest_word(named)
-    rest = " ".join(one for one in named.split() if one.strip(PUNCTUATION) != word)
+    rest = family.without_subject(named)
     if not rest:
         raise EffiLoRAError(
             f"--with_prior_preservation needs --class_prompt: --instance_prompt {named!r} names nothing but the subject"
@@ -176,6 +229,8 @@ def class_folders(
         ClassFolder(Path(path), tuple(prompts), config.num_class_images, config.seed, model)
         for path, prompts in wanted
     )
+    if (file := config.dataset_file()) is not None and file.class_subset is not None:
+        folders = tuple(folder.as_it_is() for folder in folders)
     for folder in folders if check else ():
         folder.check(config.resolution)
     return folders
@@ -194,7 +249,12 @@ def check_hardware(config: TrainingConfig, device: torch.device, say: Callable[[
 
 
 def with_data(config: TrainingConfig, say: Callable[[str], None]) -> TrainingConfig:
-    """``config`` with the folder of the data set that it names, if it names one; see :func:`.dataset_folder`."""
+    """``config`` with what follows from the data set that it names: its folder, or the settings of its file.
+
+    See :func:`.dataset_folder` and :func:`.read_dataset_config`; these settings go before others, as in sd-scripts.
+    """
+    if (file := config.dataset_file()) is not None:
+        return replace(config, **file.settings, **_of_classes(file))
     if config.dataset_name is None:
         return config
     if config.instance_data_dir:
@@ -207,13 +267,23 @@ def with_data(config: TrainingConfig, say: Callable[[str], None]) -> TrainingCon
     return replace(config, instance_data_dir=str(folder))
 
 
+def _of_classes(file: DatasetConfig) -> dict[str, Any]:
+    """The settings that train the folder of class images of a file as sd-scripts does."""
+    if file.class_subset is None:
+        return {}
+    named = {"class_data_dir": file.class_subset.image_dir, "class_prompt": [str(file.class_subset.prompt)]}
+    return {"with_prior_preservation": True, "prior_target": "images", **named}
+
+
 def check_folders(config: TrainingConfig) -> None:
     """Raise :class:`EffiLoRAError` for folders that would be mixed: a run must not learn from what it writes."""
     output = Path(config.output_dir).resolve()
     entries = config.concept_data()
-    instances = [config.instance_data_dir, *(entry.instance_data_dir for entry in entries)]
-    classes = [config.class_data_dir, *(entry.class_data_dir for entry in entries)]
+    instances: list[str | None] = [folder for entry in config.image_data() for folder in entry.folders]
+    classes: list[str | None] = [config.class_data_dir, *(entry.class_data_dir for entry in entries)]
     named = {"instance_data_dir": instances, "class_data_dir": classes if config.with_prior_preservation else []}
+    named["validation_data_dir"] = [config.validation_data_dir]
+    masks = Path(config.mask_dir).resolve() if config.mask_dir else None
     found = {name: [Path(folder).resolve() for folder in folders if folder] for name, folders in named.items()}
     for name, folders in found.items():
         mark = "" if entries else "--"
@@ -226,94 +296,34 @@ def check_folders(config: TrainingConfig) -> None:
                 raise EffiLoRAError(
                     f"{mark}{name} {folder} is where the run writes: give a folder outside of --output_dir"
                 )
+    if any(folder in (masks.parents if masks else ()) for folder in found["instance_data_dir"]):
+        raise EffiLoRAError(
+            f"--mask_dir {config.mask_dir} is in instance_data_dir, whose images are all trained on: give a folder outside of it"
+        )
     if any(_overlap(one, other) for one in found["instance_data_dir"] for other in found["class_data_dir"]):
         raise EffiLoRAError("--class_data_dir and --instance_data_dir must be two folders, neither in the other")
 
 
 def _is_written(name: str) -> bool:
-    return name in (SAMPLES_FOLDER, EARLIER_FOLDER) or name.startswith("checkpoint-")
+    return name in (SAMPLES_FOLDER, EARLIER_FOLDER, CACHE_FOLDER) or name.startswith("checkpoint-")
 
 
 def _overlap(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
 
-def check_resolution(resolution: int, family: Family) -> None:
-    """Raise :class:`EffiLoRAError` for images that the family's tokens do not divide evenly."""
-    if resolution % family.size_multiple:
-        raise EffiLoRAError(
-            f"--resolution must be a multiple of {family.size_multiple} for {family.title}, not {resolution}"
-        )
-
-
 def make_objective(config: TrainingConfig, family: Family) -> Objective:
     """The objective of the family's scheduler; raises :class:`EffiLoRAError` for options that it does not have."""
-    scheduler = family.pipe.scheduler
-    if type(scheduler).__name__.startswith("EDM"):
-        raise EffiLoRAError(
-            "models with an EDM scheduler (Playground 2.5) can't be trained: DDPM and flow matching can"
-        )
-    if not is_flow(scheduler):
-        if config.weighting_scheme is not None:
-            raise EffiLoRAError(f"--weighting_scheme is for flow matching, {family.title} is not: leave it out")
-        return DDPMObjective(scheduler.config, config.snr_gamma)
-    if config.snr_gamma is not None:
-        raise EffiLoRAError(
-            f"--snr_gamma is for DDPM models, {family.title} is trained by flow matching: leave it out"
-        )
-    return FlowObjective(
-        flow_shift(scheduler.config, config.resolution),
-        config.weighting_scheme or family.weighting_scheme,
-        config.logit_mean,
-        config.logit_std,
-        config.mode_scale,
-    )
+    return objective_of(config, family, config.resolution)
 
 
-def preparation(config: TrainingConfig) -> Preparation:
-    """How the run's images become training squares."""
-    c = config
-    return Preparation(c.resolution, c.center_crop, c.random_flip, c.image_interpolation_mode, c.seed)
-
-
-Source = ExampleSource | ConceptSource
-
-
-def class_prompts(parts: RunParts) -> list[tuple[list[Example], list[str]]]:
-    """The images of every subject of a run, with the prompts of its class."""
-    shared = parts.config.class_prompt
-    if not parts.concepts:
-        return [(parts.examples, shared)]
-    return [
-        (
-            [one for one in parts.examples if one.concept == each.name],
-            [each.class_prompt] if each.class_prompt else shared,
-        )
-        for each in parts.concepts
-    ]
-
-
-def example_sources(parts: RunParts, prior: list[list[Example]]) -> tuple[Source, Source | None, ExampleSource | None]:
-    """Where the rows of a run's batches come from: its images, and its class images, by folder, if it has any.
-
-    Without class images the third is what stands for everything but the subject where a plain LoRA has to be fitted: some
-    of the images without a prompt, which is also what guidance draws with.
-    """
-
-    def source(examples: list[Example], purpose: str) -> ExampleSource:
-        return ExampleSource(parts.family, examples, preparation(parts.config), purpose)
-
-    names = [concept.name for concept in parts.concepts]
-    classes: Source | None = source(prior[0], "class") if prior else None
-    others = None
-    if classes is None and not is_exact(parts.adapter):
-        others = source(without_images(parts.examples[:OTHER_IMAGES], [""]), "class")
-    if len(prior) > 1:
-        classes = concept_rows(source, zip(names, prior, strict=True), parts.weights, "class")
-    if not names:
-        return source(parts.examples, "instance"), classes, others
-    groups = [(name, [example for example in parts.examples if example.concept == name]) for name in names]
-    return concept_rows(source, groups, parts.weights, "instance"), classes, others
+def preparation(config: TrainingConfig, family: Family) -> Preparation:
+    """How a run's images become training images; raises :class:`EffiLoRAError` for sizes that the family can't have."""
+    c, found = config, make_buckets(config, config.edges, family)
+    return Preparation(
+        *(c.resolution, c.center_crop, c.random_flip, c.image_interpolation_mode, c.seed, found),
+        *(c.train_batch_size, c.unmasked_weight),
+    )  # fmt: skip
 
 
 def sampler(config: TrainingConfig, family: Family) -> Sampler:
@@ -336,6 +346,7 @@ def load_base(config: TrainingConfig) -> DiffusionPipeline:
         dtype,
         config.single_file_config,
         to_train=True,
+        train_text=config.train_text_encoder or config.train_text_encoder_ti,
         revision=config.revision,
         variant=config.variant,
         quantization_config=quantization(config.quantization, dtype),

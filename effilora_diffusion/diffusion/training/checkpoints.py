@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...core import AdapterFile, EffiLoRA, EffiLoRAError, load_adapter_file, save_adapter_file
 from ...core.adapter import a_key
 from ...core.config import is_number
-from ...core.files import ADAPTER_FILE
+from ...core.files import ADAPTER_FILE, described
 from ...core.reducer import check_state
 from ...core.run_folder import (
     CARD_FILE,
@@ -36,8 +36,10 @@ from ...core.run_folder import (
     checkpoints,
     step_of,
 )
+from ...core.scores import BEST_FILE, PAGE_FILE, SCORES_FILE
 from ...core.text_io import open_regular, parse_json, printable, read_user_text
 from ...core.writing import TEMPORARY, sync, sync_folder, writing
+from ..adapters.new_words import WORDS_FILE
 from .identity import RENAMED, check_same_run
 from .optimizer_state import read_optimizer, restore_state, state_tensors
 
@@ -68,9 +70,17 @@ def _sha256(path: Path) -> str:
 
 
 def save_checkpoint(
-    output: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, state: TrainingState, limit: int | None = None
+    output: Path,
+    adapter: EffiLoRA,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    limit: int | None = None,
+    facts: dict[str, Any] | None = None,
+    kept: str | None = None,
 ) -> Path:
     """Write ``output/checkpoint-<step>`` so that it appears whole or not at all; then drop the oldest over ``limit``.
+
+    ``facts`` are what the adapter's file says of its origin; the checkpoint of the name ``kept`` stays, whatever its age.
 
     Raises:
         WriteError: the file system refused; earlier checkpoints are intact.
@@ -81,7 +91,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            _write_content(aside, adapter, optimizer, state)
+            _write_content(aside, AdapterFile(adapter, facts or {}), optimizer, state)
             if folder.exists():  # of an earlier resumption; a process that is killed here leaves one of the two
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(folder, old)
@@ -94,13 +104,14 @@ def save_checkpoint(
             # Later ones stem from a run that was resumed before them: counting those would drop the one just written.
             reached = [path for path in checkpoints(output) if step_of(path) <= state.step]
             for path in reached[:-limit]:
-                shutil.rmtree(path)
+                if path.name != kept:
+                    shutil.rmtree(path)
     return folder
 
 
-def _write_content(folder: Path, adapter: EffiLoRA, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-    save_adapter_file(folder / CHECKPOINT_ADAPTER, AdapterFile(adapter))
-    save_file(state_tensors(adapter.named_parameters(), optimizer), folder / "optimizer.safetensors")
+def _write_content(folder: Path, content: AdapterFile, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    save_adapter_file(folder / CHECKPOINT_ADAPTER, content)
+    save_file(state_tensors(content.adapter.named_parameters(), optimizer), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
     files = {name: _sha256(folder / name) for name in CONTENT}
     (folder / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
@@ -126,12 +137,16 @@ IMAGE_RUN = Layout(
         LORA_FILE,
         KOHYA_FILE,
         CONCEPT_FILES,
+        f"*{WORDS_FILE}",
         REDUCER_FILE,
         CONFIG_FILE,
         CARD_FILE,
         COMPARISON_FILE,
         PLAIN_COMPARISON_FILE,
         f"{SAMPLES_FOLDER}/step-*.png",
+        SCORES_FILE,
+        BEST_FILE,
+        PAGE_FILE,
     ),
     finished=lambda folder: fault_of(folder) is None,
     fault=fault_of,
@@ -155,11 +170,11 @@ def load_checkpoint(
     state = read_state(folder, adapter)
     check_same_run(folder, state.fingerprint, fingerprint)
     saved = load_adapter_file(folder / CHECKPOINT_ADAPTER).adapter
-    if saved.config != adapter.config or saved.sites != adapter.sites:
+    if described(saved) != described(adapter):
         raise EffiLoRAError(
             f"{folder}: {CHECKPOINT_ADAPTER} has another configuration or other layers than this run's"
         )
-    moments, counters = _read_moments(folder, adapter, saved, state, fresh)
+    moments, counters = _read_moments(folder, adapter, saved, state, fresh, len(optimizer.param_groups))
     with torch.no_grad():
         for target, source in zip(adapter.parameters(), saved.parameters(), strict=True):
             target.copy_(source)
@@ -239,7 +254,8 @@ def _read_moments(
     saved: EffiLoRA,
     state: TrainingState,
     fresh: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    groups: int,
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The optimizer's state by parameter: it must be there for what was trained, and for heads only if their block was."""
     path, blocks, ever = folder / "optimizer.safetensors", _blocks(adapter), {*state.reducer["ever_active"]}
     named, trained = [], set()
@@ -249,7 +265,7 @@ def _read_moments(
             named.append((name, parameter))
             if (block is None or block in ever) and not torch.equal(parameter.detach().cpu(), old.detach()):
                 trained.add(name)
-    moments, counters = read_optimizer(path, named, fresh, trained)
+    moments, counters = read_optimizer(path, named, fresh, trained, groups)
     for name, entries in moments.items():
         for key, value in entries.items():
             whole = key != "step" or (float(value).is_integer() and 1 <= value <= max(1, state.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ...core.errors import EffiLoRAError
@@ -10,6 +11,7 @@ NOT_NEEDED = {
     "dataloader_num_workers": "latents are cached, nothing is loaded while training",
     "pre_compute_text_embeddings": "text states are always computed once and cached",
     "cache_latents": "latents are always cached",
+    "cache_text_encoder_outputs": "text states are always computed once and cached",
     "enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is used",
     "enable_npu_flash_attention": "torch's own memory-efficient attention is used",
     "use_8bit_adam": "the optimizer only holds the adapter, a few megabytes at most",
@@ -19,32 +21,18 @@ NOT_NEEDED = {
     "offload": "encoders always leave the GPU once their outputs are cached",
     "upcast_before_saving": "adapters are always trained and saved in float32",
     "output_kohya_format": "`effilora export --format kohya` writes it",
-    "text_encoder_lr": "only the UNet or transformer is trained",
-    "adam_weight_decay_text_encoder": "only the UNet or transformer is trained",
     "do_fp8_training": "it only saves time, on some GPUs; --quantization torchao-float8 saves memory",
     "remote_text_encoder": "prompts are encoded here, once, and the encoder leaves the GPU",
     "fsdp_text_encoder": "prompts are encoded once, and the encoder leaves the GPU",
     "enable_vae_tiling": "images are encoded one by one, before training",
     "disable_training_autocast": "nothing is trained under autocast",
     "validation_model_path": "validation images are drawn with the model that is trained",
+    "debug_loss": "the loss is that of the whole step; --validation_split measures it on images of their own",
     "skip_final_inference": "--num_validation_images 0 draws nothing",
 }
 """Flags that change nothing here: accepted with a note."""
 
 NOT_SUPPORTED = {
-    "train_text_encoder": "only the UNet or transformer is trained",
-    **dict.fromkeys(
-        (
-            *(
-                "train_text_encoder_ti",
-                "train_text_encoder_ti_frac",
-                "train_text_encoder_frac",
-                "train_transformer_frac",
-            ),
-            *("enable_t5_ti", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept"),
-        ),
-        "no words and no text encoder are trained",
-    ),
     "cond_image_column": "models that edit images can't be trained",
     "pretrained_text_encoder_4_name_or_path": "HiDream can't be trained",
     "pretrained_tokenizer_4_name_or_path": "HiDream can't be trained",
@@ -54,17 +42,12 @@ NOT_SUPPORTED = {
     "class_labels_conditioning": "DeepFloyd IF can't be trained",
     "validation_images": "upscalers can't be trained",
     "bnb_quantization_config_path": "use --quantization bnb-8bit or bnb-4bit",
-    "aspect_ratio_buckets": "images are cropped to squares",
-    "use_aspect_ratio_buckets": "images are cropped to squares",
     "use_dora": "the adapter is EffiLoRA",
     "do_edm_style_training": "models with an EDM scheduler can't be trained",
-    "precondition_outputs": "the loss is that of the velocity, as in the paper of Stable Diffusion 3",
     "final_validation_prompt": "use --validation_prompt",
     "cache_dir": "set HF_HOME instead",
-    "lora_blocks": "name the layers with --target_modules",
     "text_encoder_out_layers": "the pipeline's own layers are used, in training as in sampling",
     "validation_num_inference_steps": "use --validation_inference_steps",
-    "caption_dropout": "captions are never dropped",
     "complex_human_instruction": "the pipeline's own is used, in training as in sampling",
     "system_prompt": "the pipeline's own is used, in training as in sampling",
 }
@@ -80,15 +63,45 @@ PRODIGY = {
 """Flags that are arguments of Prodigy, and change nothing with any other optimizer."""
 
 
-FLAGS = (*NOT_NEEDED, *NOT_SUPPORTED, *PRODIGY, "lora_layers", "repeats")
+SWITCHES = {"enable_bucket": "use_aspect_ratio_buckets"}
+"""Switches of sd-scripts, and the settings that they are here."""
+
+WORDS = {"conditioning_data_dir": "mask_dir"}
+"""Further flags of sd-scripts that have another name here."""
+
+FLAGS = (
+    *NOT_NEEDED,
+    *NOT_SUPPORTED,
+    *PRODIGY,
+    *SWITCHES,
+    *WORDS,
+    "lora_layers",
+    "lora_blocks",
+    "repeats",
+    "caption_dropout",
+)
 """Every flag of this module."""
+
+
+OWN_LAYERS = (["10", "20", "30"], ["9", "18", "27"])
+"""What FLUX.2's pipelines, dev and klein, read of their text encoders, and the defaults of ``--text_encoder_out_layers``."""
+
+SD3_LAYERS = (
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
+)
+"""Default of ``--lora_layers`` in the script for Stable Diffusion 3, the one that has ``--lora_blocks``."""
 
 
 def translate_diffusers_flags(given: dict[str, Any]) -> dict[str, Any]:
     """``given`` without these flags: notes for some, :class:`EffiLoRAError` for others, some become settings of ours."""
+    if given.get("text_encoder_out_layers") in OWN_LAYERS:
+        given = {name: value for name, value in given.items() if name != "text_encoder_out_layers"}
     refused = [f"--{name} is not supported ({NOT_SUPPORTED[name]})" for name in given if name in NOT_SUPPORTED]
     if refused:
-        raise EffiLoRAError(f"{'; '.join(refused)}: leave {'it' if len(refused) == 1 else 'them'} out")
+        model = _refused_model(given.get("pretrained_model_name_or_path"))
+        reasons = f"{'; '.join(refused)}: leave {'it' if len(refused) == 1 else 'them'} out"
+        raise EffiLoRAError(reasons if model is None else f"{model}; {reasons}")
     for name in [name for name in given if name in NOT_NEEDED]:
         print(f"note: --{name} is not needed: {NOT_NEEDED[name]}")
     kept = {name: value for name, value in given.items() if name not in NOT_NEEDED}
@@ -96,13 +109,45 @@ def translate_diffusers_flags(given: dict[str, Any]) -> dict[str, Any]:
     if prodigy and str(kept.get("optimizer", "")).lower() == "prodigy":
         arguments = [f"{PRODIGY[name]}={value or True}" for name, value in prodigy.items()]
         kept["optimizer_args"] = [*arguments, *kept.get("optimizer_args", [])]
+    for name in [name for name in kept if name in SWITCHES]:
+        kept[SWITCHES[name]] = " ".join(kept.pop(name)).lower() not in ("false", "0", "no")
+    for name in [name for name in kept if name in WORDS]:
+        kept[WORDS[name]] = " ".join(kept.pop(name))
     kept = _repeated(kept, kept.pop("repeats", None))
-    layers = kept.pop("lora_layers", None)
-    if layers is not None and "target_modules" in kept:
-        raise EffiLoRAError("--lora_layers and --target_modules mean the same: give one of them")
-    if layers is not None:
-        kept["target_modules"] = [name.strip() for word in layers for name in word.split(",") if name.strip()]
-    return kept
+    kept = _dropped(kept, kept.pop("caption_dropout", None))
+    return _with_layers(kept, kept.pop("lora_layers", None), kept.pop("lora_blocks", None))
+
+
+def _with_layers(given: dict[str, Any], layers: list[str] | None, blocks: list[str] | None) -> dict[str, Any]:
+    """``given`` with the layers that two flags name, of all blocks or of some: numbers of ``transformer_blocks``."""
+    if layers is None and blocks is None:
+        return given
+    if "target_modules" in given:
+        flag = "lora_blocks" if layers is None else "lora_layers"
+        raise EffiLoRAError(f"--{flag} and --target_modules both name the layers: give one of them")
+    names = list(SD3_LAYERS) if layers is None else _listed(layers)
+    if blocks is not None:
+        numbers = _listed(blocks)
+        if not numbers or not all(number.isdecimal() for number in numbers):
+            raise EffiLoRAError(f"--lora_blocks must be numbers of blocks, as in 12,30, not {' '.join(blocks)[:50]!r}")
+        names = [f"transformer_blocks.{int(number)}.{name}" for number in numbers for name in names]
+    return {**given, "target_modules": names}
+
+
+def _listed(words: list[str]) -> list[str]:
+    return [name.strip() for word in words for name in word.split(",") if name.strip()]
+
+
+def _refused_model(model: str | None) -> str | None:
+    """Why a model in a folder can't be trained at all, if that is so; others are told of when they are looked up."""
+    from ..models.pipelines import check_trainable  # late: it imports torch
+
+    try:
+        if model is not None and Path(model).is_dir():
+            check_trainable(model)
+    except EffiLoRAError as error:
+        return str(error)
+    return None
 
 
 def _repeated(given: dict[str, Any], words: list[str] | None) -> dict[str, Any]:
@@ -115,3 +160,13 @@ def _repeated(given: dict[str, Any], words: list[str] | None) -> dict[str, Any]:
     if "max_train_steps" not in given:
         longer["num_train_epochs"] = int(given.get("num_train_epochs", 1)) * int(words[0])
     return {**given, **longer}
+
+
+def _dropped(given: dict[str, Any], words: list[str] | None) -> dict[str, Any]:
+    """``given`` with diffusers' name of ``--caption_dropout_rate`` replaced."""
+    if words is None:
+        return given
+    try:
+        return {"caption_dropout_rate": float(" ".join(words)), **given}
+    except ValueError:
+        raise EffiLoRAError(f"--caption_dropout must be a number from 0 to 1, not {' '.join(words)[:50]!r}") from None

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from heapq import nlargest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...core.config import heads_text
 from ...core.file_size import native_bytes, plain_bytes
+from ...core.files import encoders_of
 from ..config import PRECISIONS, TrainingConfig
+from ..data.buckets import Size, bucket_table
 from ..data.prior import ClassFolder
 from ..models import IMAGE, Family
 from ..models.pipelines import EMBEDDED_BASE
 from ..run_options import SAVED
+from ..text_options import words_share
 from .build import RunParts
+from .notes import notes
 
 BYTES_PER_TRAINED = 16
 """Per trained parameter: float32 value, gradient and AdamW's two moments."""
@@ -25,7 +32,9 @@ BYTES_PER_TRAINED = 16
 class DryRunReport:
     """Facts about a run that is about to start; memory and files in bytes, ``activations`` ``None`` where it is not known.
 
-    ``file`` is the native adapter, ``plain`` its plain LoRA (of one concept, if it has several).
+    ``file`` is the native adapter, ``plain`` its plain LoRA (of one concept, if it has several). ``sizes`` are those
+    of the images, ``cut`` those of what is cut out of them where there are buckets, and ``masks`` have
+    how many of them.
     """
 
     name: str
@@ -39,6 +48,7 @@ class DryRunReport:
     linears: int
     sizes: list[tuple[int, int]]
     captions: int
+    epoch: int
     steps: int
     processes: int
     weights: int
@@ -46,8 +56,12 @@ class DryRunReport:
     activations: int | None
     file: int
     plain: int
+    text: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     concepts: list[str] = field(default_factory=list)
+    held_out: int = 0
+    cut: list[Size] = field(default_factory=list)
+    masks: int = 0
 
     @property
     def trained(self) -> int:
@@ -68,9 +82,12 @@ class DryRunReport:
         """The report as lines of text."""
         c = self.config
         per_step = c.train_batch_size * c.gradient_accumulation_steps * self.processes
-        epochs = self.steps * per_step / len(self.sizes)
-        small = sum(min(size) < c.resolution for size in self.sizes)
+        epochs = self.steps * per_step / self.epoch
+        small = 0 if self.cut else sum(min(size) < c.resolution for size in self.sizes)
+        buckets = bucket_table(self.sizes, self.cut, c.train_batch_size) if self.cut else []
+        at = f"in {len(buckets)} bucket{'s' if len(buckets) > 1 else ''}" if buckets else f"at {c.resolution} px"
         captions = f"{self.captions} distinct caption{'s' if self.captions > 1 else ''}"
+        repeated = f" ({self.epoch} an epoch)" if self.epoch != len(self.sizes) else ""
         enlarged = f", {small} smaller than that and enlarged" if small else ""
         activations = "not predicted for this model" if self.activations is None else size_text(self.activations)
         start = f"; starts from {c.init_from}" if c.init_from else ""
@@ -78,11 +95,15 @@ class DryRunReport:
             activations += " kept, one block more at a time"
         return [
             f"model       {self.name}: {self.family} ({self.model}), {self.objective}, {self.placed}",
-            f"images      {len(self.sizes)}, {captions}, at {c.resolution} px{enlarged}",
+            f"images      {len(self.sizes)}{repeated}, {captions}, {at}{enlarged}",
+            *([f"held out    {self.held_out}, for the validation loss"] if self.held_out else []),
+            *(f"{'' if index else 'buckets':12}{line}" for index, line in enumerate(buckets)),
+            *([f"masks       {self.masks} of the images, weight {c.unmasked_weight:g} outside"] if self.masks else []),
             *(f"{'' if index else 'concepts':12}{concept}" for index, concept in enumerate(self.concepts)),
             *(f"class       {found}" for found in self.classes),
-            f"adapter     rank {c.rank}, {c.heads} head{'s' if c.heads > 1 else ''}, {c.routing} routing on {self.linears} "
-            f"linears in {self.layers} blocks: {self.counts['stored']:,} parameters, {size_text(self.file)} on disk{start}",
+            f"adapter     rank {c.rank}, {heads_text(c.heads, c.routing)} on {self.linears} linears in {self.layers} blocks: "
+            f"{self.counts['stored']:,} parameters, {size_text(self.file)} on disk{start}",
+            *(f"text        {found}" for found in self.text),
             f"steps       {self.steps}, batch size {per_step}, {epochs:.1f} epochs",
             f"memory      {self.memory} while training: weights {size_text(self.weights)}, adapter {size_text(self.trained)}, "
             f"activations {activations}; encoders before that {size_text(self.encoders)}",
@@ -100,9 +121,8 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
     own = {id(parameter) for parameter in adapter.parameters()}
     others = [part for part in family.parts() if part is not family.model]
     precision = f"{PRECISIONS[c.mixed_precision]}{f', {c.quantization}' if c.quantization else ''}"
-    longest = max(
-        (example.caption for example in parts.examples), key=lambda caption: family.prompt_length(caption)[0]
-    )
+    captions = {caption for example in parts.examples for caption in example.captions}
+    longest = max(nlargest(64, sorted(captions), len), key=lambda caption: family.prompt_length(caption)[0])
     return DryRunReport(
         name=c.pretrained_model_name_or_path or EMBEDDED_BASE,
         family=family.title,
@@ -114,16 +134,26 @@ def dry_run_report(parts: RunParts, processes: int) -> DryRunReport:
         layers=len(adapter.blocks),
         linears=sum(len(site.linears) for site in adapter.sites),
         sizes=[example.size for example in parts.examples],
-        captions=len({example.caption for example in parts.examples}),
+        captions=len(captions),
+        epoch=parts.epoch,
         steps=parts.steps,
         processes=processes,
-        weights=sum(_bytes(value) for value in family.model.parameters() if id(value) not in own),
+        weights=sum(
+            _bytes(value)
+            for part in (family.model, *family.trained)
+            for value in part.parameters()
+            if id(value) not in own
+        ),
         encoders=sum(_bytes(value) for part in others for value in part.parameters()),
+        text=_text(parts),
         activations=_activations(parts, longest),
         file=native_bytes(adapter, getattr(torch, SAVED[c.save_precision]), c.export_distillation_steps > 0),
         plain=plain_bytes(adapter, getattr(torch, SAVED[c.save_precision]), family.component),
         classes=_class_term(parts),
         concepts=_concepts(parts),
+        held_out=len(parts.held_out),
+        masks=sum(example.mask is not None for example in parts.examples),
+        cut=parts.sizes if parts.preparation.buckets is not None else [],
     )
 
 
@@ -138,16 +168,34 @@ def _concepts(parts: RunParts) -> list[str]:
     ]
 
 
+def _text(parts: RunParts) -> list[str]:
+    """What is trained in text encoders, and at which rate."""
+    c, found = parts.config, encoders_of(parts.adapter)
+    words = parts.adapter.words
+    if words is None and not found:
+        return []
+    linears = sum(len(site.linears) for part in found.values() for site in part.sites)
+    rate = c.text_encoder_lr or c.learning_rate
+    until = f", the first {c.train_text_encoder_frac:.0%} of the steps" if c.train_text_encoder_frac < 1 else ""
+    lines = [f"{' and '.join(found)}: one head on {linears} linears, rate {rate:g}{until}"] if found else []
+    for placeholder, tokens in (words.meanings if words else {}).items():
+        where = " and ".join(words.embeddings) if words else ""
+        share = f"the first {words_share(c):.0%} of the steps"
+        lines.append(f"{placeholder} stands for {''.join(tokens)}, new words of {where}, rate {rate:g}, {share}")
+    return lines
+
+
 def _activations(parts: RunParts, caption: str) -> int | None:
     """:func:`activation_bytes` of a run; of several subjects the rows take turns."""
     config, adapter, prior = parts.config, parts.adapter, parts.prior
     classes = len(prior.positions(0, config.train_batch_size)) if prior else 0
+    size = max(parts.sizes, key=math.prod)
     if not adapter.concepts:
-        return activation_bytes(config, parts.family, caption, classes)
+        return activation_bytes(config, parts.family, caption, classes, size)
     turns = [[row % len(adapter.concepts)] for row in range(config.train_batch_size + classes)]
     adapter.route(adapter.concept_gates(turns))
     try:
-        return activation_bytes(config, parts.family, caption, classes)
+        return activation_bytes(config, parts.family, caption, classes, size)
     finally:
         adapter.clear_concept()
 
@@ -188,10 +236,12 @@ def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
 
 
-def activation_bytes(config: TrainingConfig, family: Family, caption: str, classes: int = 0) -> int | None:
+def activation_bytes(
+    config: TrainingConfig, family: Family, caption: str, classes: int = 0, size: Size | None = None
+) -> int | None:
     """Memory of what a forward pass keeps for the backward pass, found by running it on shapes without values.
 
-    A micro-batch has ``classes`` class images beside its instance images.
+    A micro-batch has ``classes`` class images beside its instance images; ``size`` is that of all of them.
 
     ``None`` for models whose shapes depend on values (prompts of free length, some masks), and for quantised ones:
     their layers keep tensors from one call to the next, which must not be without values.
@@ -210,19 +260,28 @@ def activation_bytes(config: TrainingConfig, family: Family, caption: str, class
 
     alive: list[Tensor] = []
     rows = config.train_batch_size + classes
-    edge = config.resolution
+    width, height = size or (config.resolution, config.resolution)
     try:
         with mode:
-            with torch.no_grad(), family.encoding_on(torch.device("cpu")):  # nothing is on the device yet
-                conditions = family.prompt_conditions(_shortened(caption, family))
-                image = torch.empty(1, 3, edge, edge, dtype=family.pipe.vae.dtype)
+            keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
+            # nothing is on the device yet
+            with keeping if family.trained else torch.no_grad(), family.encoding_on(torch.device("cpu")):
+                conditions = family.live_conditions(_shortened(caption, family))
+            with torch.no_grad():
+                image = torch.empty(1, 3, height, width, dtype=family.pipe.vae.dtype)
                 latents = family.latent_moments(image)[0]
             batch = family.collate([{**conditions, IMAGE: torch.zeros(6)}] * rows)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
                 family.predict(torch.empty(rows, *latents.shape), torch.full((rows,), 500.0), batch)
-            weights = [mode.from_tensor(value).untyped_storage()._cdata for value in family.model.parameters()]
+            known = [value for part in (family.model, *family.trained) for value in part.parameters()]
+            weights = [mode.from_tensor(value).untyped_storage()._cdata for value in known]
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         return None
     finally:
         alive.clear()
     return sum(size for storage, size in kept.items() if storage not in set(weights))
+
+
+def report_lines(parts: RunParts, processes: int) -> list[str]:
+    """What will be trained, and what is worth knowing about it."""
+    return [*dry_run_report(parts, processes).lines(), *(f"note: {note}" for note in notes(parts))]

@@ -9,9 +9,10 @@ from huggingface_hub import HfApi
 
 from ...core import EffiLoRAError
 from ...core.errors import DEBUG
+from ...core.scores import BEST_FILE, PAGE_FILE
 
-LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", ".*", ".*/**", "logs/**"]
-"""What is of no use to whoever loads the result."""
+LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", ".*", ".*/**", "logs/**", "cache/**", PAGE_FILE, BEST_FILE]
+"""What is of no use to whoever loads the result, and the page, which shows every image of the run and where it lay."""
 
 
 class Publication:
@@ -48,7 +49,7 @@ class Publication:
                 raise
             return (
                 f"note: the run is complete in {self.output}, but could not be uploaded ({_reason(error)}); upload it with: "
-                f"hf upload {self.name} {self.output} . --exclude 'checkpoint-*'"
+                f"hf upload {self.name} {self.output} . --exclude 'checkpoint-*' {PAGE_FILE}"
             )
         return f"uploaded    {self.api.endpoint}/{self.name}"
 

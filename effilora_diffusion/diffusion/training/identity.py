@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ...core import EffiLoRAConfig, EffiLoRAError
+from ...core import EffiLoRAConfig, same_run
 from ...core.fingerprint import model_hash
 from ...core.options import ADAPTER_SETTINGS, default_of, settings_of
-from ...core.text_io import printable
+from ...core.run_folder import CONFIG_FILE
+from ...core.same_run import InWords, changed, differences, per_step, refuse
+from ..caption_options import style_of
 from ..config import TrainingConfig
 from ..data.folder import Example
+from ..text_options import ends_early
 from .build import RunParts
 
 OF_THE_MODEL = {
@@ -24,6 +29,9 @@ OF_THE_MODEL = {
 }
 """Entries of a fingerprint whose values are hashes, in words."""
 
+MOST_NAMED = 2000
+"""Images of which a checkpoint keeps every name: of a hundred thousand that would be megabytes in each."""
+
 SPLIT = ("train_batch_size", "gradient_accumulation_steps", "processes")
 """Entries of a fingerprint whose product is the number of images per step: which images those are depends on nothing else."""
 
@@ -31,35 +39,16 @@ RENAMED = {"pictures": "images", "class pictures": "class images"}
 """Fingerprint names of version 0.1.0, and what they are called now."""
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes two fingerprints differ, in words: every changed file and setting by name."""
-    found = []
-    for key in dict.fromkeys([*saved, *now]):
-        old, new = saved.get(key), now.get(key)
-        if key in ("images", "class images"):
-            found += _changed_files(key, old or [], new or [])
-        elif old != new and isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new)
-        elif old != new and key in OF_THE_MODEL:
-            found.append(f"{OF_THE_MODEL[key]} is a different one")
-        elif old != new:
-            found.append(f"{key} was {old!r} and is {new!r}"[:200])
-    return found
-
-
-def _images_per_step(fingerprint: dict[str, Any]) -> int | None:
-    parts = [fingerprint.get(name) for name in SPLIT]
-    return math.prod(parts) if all(isinstance(part, int) for part in parts) else None  # type: ignore[arg-type]
-
-
 def _comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two fingerprints without what divides the same images differently, which changes sums in their last bits only.
 
-    Dropout is drawn per micro-batch, and quantised layers scale by what is in it: then its size must stay.
+    Dropout is drawn per micro-batch, quantised layers scale by what is in it, and with buckets its images are of one size:
+    then its own size must stay.
     """
-    if _images_per_step(saved) is None or _images_per_step(saved) != _images_per_step(now):
+    if per_step(saved, SPLIT) is None or per_step(saved, SPLIT) != per_step(now, SPLIT):
         return saved, now
-    whole = now.get("quantization") is not None or bool(now.get("adapter", {}).get("dropout"))
+    buckets = bool(now.get("use_aspect_ratio_buckets") or now.get("aspect_ratio_buckets") or now.get("resolutions"))
+    whole = buckets or now.get("quantization") is not None or bool(now.get("adapter", {}).get("dropout"))
     free = SPLIT[1:] if whole else SPLIT
     return tuple({name: value for name, value in one.items() if name not in free} for one in (saved, now))  # type: ignore[return-value]
 
@@ -76,17 +65,12 @@ def _as_today(saved: dict[str, Any]) -> dict[str, Any]:
 
 def split_note(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What to tell of a run that goes on with its steps divided differently among micro-batches and processes."""
-    changed = [f"{name} {saved.get(name)} to {now[name]}" for name in SPLIT if saved.get(name) != now[name]]
-    if not changed:
-        return None
-    return (
-        f"note: the steps are divided differently ({', '.join(changed)}): they see the same images, but sums are rounded "
-        "differently, so that the result is not the same to the last bit"
-    )
+    return same_run.split_note(saved, now, SPLIT, "images")
 
 
-def _changed_files(kind: str, old: list[Any], new: list[Any]) -> list[str]:
+def _changed_files(kind: str, old: list[Any] | None, new: list[Any] | None) -> list[str]:
     """How two lists of ``[content hash, caption, file name]`` differ; version 0.1.0 stored no names."""
+    old, new = old or [], new or []
     if [entry[:2] for entry in old] == [entry[:2] for entry in new]:
         return []
     before, after = ({entry[0]: entry for entry in entries} for entries in (old, new))
@@ -118,8 +102,24 @@ def _fixed() -> list[str]:
     return [name for name in names if name not in ADAPTER_SETTINGS]
 
 
-def _identity(example: Example) -> list[str]:
-    return [example.sha256[:16], example.caption, example.path.name]
+def _identities(examples: list[Example]) -> list[list[str]]:
+    """Content hash, captions and file name of every image; of many a single hash of all these."""
+    found = [[example.sha256[:16], " | ".join(example.captions), example.path.name] for example in examples]
+    if len(found) <= MOST_NAMED:
+        return found
+    return [[hashlib.sha256(json.dumps(found).encode()).hexdigest(), "", f"{len(found)} images"]]
+
+
+def _of_many(values: list[Any]) -> Any:
+    """One value of every image; of many images a hash of them all."""
+    many = len(values) > MOST_NAMED
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest() if many else values
+
+
+def _uses(examples: list[Example]) -> list[list[Any]]:
+    """How often an epoch has the images and what is done to their captions, for as many as follow on one another."""
+    runs = groupby((example.repeats, example.style) for example in examples)
+    return [[sum(1 for _ in run), repeats, asdict(style)] for (repeats, style), run in runs]
 
 
 def fingerprint(parts: RunParts, prior: list[list[Example]], processes: int) -> dict[str, Any]:
@@ -133,16 +133,24 @@ def fingerprint(parts: RunParts, prior: list[list[Example]], processes: int) -> 
     found["adapter"] = replace(parts.adapter.config, timestep_range=EffiLoRAConfig.timestep_range).to_dict()
     named = [config.pretrained_model_name_or_path, config.revision, config.variant]
     found["base"] = parts.base["base_hash"] or named  # a quantised model has no hash
-    found["objective"] = parts.objective.name
+    sized = parts.objective.by_size and parts.preparation.buckets is not None
+    found["objective"] = parts.objective.name + (" by size" if sized else "")  # it was one shift for all sizes once
     found["encoders"] = [model_hash(part) for part in family.parts() if part is not family.model]
     found["processes"] = processes
-    found["images"] = [_identity(example) for example in parts.examples]
-    found["class images"] = [_identity(example) for examples in prior for example in examples]
+    found["images"] = _identities(parts.examples)
+    found["class images"] = _identities([example for examples in prior for example in examples])
+    styles = {example.style for example in parts.examples}
+    if parts.epoch != len(parts.examples) or styles != {style_of(config)}:
+        found["repeats and captions"] = _uses(parts.examples)
+    if any(example.resolution for example in parts.examples):
+        found["resolutions"] = _of_many([example.resolution for example in parts.examples])
+    if any(example.mask is not None for example in parts.examples):
+        found["masks"] = _of_many([example.mask_sha256[:16] for example in parts.examples])
     if parts.concepts:  # with routing concept the adapter names them
         found["concepts"] = [asdict(concept) for concept in parts.concepts]
         found["weights"] = list(parts.weights)
         found["images of each"] = [sum(one.concept == each.name for one in parts.examples) for each in parts.concepts]
-    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+    if config.lr_scheduler not in ("constant", "constant_with_warmup") or ends_early(config):
         found["max_train_steps"] = parts.steps  # the schedule depends on it; a constant rate may be trained longer
     return found
 
@@ -151,9 +159,14 @@ def check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     """Raise :class:`EffiLoRAError` with all differences if the checkpoint ``folder`` is of another run than ``now``'s."""
     later = {entry.name: default_of(entry) for entry in settings_of(TrainingConfig) if entry.name in now}
     known = {**later, **_as_today(saved)}  # a setting that came later was what it is by default now
-    different = _differences(*_comparable(known, json.loads(json.dumps(now))))
-    if different:
-        raise EffiLoRAError(
-            f"{folder} belongs to another run: {printable('; '.join(different))[:2000]}. Continue with what it was trained with, "
-            "or start anew in another --output_dir"
-        )
+    different = differences(*_comparable(known, json.loads(json.dumps(now))), IN_WORDS)
+    refuse(folder, different, f" (--config {folder.parent / CONFIG_FILE})")
+
+
+IN_WORDS: dict[str, InWords] = {
+    **{name: changed(f"{text} is a different one") for name, text in OF_THE_MODEL.items()},
+    "images": partial(_changed_files, "images"),
+    "class images": partial(_changed_files, "class images"),
+    "masks": changed("the masks have changed"),
+    "resolutions": changed("the resolutions of the images have changed"),
+}

@@ -15,6 +15,9 @@ from ...core import EffiLoRAError
 
 B = TypeVar("B")
 
+FACTOR = "effilora_factor"
+"""What the learning rate of a group of parameters is multiplied with, by its name among the group's settings."""
+
 
 @dataclass
 class Loop(Generic[B]):
@@ -64,7 +67,7 @@ class Loop(Generic[B]):
             self.before_step(step)
         rate = self.learning_rate_at(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(FACTOR, 1.0)
         total = 0.0
         for micro in range(self.accumulation):
             batch = self.batches(step, micro)

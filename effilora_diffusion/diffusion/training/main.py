@@ -5,11 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ...core.processes import leave_group
+from ...core.run_folder import RunFolder
 from ...core.signals import Interrupted, StopSignals
 from ..config import TrainingConfig
+from ..models.pipelines import check_trainable
+from .build import build, check_folders, check_hardware, with_data
+from .checkpoints import IMAGE_RUN
+from .dry_run import report_lines
 from .hub import Publication
-from .processes import end, start
-from .trainer import Trainer, report_only
+from .notes import caption_table
+from .preflight import check_packages, find_checkpoint, find_judge
+from .processes import start
+from .trainer import Trainer
 
 
 def run(config: TrainingConfig) -> int:
@@ -32,7 +40,7 @@ def run(config: TrainingConfig) -> int:
             print(stop, file=sys.stderr)
         return stop.code
     finally:
-        end()
+        leave_group()
     if not trainer.is_main:
         return 0
     output = Path(config.output_dir)
@@ -42,3 +50,22 @@ def run(config: TrainingConfig) -> int:
     if publication is not None:
         print(publication.upload())
     return 0
+
+
+def report_only(config: TrainingConfig) -> None:
+    """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
+    accelerator = start()
+
+    def say(text: str) -> None:
+        if accelerator.is_main_process:
+            print(text)
+
+    check_hardware(config, accelerator.device, say)
+    check_packages(config)
+    find_judge(config)
+    check_trainable(config.pretrained_model_name_or_path, config.revision)
+    config = with_data(config, say)
+    check_folders(config)
+    RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
+    parts = build(config, accelerator, say)
+    say("\n".join([*caption_table(parts.images), *report_lines(parts, accelerator.num_processes)]))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...core.concepts import Concept
+from ...core.config import heads_text
 from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, plain_names, separate
+from ...core.scores import BY_LIKENESS, HELD_OUT
 from ...core.writing import write_text
 from ..config import TrainingConfig
 from ..models.pipelines import public_name
@@ -20,7 +23,7 @@ class Summary:
 
     ``prompt`` is the one that the adapter was trained with, ``component`` the trained part;
     ``loader`` and ``comfyui`` tell whether diffusers and ComfyUI can load the LoRA, of which there is one for each of
-    ``concepts``, if there are any.
+    ``concepts``, if there are any; ``best`` is the best checkpoint (:func:`.choose_best`).
     """
 
     config: TrainingConfig
@@ -33,6 +36,7 @@ class Summary:
     loader: bool = True
     comfyui: bool = True
     concepts: tuple[Concept, ...] = ()
+    best: dict[str, Any] | None = None
 
     @property
     def files(self) -> list[tuple[str, str]]:
@@ -56,8 +60,17 @@ class Summary:
             f"adapter     {_described(output / 'effilora.safetensors')}",
             *(line for files in self.files for line in _file_lines(output, *files, exact)),
             *self.plain.lines,
+            *([] if self.best is None else [f"best        {best_words(self.best, self.steps)}, as {output}@best"]),
             f"model card  {output / 'README.md'}",
         ]
+
+
+def best_words(best: dict[str, Any], last: int) -> str:
+    """The best checkpoint and what it is the best by, as ``checkpoint-300, by likeness and drift (0.610, 0.050)``."""
+    name = "the last step" if best["step"] == last else str(best["checkpoint"])
+    if best["by"] == BY_LIKENESS:
+        return f"{name}, by {best['by']} ({best['likeness']:.3f}, {best['drift']:.3f})"
+    return f"{name}, by {best['by']} ({best[HELD_OUT]:.4f})"
 
 
 def _file_lines(output: Path, plain: str, kohya: str, exact: str) -> list[str]:
@@ -91,9 +104,9 @@ An EffiLoRA adapter for {base}.
 | | |
 |---|---|
 | steps | {summary.steps} of batch {c.train_batch_size} x {c.gradient_accumulation_steps}, {summary.seconds:.0f} s |
-| adapter | rank {c.rank}, {c.heads} heads, {c.routing} routing, Reducer {c.reducer} |
+| adapter | rank {c.rank}, {heads_text(c.heads, c.routing)}, Reducer {c.reducer} |
 | parameters | {counts["trained_per_step"]:,} trained per step, {counts["trained_ever"]:,} ever, {counts["stored"]:,} stored |
-| settings | [config.yaml](config.yaml) repeats the run |
+{_best_row(summary)}| settings | [config.yaml](config.yaml) repeats the run |
 
 ## Use
 
@@ -106,6 +119,14 @@ load_adapter(pipe, "effilora.safetensors", scale=1.0)  # pipe: a stock pipeline 
 {_plain_words(summary, output)}
 """
     write_text(output / CARD_FILE, text)
+
+
+def _best_row(summary: Summary) -> str:
+    """The row of the card that names the best checkpoint; empty where none was found."""
+    if summary.best is None:
+        return ""
+    file = summary.best["adapter"]
+    return f"| best | {best_words(summary.best, summary.steps)}: [{file}]({file}) |\n"
 
 
 def _plain_words(summary: Summary, output: Path) -> str:

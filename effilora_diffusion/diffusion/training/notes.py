@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 
+from ...core.concepts import contains
 from ...core.fingerprint import same_base
 from ...core.image_io import printable
+from ...core.words import reword
 from ..data.folder import Example
-from ..models import Family
 from ..presets import describe_preset
 from ..sampling.request import sampling_defaults
+from ..text_options import words_share
 from .build import RunParts
 from .optim import learning_rates
+
+SHOWN = 500
+"""Images in a table of captions."""
+
+MARKS = 8
+"""Tokens that tokenizers put around a text at most."""
+
+OLD_END = 2
+"""What old configurations of CLIP call the number of the end token, which it is not."""
 
 NAMED = 5
 """Names in a note; of more, their number is told."""
@@ -21,7 +33,80 @@ NAMED = 5
 def notes(parts: RunParts) -> list[str]:
     """One sentence each, for settings and captions of a run that is about to start."""
     found = [*_preset(parts), *_start(parts), *_schedule(parts), *_length(parts), *_size(parts), *_captions(parts)]
-    return [*found, *_subjects(parts)]
+    return [*found, *_subjects(parts), *_drawn(parts), *_dataset_config(parts), *_text(parts)]
+
+
+def _drawn(parts: RunParts) -> list[str]:
+    """Captions that are drawn anew for every row, and what that costs; settings of captions without an effect."""
+    c, found = parts.config, []
+    styles = {example.style for example in parts.examples}
+    several = sum(bool(example.others) for example in parts.images)
+    if several:
+        found.append(
+            f"{several} image{'s have' if several > 1 else ' has'} several captions: one is drawn for every row"
+        )
+    rows = parts.steps * parts.images_per_step
+    if any(style.varies for style in styles):
+        when = "as they come" if parts.family.device.type == "cpu" else "before training, as far as memory goes"
+        when = "before training, into files" if c.cache_text_encoder_outputs_to_disk else when
+        found.append(f"captions are drawn anew for every row: up to {rows:,} texts are encoded, {when}")
+    if not any(style.by_tags for style in styles) and any(style.keep_tokens for style in styles):
+        found.append("--keep_tokens has no effect without --shuffle_caption or --caption_tag_dropout_rate")
+    if (
+        c.trigger
+        and not parts.concepts
+        and not any(contains(caption, c.trigger[0]) for example in parts.examples for caption in example.captions)
+    ):
+        found.append(f"no caption has --trigger {c.trigger[0]!r}, nor [trigger] in its place: no image teaches it")
+    return found
+
+
+def _dataset_config(parts: RunParts) -> list[str]:
+    """What a file of data sets sets for the whole run, and which of its keys change nothing."""
+    file = parts.config.dataset_file()
+    if file is None:
+        return []
+    named = ", ".join(f"{name} {value}" for name, value in file.settings.items())
+    found = [f"--dataset_config goes before other settings, as in sd-scripts: {named}"]
+    return found + ([f"keys of --dataset_config without an effect: {', '.join(file.unused)}"] if file.unused else [])
+
+
+def _text(parts: RunParts) -> list[str]:
+    c = parts.config
+    if not c.train_text_encoder and not c.train_text_encoder_ti:
+        unused = c.text_encoder_lr is not None
+        return ["--text_encoder_lr has no effect without --train_text_encoder"] if unused else []
+    return [*_rate(parts), *_last_token(parts), *_alone(parts)]
+
+
+def _alone(parts: RunParts) -> list[str]:
+    c = parts.config
+    if not c.train_text_encoder_ti or words_share(c) == c.train_text_encoder_ti_frac:
+        return []
+    return [
+        f"--train_transformer_frac 0 trains new words only, so they are trained to the end, not for "
+        f"--train_text_encoder_ti_frac {c.train_text_encoder_ti_frac:g} of the steps"
+    ]
+
+
+def _last_token(parts: RunParts) -> list[str]:
+    """Old configurations of CLIP take the state of the highest token number for that of the end, and new words are highest."""
+    words = parts.adapter.words
+    if words is None or len(parts.family.prompt_outputs) == 1:  # only its states are used, not the pooled one
+        return []
+    old = [part for part in words.embeddings if getattr(parts.family.pipe, part).config.eos_token_id == OLD_END]
+    return [
+        f"{part} takes the last new word's state for that of the whole prompt, as in diffusers and everywhere else: its "
+        f"configuration is of an old kind (eos_token_id {OLD_END})"
+        for part in old
+    ]
+
+
+def _rate(parts: RunParts) -> list[str]:
+    c = parts.config
+    if c.text_encoder_lr not in (None, c.learning_rate) and c.optimizer == "prodigy":
+        return ["--optimizer prodigy finds its own rate, which --learning_rate scales for text encoders too"]
+    return []
 
 
 def _subjects(parts: RunParts) -> list[str]:
@@ -69,7 +154,7 @@ def _schedule(parts: RunParts) -> list[str]:
 
 def _length(parts: RunParts) -> list[str]:
     c, count = parts.config, len(parts.examples)
-    seen = parts.steps * parts.images_per_step / count
+    seen = parts.steps * parts.images_per_step / parts.epoch
     if c.max_train_steps is not None or seen < 1.5 * c.num_train_epochs:
         return []
     why = (
@@ -91,19 +176,25 @@ def _size(parts: RunParts) -> list[str]:
 
 
 def _captions(parts: RunParts) -> list[str]:
-    found = []
-    for example in {example.caption: example for example in parts.examples}.values():
-        tokens, limit = parts.family.prompt_length(example.caption)
-        if limit is not None and tokens > limit:
-            names = [other.path.name for other in parts.examples if other.caption == example.caption]
-            found.append(f"the caption of {_names(names)} has {tokens} tokens, and only the first {limit} are read")
-    if len(found) > NAMED:
-        found = [*found[:NAMED], f"{len(found) - NAMED} more captions are as long"]
+    found, limit = [], parts.family.prompt_length("")[1]
+    long: list[tuple[str, int]] = []
+    for caption in dict.fromkeys(caption for example in parts.examples for caption in example.captions):
+        if limit is None or len(caption.encode()) + MARKS <= limit:  # a token is a byte at least
+            continue
+        tokens = parts.family.prompt_length(caption)[0]
+        if tokens > limit:
+            long.append((caption, tokens))
+    more = ": --max_token_length reads more" if parts.family.chunked else ""
+    for caption, tokens in long[:NAMED]:
+        names = [other.path.name for other in parts.images if caption in other.captions]
+        found.append(f"the caption of {_names(names)} has {tokens} tokens, and only the first {limit} are read{more}")
+    if len(long) > NAMED:
+        found.append(f"{len(long) - NAMED} more captions are as long")
     prompt = parts.config.instance_prompt
-    captioned = [example for example in parts.examples if example.source]
-    lacking = [example.path.name for example in captioned if prompt and not has_trigger(example, prompt, parts.family)]
-    if prompt and lacking:
-        word = parts.family.rarest_word(prompt)
+    captioned = [example for example in parts.images if example.source]
+    word = parts.family.rarest_word(prompt) if prompt else ""
+    lacking = [example.path.name for example in captioned if not has_trigger(example, word)]
+    if lacking:
         found.append(
             f"{len(lacking)} of {len(captioned)} captions do not contain {word!r} of --instance_prompt ({_names(lacking)}): "
             "these images do not teach it"
@@ -111,9 +202,9 @@ def _captions(parts: RunParts) -> list[str]:
     return found
 
 
-def has_trigger(example: Example, prompt: str, family: Family) -> bool:
-    """Whether an image teaches ``prompt``: its caption has the word that names the subject, by :meth:`Family.rarest_word`."""
-    return not example.source or family.rarest_word(prompt).casefold() in example.caption.casefold()
+def has_trigger(example: Example, word: str) -> bool:
+    """Whether an image teaches the instance prompt, whose rarest ``word`` names the subject: each of its captions has it."""
+    return not example.source or all(word.casefold() in caption.casefold() for caption in example.captions)
 
 
 def trigger_prompt(parts: RunParts) -> str:
@@ -121,17 +212,23 @@ def trigger_prompt(parts: RunParts) -> str:
     if parts.concepts:
         return parts.concepts[0].prompt
     prompt = parts.config.instance_prompt
-    if prompt and any(has_trigger(example, prompt, parts.family) for example in parts.examples):
-        return prompt
-    return parts.examples[0].caption
+    word = parts.family.rarest_word(prompt) if prompt else ""
+    if prompt and any(has_trigger(example, word) for example in parts.examples):
+        return reword(parts.family.pipe, prompt)
+    return reword(parts.family.pipe, parts.examples[0].caption)
 
 
 def caption_table(examples: Iterable[Example]) -> list[str]:
     """A line per image: its name, its caption, and where that stands."""
+    shown = list(islice(examples, SHOWN + 1))
     return [
-        f"  {f'{example.concept}: ' if example.concept else ''}{printable(example.path.name)}: {printable(example.caption)!r} "
-        f"({example.source or ('its instance_prompt' if example.concept else '--instance_prompt')})"
-        for example in examples
+        *(
+            f"  {f'{example.concept}: ' if example.concept else ''}{printable(example.path.name)}: "
+            f"{printable(' | '.join(example.captions))!r} "
+            f"({example.source or ('its instance_prompt' if example.concept else '--instance_prompt')})"
+            for example in shown[:SHOWN]
+        ),
+        *(["  ..."] if len(shown) > SHOWN else []),
     ]
 
 

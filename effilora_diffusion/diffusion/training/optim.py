@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from torch import nn
 
+from ...core import EffiLoRA
 from ...core.signals import ACCELERATE_LAUNCH
 from ..config import TrainingConfig
-from .optimizers import Choice
+from .loop import FACTOR
+from .optimizers import ADAM_SETTINGS, Choice
+
+HEADS, ROUTERS = "B", "G"
+"""What stands before the number of a site in the names of an adapter's heads and routers."""
+
+TEXT = ("encoders.", "words.")
+"""How the names of an adapter's parameters in text encoders begin."""
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -49,6 +59,24 @@ def optimizer_choice(config: TrainingConfig) -> Choice:
         },
         config.ema_decay if config.use_ema else None,
     )
+
+
+def trained_groups(config: TrainingConfig, adapter: EffiLoRA, peak: float) -> list[dict[str, Any]]:
+    """The parameters of a run in groups for its optimizer, each with its own rate, and those in text encoders with a decay.
+
+    Prodigy finds its own rate, and all are what ``--learning_rate`` says, as in diffusers.
+    """
+    text = peak if config.text_encoder_lr is None or config.optimizer == "prodigy" else config.text_encoder_lr
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in adapter.named_parameters():
+        in_text, kind = name.startswith(TEXT), name.split(".")[-2]
+        ratio = {HEADS: config.loraplus_lr_ratio, ROUTERS: config.router_lr_ratio}.get(kind, 1.0)
+        groups.setdefault((in_text, (text / peak if in_text else 1.0) * ratio), []).append(parameter)
+    decay = {"weight_decay": config.adam_weight_decay_text_encoder} if config.optimizer in ADAM_SETTINGS else {}
+    return [
+        {"params": parameters, FACTOR: factor, **(decay if in_text else {})}
+        for (in_text, factor), parameters in groups.items()
+    ]
 
 
 def learning_rates(config: TrainingConfig, steps: int, peak: float) -> Callable[[int], float]:

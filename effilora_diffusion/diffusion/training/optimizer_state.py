@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core import EffiLoRAError
 from ...core.tensor_io import open_tensors, read_tensors
+from .loop import FACTOR
 
 GROUP = "group"
 """Name that stands for the settings and counters of a group of parameters, where a parameter's name would."""
@@ -28,9 +29,10 @@ def state_tensors(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.op
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor | int | float):
                 tensors[f"{name}:{key}"] = _tensor(value)
-    for key, value in _counters(optimizer).items():
-        if key not in optimizer.defaults or optimizer.defaults[key] != value:
-            tensors[f"{GROUP}:{key}"] = _tensor(value)
+    for number in range(len(optimizer.param_groups)):
+        for key, value in _counters(optimizer, number).items():
+            if key not in optimizer.defaults or optimizer.defaults[key] != value:
+                tensors[f"{_group(number)}:{key}"] = _tensor(value)
     return tensors
 
 
@@ -39,20 +41,28 @@ def _tensor(value: Any) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def _counters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Numbers of the only group, but for the learning rate, which is a function of the step."""
-    group = optimizer.param_groups[0]
+def _group(number: int) -> str:
+    return f"{GROUP}{number}" if number else GROUP
+
+
+def _counters(optimizer: torch.optim.Optimizer, number: int = 0) -> dict[str, Any]:
+    """Numbers of a group, but for the learning rate, which is a function of the step."""
+    group = optimizer.param_groups[number]
     return {
         key: value
         for key, value in group.items()
-        if key not in ("params", "lr", "initial_lr") and isinstance(value, int | float | Tensor)
+        if key not in ("params", "lr", "initial_lr", FACTOR) and isinstance(value, int | float | Tensor)
     }
 
 
 def read_optimizer(
-    path: Path, named: Named, fresh: Callable[[list[nn.Parameter]], torch.optim.Optimizer], owners: set[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The state that ``path`` holds, by parameter and for the group.
+    path: Path,
+    named: Named,
+    fresh: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    owners: set[str],
+    groups: int = 1,
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The state that ``path`` holds, by parameter and for each group.
 
     Which entries an optimizer has, and their shapes, is found by one step of a ``fresh`` one on copies of the parameters.
 
@@ -61,6 +71,7 @@ def read_optimizer(
         named: the parameters that may have a state, by name.
         fresh: makes an optimizer of the run's kind over other parameters.
         owners: names of parameters that must have a state.
+        groups: how many groups of parameters there are.
 
     Raises:
         EffiLoRAError: an entry is missing, unknown, of another shape or type, or not finite.
@@ -72,15 +83,16 @@ def read_optimizer(
     one.step()
     layout = {name: dict(one.state.get(parameter, {})) for name, parameter in trial.items()}
     kinds = {f"{name}:{key}": value for name, entries in layout.items() for key, value in entries.items()}
-    kinds |= {f"{GROUP}:{key}": value for key, value in _counters(one).items()}
+    every = [_group(number) for number in range(groups)]
+    kinds |= {f"{group}:{key}": value for group in every for key, value in _counters(one).items()}
     shapes = {
         name: tuple(_tensor(value).shape) for name, value in kinds.items() if isinstance(value, Tensor | int | float)
     }
     with open_tensors(path) as file:
         there = {name.rpartition(":")[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
-        needed = (there | owners) - {GROUP}
+        needed = (there | owners) - {*every}
         required = {name: shape for name, shape in shapes.items() if name.rpartition(":")[0] in needed}
-        optional = {name: shape for name, shape in shapes.items() if name.startswith(f"{GROUP}:")}
+        optional = {name: shape for name, shape in shapes.items() if name.rpartition(":")[0] in every}
         tensors = read_tensors(path, file, required, optional, ("F32", "F64", "I64", "U8", "BF16", "F16"))
     states: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
@@ -94,11 +106,11 @@ def read_optimizer(
         states.setdefault(owner, {})[key] = (
             tensor if isinstance(kinds[name], Tensor) else type(kinds[name])(tensor.item())
         )
-    return states, states.pop(GROUP, {})
+    return states, [states.pop(group, {}) for group in every]
 
 
 def restore_state(
-    named: Named, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]], counters: dict[str, Any]
+    named: Named, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]], counters: list[dict[str, Any]]
 ) -> None:
     """Put what :func:`read_optimizer` found into ``optimizer``; AdamW's step counts stay on the CPU."""
     for name, parameter in named:
@@ -107,4 +119,5 @@ def restore_state(
                 key: value.to(parameter.device) if isinstance(value, Tensor) and key != "step" else value
                 for key, value in states[name].items()
             }
-    optimizer.param_groups[0].update(counters)
+    for group, found in zip(optimizer.param_groups, counters, strict=True):
+        group.update(found)

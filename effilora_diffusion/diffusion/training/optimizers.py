@@ -105,7 +105,11 @@ class Choice:
     ema: float | None = None
 
 
-def make_optimizer(choice: Choice, parameters: Iterable[nn.Parameter], peak: float) -> torch.optim.Optimizer:
+Trained = Iterable[nn.Parameter] | list[dict[str, Any]]
+"""Parameters, or groups of them with settings of their own, as optimizers take them."""
+
+
+def make_optimizer(choice: Choice, parameters: Trained, peak: float) -> torch.optim.Optimizer:
     """The optimizer of ``choice`` over ``parameters``, at the learning rate ``peak``; the loop sets that of each step.
 
     What has no gradient in a step is skipped by it.
@@ -113,12 +117,14 @@ def make_optimizer(choice: Choice, parameters: Iterable[nn.Parameter], peak: flo
     Raises:
         EffiLoRAError: it is not known, its package is missing, or it does not take these arguments.
     """
-    name, trained = choice.name, list(parameters)
+    name = choice.name
+    trained: list[Any] = list(parameters)
     kind, arguments = optimizer_class(name), dict(NAMED[name][1]) if name in NAMED else {}
     if name in ADAM_SETTINGS:
         arguments |= choice.adam
     if name == "adamw":
-        arguments["fused"] = trained[0].device.type in ("cpu", "cuda")
+        first = trained[0]["params"][0] if isinstance(trained[0], dict) else trained[0]
+        arguments["fused"] = first.device.type in ("cpu", "cuda")
     arguments |= parse_arguments(choice.arguments)
     try:
         return kind(trained, lr=peak, **arguments)  # type: ignore[call-arg]
@@ -129,7 +135,7 @@ def make_optimizer(choice: Choice, parameters: Iterable[nn.Parameter], peak: flo
 
 def run_optimizer(
     choice: Choice,
-    parameters: Iterable[nn.Parameter],
+    parameters: Trained,
     peak: float = 1e-3,
     prepare: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> torch.optim.Optimizer:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from ...core import EffiLoRA, calibrate, detach, is_exact
 from ...core.convert import fitted
 from ...core.errors import EffiLoRAError
+from ...core.files import encoders_of
+from ...core.switch import apart
 from ..adapters.processors import attach
 from ..models import Family
 from .batches import Batch, BatchDrawer
@@ -172,7 +174,8 @@ class PlainMaker:
         before = self.adapter.enabled
         attach(self.family.model, plain, NAME)
         try:
-            yield
+            with apart(list(encoders_of(self.adapter).values())):  # they are in the plain LoRA as they are
+                yield
         finally:
             self.adapter.enabled = before
             detach(self.family.model, NAME)

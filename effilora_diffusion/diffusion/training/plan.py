@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ...core import EffiLoRAError, detach
+from ...core import EffiLoRAError
 from ...core.file_size import native_bytes, plain_bytes
+from ...core.load import detach
 from ..adapters.processors import create_adapter
 from ..config import PRECISIONS, TrainingConfig
 from ..models import Family, make_family
@@ -145,7 +146,7 @@ class Planner:
             self._release(parts)
 
     def _release(self, parts: RunParts) -> None:
-        detach(parts.family.model)
+        detach(parts.family.pipe, None)
         if parts.config.gradient_checkpointing:
             parts.family.model.disable_gradient_checkpointing()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 
 from ...core import EffiLoRAError
+from ...core.processes import peers
 from ...core.signals import ACCELERATE_LAUNCH
 
 WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -32,38 +31,8 @@ UNSUPPORTED = {
 
 SCRIPT = "-m effilora_diffusion.train"
 
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection timed out",
-    "Broken pipe",
-    "remote process exited",
-)
-"""What gloo, sockets and NCCL say when the process at the other end is gone."""
-
 _NO_LIMIT = timedelta(days=365)
 _PAUSE = 0.05
-
-
-class ProcessLost(EffiLoRAError):
-    """Another process of the run has ended before its time."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "another process of this run has ended (killed, or by an error of its own), so this one ends too; checkpoints "
-            "written before are whole: continue with --resume_from_checkpoint latest"
-        )
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    """Turn what the libraries say of a process that is gone into :class:`ProcessLost`; other errors stay what they are."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistNetworkError) or any(mark in str(error) for mark in _LOST):
-            raise ProcessLost from error
-        raise
 
 
 def start() -> Accelerator:
@@ -129,12 +98,6 @@ def launch_note(accelerator: Accelerator) -> str | None:
     )
 
 
-def end() -> None:
-    """Leave the other processes in order."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 class Processes:
     """The processes of a run as one of them sees them; where there is only one, nothing here does anything.
 
@@ -152,14 +115,14 @@ class Processes:
         # limits stay for the gradients. A process that is gone closes its connections: that is noticed at once either way.
         self._group = None
         if self.num_processes > 1:
-            with _peers():
+            with peers():
                 self._group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here, however long that takes."""
         if self._group is None:
             return
-        with _peers():
+        with peers():
             work = dist.barrier(self._group, async_op=True)
             while not work.is_completed():  # asleep here, since no signal is handled inside of a collective
                 time.sleep(_PAUSE)
@@ -167,7 +130,7 @@ class Processes:
 
     def average(self, gradient: Tensor) -> Tensor:
         """The mean over all processes of a tensor on their devices."""
-        with _peers():
+        with peers():
             averaged: Tensor = self.accelerator.reduce(gradient, "mean")
         return averaged
 
@@ -177,7 +140,7 @@ class Processes:
         if self._group is None:
             return own[None]
         rows = [torch.empty_like(own) for _ in range(self.num_processes)]
-        with _peers():
+        with peers():
             dist.all_gather(rows, own, self._group)
         return torch.stack(rows)
 

@@ -14,11 +14,14 @@ from ...core.errors import DEBUG
 from ...core.files import ADAPTER_FILE
 from ...core.run_folder import CARD_FILE, COMPARISON_FILE, PLAIN_COMPARISON_FILE, RunFolder, plain_names, separate
 from ..adapters.export import export, has_kohya_form
+from ..adapters.new_words import WORDS_FILE, t5_of, write_words
 from ..models.pipelines import EMBEDDED_BASE
 from ..run_options import SAVED
 from .batches import BatchDrawer
 from .build import RunParts
+from .examiner import Examiner
 from .model_card import Summary, write_report
+from .notes import trigger_prompt
 from .plain import PlainMaker
 from .validation import Validation
 
@@ -35,6 +38,7 @@ class Result:
     validation: Validation
     folder: RunFolder
     say: Callable[[str], None]
+    examiner: Examiner
 
     def write(self, summary: Summary, device: torch.device, scaled: bool) -> None:
         """Write every file, and complete ``summary`` with what is known of the plain LoRA.
@@ -48,28 +52,37 @@ class Result:
         # as many rows at a time as a training step has
         maker = PlainMaker(self.parts.family, self.parts.objective, adapter, self.batches, device, c.train_batch_size)
         summary.plain = maker.make(c.export_distillation_steps, self.say, scaled)
-        content = AdapterFile(adapter, self._metadata(summary), summary.plain.calibration)
+        content = AdapterFile(
+            adapter, origin(self.parts, summary.steps) | summary.plain.facts, summary.plain.calibration
+        )
         content.plain = summary.plain.adapter if summary.plain.distilled else None
         dtype = getattr(torch, SAVED[c.save_precision])
         content.sha256 = save_adapter_file(self.folder.own(ADAPTER_FILE), content, dtype)
         self.folder.forget_earlier()
+        if adapter.words is not None:
+            write_words(self.folder.own(f"{self.folder.path.resolve().name}{WORDS_FILE}"), content)
         for concept in separate(adapter.concepts):
             self._export(content, dtype, concept)
         self._show("the last images", lambda: self.validation.draw(summary.steps))
-        images = [example.path for example in self.parts.examples]
+        self._show("the scores", lambda: self.examiner.visit(summary.steps, last=True))
+        summary.best = self.examiner.best
+        images = [example.path for example in self.parts.images]
         self._show(COMPARISON_FILE, lambda: self.validation.before_after(images))
         if (plain := summary.plain.adapter) is not None:
             self._show(PLAIN_COMPARISON_FILE, lambda: self.validation.beside_plain(lambda: maker.instead(plain)))
         self._show(CARD_FILE, lambda: write_report(self.folder.own(CARD_FILE).parent, summary))
+        self.examiner.write_page(last=True)
         self.folder.finish()
 
     def _export(self, content: AdapterFile, dtype: torch.dtype, concept: str | None) -> None:
         """Write the plain LoRA, of one concept where there are several."""
         plain, kohya = plain_names(concept)
-        export(content, self.folder.own(plain), "diffusers", dtype=dtype, concept=concept)
+        export(content, self.folder.own(plain), "diffusers", dtype=dtype, concept=concept, words=False)
         if has_kohya_form(content):
             self._show(
-                kohya, lambda: export(content, self.folder.own(kohya), "kohya", dtype=dtype, concept=concept)
+                kohya, lambda: export(
+                    content, self.folder.own(kohya), "kohya", dtype=dtype, concept=concept, words=False
+                )
             )  # fmt: skip
 
     def _show(self, what: str, write: Callable[[], object]) -> None:
@@ -82,21 +95,22 @@ class Result:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self.say(f"note: the adapter is saved, but {what} could not be written: {reason}")
 
-    def _metadata(self, summary: Summary) -> dict[str, Any]:
-        """What the native file says about its origin."""
-        family = self.parts.family
-        return {
-            "base_model": self.parts.config.pretrained_model_name_or_path or EMBEDDED_BASE,
-            "single_file_config": self.parts.config.single_file_config,
-            **self.parts.base,
-            "base_class": type(family.model).__name__,
-            "component": family.component,
-            "architecture": family.architecture,
-            "layers_per_block": family.model.config.get("layers_per_block"),
-            "prediction_type": family.pipe.scheduler.config.get("prediction_type"),
-            "resolution": self.parts.config.resolution,
-            "trigger_prompt": summary.prompt,
-            "steps": summary.steps,
-            "images": len(self.parts.examples),
-            **summary.plain.facts,
-        }
+
+def origin(parts: RunParts, steps: int) -> dict[str, Any]:
+    """What a native file says of the run that its adapter comes from, after so many ``steps``."""
+    family = parts.family
+    return {
+        "base_model": parts.config.pretrained_model_name_or_path or EMBEDDED_BASE,
+        "single_file_config": parts.config.single_file_config,
+        **parts.base,
+        "base_class": type(family.model).__name__,
+        "component": family.component,
+        "architecture": family.architecture,
+        "layers_per_block": family.model.config.get("layers_per_block"),
+        "prediction_type": family.pipe.scheduler.config.get("prediction_type"),
+        "resolution": parts.config.resolution,
+        "trigger_prompt": trigger_prompt(parts),
+        "t5": t5_of(family.pipe),
+        "steps": steps,
+        "images": len(parts.images),
+    }

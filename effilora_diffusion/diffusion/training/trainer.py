@@ -20,39 +20,43 @@ from ...core.run_folder import (
     METRICS_FILE,
     REDUCER_FILE,
     RunFolder,
+    step_of,
     trim_log,
 )
+from ...core.scores import SCORES_FILE, has_scores
 from ...core.signals import Interrupted, StopSignals
 from ...core.writing import append_line, write_text
 from ..config import TrainingConfig
-from ..data.folder import Example
-from ..data.prior import class_examples, without_images
+from ..models.pipelines import check_trainable
 from ..sampling.leakage import leakage_prompts
-from .batches import Batch, BatchDrawer
+from .batches import Batch
 from .budget import Measured, check_resumed, choose_plan, spent, with_plan
 from .build import (
     RunParts,
     build,
     check_folders,
     check_hardware,
-    class_prompts,
-    example_sources,
     place,
     sampler,
     with_data,
 )
 from .checkpoints import IMAGE_RUN, TrainingState, load_checkpoint, save_checkpoint
-from .dry_run import dry_run_report
+from .dry_run import report_lines
+from .examiner import Examiner
+from .held_out import HeldOut
 from .identity import fingerprint, split_note
 from .loop import Loop
 from .loss import batch_loss
 from .model_card import Summary
-from .notes import caption_table, notes, trigger_prompt
-from .optim import learning_rates, optimizer_choice, use_all_cores
-from .optimizers import averaged, optimizer_class, run_optimizer
+from .notes import trigger_prompt
+from .optim import learning_rates, optimizer_choice, trained_groups, use_all_cores
+from .optimizers import averaged, run_optimizer
+from .preflight import check_packages, find_checkpoint, find_judge
 from .processes import Processes, launch_note, start
-from .result import Result
-from .trackers import Trackers, wanted_trackers
+from .result import Result, origin
+from .rows import batch_drawer, class_images
+from .text import TextTraining
+from .trackers import Trackers
 from .validation import Validation
 
 
@@ -78,6 +82,8 @@ class Trainer:
             self.say(told)
         check_hardware(config, self.accelerator.device, self.say)
         check_packages(config)
+        check_trainable(config.pretrained_model_name_or_path, config.revision)
+        self.judge = find_judge(config) if self.is_main else None
         self.config = config = with_data(config, self.say)
         check_folders(config)
         self.checkpoint = find_checkpoint(config)
@@ -90,19 +96,30 @@ class Trainer:
             self.folder.release()
             raise
 
+    def _build(self) -> RunParts:
+        """What the run consists of; nothing is encoded yet."""
+        return build(self.config, self.accelerator, self.say)
+
     def _prepare(self) -> None:
         """Model, adapter, class images, cached latents, optimizer: all that the loop needs."""
         config, accelerator = self.config, self.accelerator
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.parts = parts = build(config, accelerator, self.say)
+        self.parts = parts = self._build()
         self.config = config = parts.config
         self.family, self.objective, self.adapter = parts.family, parts.objective, parts.adapter
         self.steps = parts.steps
+        self.text = TextTraining(self.family, self.adapter, config, self.steps)
         self.say("\n".join(report_lines(parts, accelerator.num_processes)))
-        prior = self._class_images()
-        self.batches = self._cache(prior)
-        place(self.family.model, accelerator.device)
+        prior = class_images(parts, self.say, self.processes)
+        done = step_of(self.checkpoint) if self.checkpoint is not None else 0
+        everything = accelerator.device.type != "cpu"
+        self.text.remember()
+        with self.adapter.disabled():
+            self.batches = batch_drawer(parts, prior, everything, self.say, self.processes, done)
+        self.held_out = HeldOut(self.objective, self.batches.held_out)
+        for module in (self.family.model, *self.family.trained):
+            place(module, accelerator.device)
         logged = self.is_main and config.reducer != "off"
         self.reducer = Reducer(self.adapter, config.seed, self.output / REDUCER_FILE if logged else None)
         prompts = config.validation_prompt or leakage_prompts(parts.concepts) or [config.instance_prompt or ""]
@@ -113,11 +130,15 @@ class Trainer:
         )
         show = self.trackers.images
         self.validation = Validation(prompts, config.num_validation_images, config.seed, draw, self.folder.own, show)
+        own, log = self.folder.own, self.trackers.log
+        device = accelerator.device
+        self.examiner = Examiner(parts, self.batches, self.validation, device, self.judge, own, log, self.say)
         self.fingerprint = fingerprint(parts, prior, accelerator.num_processes)
         factor = parts.images_per_step if config.scale_lr else 1
         self.choice = optimizer_choice(config)
         peak = config.learning_rate * factor
-        self.optimizer = run_optimizer(self.choice, self.adapter.parameters(), peak, self.adapter.keep_heads)
+        groups = trained_groups(config, self.adapter, peak)
+        self.optimizer = run_optimizer(self.choice, groups, peak, self._prepare_optimizer)
         self.loop = Loop(
             list(self.adapter.parameters()),
             self.optimizer,
@@ -133,6 +154,10 @@ class Trainer:
         )
         if config.reducer == "depth" and self.checkpoint is None:
             self._plan_depth()
+
+    def _prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.adapter.keep_heads(optimizer)
+        self.text.prepare(optimizer)
 
     def _plan_depth(self) -> None:
         """Choose how deep backpropagation goes, once; whoever repeats or continues the run takes over what was chosen."""
@@ -151,28 +176,6 @@ class Trainer:
         if self.is_main:
             tqdm.write(text)
 
-    def _class_images(self) -> list[list[Example]]:
-        """The images of every class folder, drawn where they are missing; without folders the instance images."""
-        parts = self.parts
-        if parts.prior is None:
-            return []
-        if not parts.classes:
-            return [without_images(examples, prompts) for examples, prompts in class_prompts(parts)]
-        draw = sampler(self.config, self.family)
-        with self.adapter.disabled():  # fresh, so it changes nothing; but it would cost time
-            wanted = dict.fromkeys(parts.classes)
-            found = {folder: class_examples(folder, draw, self.say, self.processes) for folder in wanted}
-        return [found[folder] for folder in parts.classes]
-
-    def _cache(self, prior: list[list[Example]]) -> BatchDrawer:
-        """Everything that the encoders are needed for; on a GPU they leave it afterwards."""
-        instance, classes, others = example_sources(self.parts, prior)
-        with self.family.encoders():
-            for source in (instance, classes, others):
-                if source is not None:
-                    source.fill(everything=self.accelerator.device.type != "cpu")
-        return BatchDrawer(self.family, self.objective, instance, classes, self.parts.prior, others)
-
     def run(self) -> Summary:
         """Train to the last step and write the output folder; returns what was done."""
         try:
@@ -190,6 +193,8 @@ class Trainer:
                 def after_step(done: int, figures: dict[str, float]) -> None:
                     self.step, self.seconds = done, before + time.time() - began
                     figures["loss"], stop = self.processes.share(figures["loss"], self.signals.asked())
+                    if self._judged():
+                        figures["validation_loss"] = self._held_out_loss(f"step {self.step}")
                     self._record(figures, bar)
                     if stop:
                         self.signals.code = stop  # another process may have got the signal
@@ -207,6 +212,7 @@ class Trainer:
                 return self._finish()
         finally:
             self.trackers.close()
+            self.text.forget()
             self.folder.release()
 
     def _resume(self, checkpoint: Path) -> None:
@@ -237,18 +243,25 @@ class Trainer:
                 self.folder.own(REDUCER_FILE)
             trim_log(self.output / METRICS_FILE, self.step + 1)
             trim_log(self.output / REDUCER_FILE, self.step)
+            trim_log(self.output / SCORES_FILE, self.step + 1)
             if self.trackers.names:
                 self.folder.own(config.logging_dir)
             self.trackers.open(self.step)
             with self.adapter.disabled():  # a resumed run shows the base before training, too
                 self.validation.draw(0)
+                if self.parts.held_out:
+                    self._held_out_loss("the base")
+                self.examiner.visit(0)
         self.processes.wait_for_everyone()
+        if self.processes.of_main(float(not has_scores(self.output, self.step))):  # it ended before it was judged
+            self._validate()
 
     def _choose_blocks(self, step: int) -> None:
         """Let the Reducer measure importance when it is due, and freeze the blocks that ``step`` does not train."""
         if self.reducer.due(step):
             self.reducer.update(step, lambda: self._validation_loss(step))
         self.reducer.begin_step(step)
+        self.text.begin_step(step)
 
     def _batch(self, step: int, micro: int) -> Batch:
         """The micro-batch of this process; its dropout is drawn by counter too, so that resuming repeats it."""
@@ -263,6 +276,7 @@ class Trainer:
         device = self.accelerator.device
         if self.adapter.concepts:
             self.adapter.route(self.adapter.prompt_gates(batch.captions))
+        batch = self.text.encoded(batch)
         return batch_loss(self.family, self.objective, batch, device, self.parts.prior, self.adapter.disabled)
 
     @torch.no_grad()
@@ -292,24 +306,51 @@ class Trainer:
         folder = self.output / f"checkpoint-{self.step}"
         if self.is_main:
             self.folder.own(folder.name)
+            limit, between = self.config.checkpoints_total_limit, self.step % self.config.checkpointing_steps != 0
+            limit = limit and limit + between  # the one at the end does not drive out another
+            best = self.examiner.best if self.config.judge is not None else None
+            kept = None if best is None else str(best["checkpoint"])
             folder = save_checkpoint(
-                self.output, self.adapter, self.optimizer, state, self.config.checkpoints_total_limit
+                self.output, self.adapter, self.optimizer, state, limit, origin(self.parts, self.step), kept
             )
         self.processes.wait_for_everyone()
         return folder
 
+    def _drawn(self) -> bool:
+        """Whether validation images are drawn after this step."""
+        every, epochs = self.config.validation_steps, self.config.validation_epochs
+        if every is None and epochs is not None:
+            every = epochs * self.parts.steps_per_epoch
+        return self.step < self.steps and every is not None and self.step % every == 0
+
+    def _judged(self) -> bool:
+        """Whether the validation loss is measured after this step: with images, with checkpoints, and at the end."""
+        ends = self.step == self.steps or self.step % self.config.checkpointing_steps == 0
+        return self.is_main and bool(self.parts.held_out) and (ends or self._drawn())
+
+    def _held_out_loss(self, what: str) -> float:
+        """The validation loss as the adapter stands; the weights are the ones that would be kept."""
+        self.adapter.eval()
+        with averaged(self.optimizer):
+            value = self.held_out.loss(self._loss)
+        self.adapter.train()
+        count = len(self.parts.held_out)
+        self.say(f"validation loss of {what}: {value:.5f} on {count} held-out image{'s' if count > 1 else ''}")
+        return value
+
     def _validate(self) -> None:
-        c = self.config
-        every = c.validation_steps
-        if every is None and c.validation_epochs is not None:
-            every = c.validation_epochs * self.parts.steps_per_epoch
-        if self.step < self.steps and every and self.step % every == 0:
-            if self.is_main:
-                self.adapter.eval()
-                with averaged(self.optimizer):
+        saved = self.step % self.config.checkpointing_steps == 0
+        shown = self._drawn() or (saved and self.config.judge is not None and self.judge is not None)
+        if not 0 < self.step < self.steps or not (saved or shown):
+            return
+        if self.is_main:
+            self.adapter.eval()
+            with averaged(self.optimizer):
+                if shown:
                     self.validation.draw(self.step)
-                self.adapter.train()
-            self.processes.wait_for_everyone()
+                self.examiner.visit(self.step)
+            self.adapter.train()
+        self.processes.wait_for_everyone()
 
     def _check_learned(self) -> None:
         """Refuse to call a run that changed nothing a success."""
@@ -328,43 +369,10 @@ class Trainer:
         summary.comfyui = self.family.comfyui
         summary.parameters = {**self.adapter.parameter_counts(), "trained_ever": self.reducer.trained_ever()}
         self.adapter.set_active(None)
+        self.text.finish(self.batches)
         if self.is_main:
-            Result(self.parts, self.batches, self.validation, self.folder, self.say).write(
+            Result(self.parts, self.batches, self.validation, self.folder, self.say, self.examiner).write(
                 summary, self.accelerator.device, self.loop.scaler.is_enabled()
             )
         self.processes.wait_for_everyone()
         return summary
-
-
-def check_packages(config: TrainingConfig) -> None:
-    """Raise :class:`EffiLoRAError` where the optimizer or a tracker is not installed: before anything is loaded."""
-    optimizer_class(config.optimizer)
-    wanted_trackers(config.report_to)
-
-
-def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """The checkpoint that the run continues from, if it continues one."""
-    wanted = config.resume_from_checkpoint
-    return None if wanted is None else RunFolder(Path(config.output_dir), IMAGE_RUN).find_checkpoint(wanted)
-
-
-def report_only(config: TrainingConfig) -> None:
-    """Print what :class:`Trainer` would do; raises :class:`EffiLoRAError` for what would stop it."""
-    accelerator = start()
-
-    def say(text: str) -> None:
-        if accelerator.is_main_process:
-            print(text)
-
-    check_hardware(config, accelerator.device, say)
-    check_packages(config)
-    config = with_data(config, say)
-    check_folders(config)
-    RunFolder(Path(config.output_dir), IMAGE_RUN).check(config.overwrite_output_dir, find_checkpoint(config))
-    parts = build(config, accelerator, say)
-    say("\n".join([*caption_table(parts.examples), *report_lines(parts, accelerator.num_processes)]))
-
-
-def report_lines(parts: RunParts, processes: int) -> list[str]:
-    """What will be trained, and what is worth knowing about it."""
-    return [*dry_run_report(parts, processes).lines(), *(f"note: {note}" for note in notes(parts))]

@@ -13,13 +13,13 @@ from PIL import Image
 
 from ... import EffiLoRAError, export_lora
 from ...core import is_native, load_adapter_file
-from ...core.attachment import check_sites
 from ...core.concepts import Concept
+from ...core.config import heads_text
 from ...core.convert import describe_export_error
 from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import same_base
-from ...core.inspection import inspect_adapter
-from ...core.load import host_model
+from ...core.inspection import inspect_adapter, plain_form
+from ...core.load import check_parts
 from ...core.names import name_fault
 from ...core.run_folder import COMPARISON_FILE, KOHYA_FILE, LORA_FILE, SAMPLE_FILE, plain_names, separate
 from ...core.writing import write_atomic
@@ -96,19 +96,17 @@ class AdaptersTab(DrawingTab):
         config, base = facts["config"], facts.get("base_model", "unknown")
         if same_base(self.session.base, facts) is False:
             base = f"{base}: another model than the one that is open, of the same shape; results may differ"
-        error, others = facts.get("export_error", 0.0), facts.get("export_error_others")
-        gap = describe_export_error(None if facts["exact_export"] else error, others)
         concepts = "; ".join(f"{one['name']}: {', '.join(one['triggers'])}" for one in config.get("concepts", ()))
         used = f"{facts['heads_used']} of {facts['heads_total']}"
         return {
             "trigger prompt": facts.get("trigger_prompt", "unknown"),
             "base": base,
-            "adapter": f"EffiLoRA, rank {config['rank']}, {config['heads']} heads, {config['routing']} routing",
+            "adapter": f"EffiLoRA, rank {config['rank']}, {heads_text(config['heads'], config['routing'])}",
             **({"concepts": concepts} if concepts else {}),
             "parameters": f"{facts['parameters']:,} in {facts['maps']} linear maps",
             "heads in use": used if facts["heads_used"] else f"{used}: it changes nothing",
             "trained": f"{facts.get('steps', '?')} steps on {facts.get('images', '?')} images",
-            "as plain LoRA": gap,
+            "as plain LoRA": plain_form(facts),
         }
 
     def _plain_rows(self, path: Path) -> dict[str, Any]:
@@ -180,7 +178,7 @@ class AdaptersTab(DrawingTab):
                 )
         else:
             content = load_adapter_file(file)
-            check_sites(host_model(self.session.pipe), content.adapter.sites)
+            check_parts(self.session.pipe, content.adapter)
             facts = content.metadata
         stem = file.stem
         if file.name in (ADAPTER_FILE, LORA_FILE, KOHYA_FILE):  # every run's files have these names, which say nothing

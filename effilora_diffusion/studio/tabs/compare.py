@@ -27,7 +27,7 @@ from ..adapter_row import NONE
 from ..queue import BUSY, IDLE, refusal
 from ..session import LIMITS
 from ..words import Markdown, plain_words
-from .drawing import DrawingTab
+from .drawing import DrawingTab, notes_of
 
 AXES = ("strength", "checkpoint", "steps", "guidance", "seed", "prompt", "adapter")
 ADAPTER_AXES = ("adapter", "strength", "checkpoint")
@@ -107,7 +107,7 @@ class CompareTab(DrawingTab):
             wanted = self.request(*values)
             if not wanted.adapters:
                 raise EffiLoRAError("choose an adapter to compare with the base")
-            self.session.check(wanted)
+            notes = notes_of(self.session.check(wanted))
             yield same, same, "Drawing ...", *BUSY
             sides: list[Path] = []
             for one in (replace(wanted, adapters=[]), wanted):
@@ -124,7 +124,7 @@ class CompareTab(DrawingTab):
         finally:
             self.tickets.end(visitor, ticket)
         name, strength = wanted.adapters[0]
-        text = f"Left: base. Right: {plain_words(name)} at {strength:g}. Seed {wanted.seed}."
+        text = f"Left: base. Right: {plain_words(name)} at {strength:g}. Seed {wanted.seed}.{notes}"
         slider = gr.update(value=tuple(map(str, sides)), visible=True)
         yield slider, gr.update(visible=False), text, *IDLE
 
@@ -137,6 +137,7 @@ class CompareTab(DrawingTab):
         try:
             wanted, across, requests = self.cells(x, x_values, y, y_values, values)
             count = sum(len(row) for _, row in requests)
+            notes = notes_of(drawing for _, row in requests for one in row for drawing in self.session.check(one))
             rows: list[tuple[str, list[Image.Image]]] = []
             for label, row in requests:
                 rows.append((f"{y}: {label}", []))
@@ -152,7 +153,12 @@ class CompareTab(DrawingTab):
             return
         finally:
             self.tickets.end(visitor, ticket)
-        yield gr.update(visible=False), gr.update(value=str(path), visible=True), f"{x} across, {y} down.", *IDLE
+        yield (
+            gr.update(visible=False),
+            gr.update(value=str(path), visible=True),
+            f"{x} across, {y} down.{notes}",
+            *IDLE,
+        )
 
     def draw_leakage(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The leakage grid of the chosen adapter, row by row."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gradio as gr
 
+from ...diffusion.sampling.resolving import Drawing
 from ..queue import MODEL_QUEUE
 from ..session import Session
+from ..words import plain_words
+
+
+def notes_of(drawings: Iterable[Drawing]) -> str:
+    """What was asked for and is not done, once each, for a status."""
+    notes = dict.fromkeys(note for drawing in drawings for note in drawing.notes)
+    return "".join(f" **{plain_words(note)}**" for note in notes)
 
 
 class DrawingTab:

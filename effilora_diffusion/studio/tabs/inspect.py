@@ -14,9 +14,9 @@ from ...core import AdapterFile, is_native, load_adapter_file
 from ...core.inspection import inspect_adapter, reducer_history
 from ...core.run_folder import METRICS_FILE, REDUCER_FILE
 from ...diffusion.adapters.lora_files import is_plain_lora
+from ...diffusion.report import figures
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
-from .. import figures
 from ..queue import BUSY, IDLE, refusal
 from ..words import Markdown, one_line, plain_words
 from .drawing import DrawingTab

@@ -16,8 +16,8 @@ from ...core.image_io import ImageError, inspect_image
 from ...diffusion.config import TrainingConfig
 from ...diffusion.data.folder import scan_images
 from ...diffusion.presets import DEFAULT, PRESETS
+from ...diffusion.report import figures
 from ...diffusion.training.example import example_settings
-from .. import figures
 from ..prediction import Prediction
 from ..queue import refusal, shown_file
 from ..runs import Run, Status, check_idle, dry_run, list_runs, starting

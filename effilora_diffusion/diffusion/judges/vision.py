@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-from effilora_diffusion.core.errors import EffiLoRAError
-from effilora_diffusion.core.hub import loading_options
+from ...core.errors import EffiLoRAError
+from ...core.hub import loading_options
 
 BATCH = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from itertools import pairwise
 
-from ..core.inspection import ReducerHistory
+from ...core.inspection import ReducerHistory
 
 BINS = 24
 """Columns of a figure over time."""
