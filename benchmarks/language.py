@@ -55,7 +55,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "EffiLoRA, 50% of layers": {"rank": 12, "reducer": ReducerConfig(mode="importance", active=0.5)},
     "EffiLoRA, 25% of layers": {"rank": 12, "reducer": ReducerConfig(mode="importance", active=0.25)},
 }
-"""Ours, three heads each unless it says so. At these ranks all have between 3.2 and 3.35 million parameters, as the LoRA of rank 16."""
+"""Ours, three heads each unless it says so. At these ranks all have between 3.2 and 3.35 million parameters, as the LoRA of
+rank 16."""
 
 LORA_RANK = 16
 RATES = (3e-3, 6e-3, 1.5e-3, 1.2e-2)
