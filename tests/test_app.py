@@ -154,7 +154,7 @@ def test_the_form_becomes_a_request(tab):
 def test_a_image_fills_the_form_with_what_drew_it(tab, session, tmp_path):
     (file,) = draw(session, seed=11, adapters=[("cat", 0.25)])
     *values, status = tab.read_upload(str(file))
-    assert status == "The form holds that image's settings."
+    assert status == "Settings loaded."
     again = tab.request(*values)
     assert again == GenerationRequest("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
     assert np.array_equal(pixels(file), pixels(next(e for e in session.draw(again) if not hasattr(e, "step"))))
@@ -172,7 +172,7 @@ def test_a_image_of_the_command_line_fills_the_form(tab, session, place, tmp_pat
              "--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "cli.png")]  # fmt: skip
     assert cli.main(words) == 0
     *values, status = tab.read_upload(str(tmp_path / "cli.png"))
-    assert status == "The form holds that image's settings."
+    assert status == "Settings loaded."
     assert tab.request(*values).adapters == [("dog", 0.5)]
     assert (
         tab.request(*values).guidance_scale == session.defaults()["guidance_scale"]
@@ -285,15 +285,15 @@ def test_a_grid_can_be_stopped_while_it_waits_and_while_it_draws(compare, sessio
     assert "stopped" in list(drawing)[-1][2]
     *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0", "seed", "0", *values)
     assert status == "strength across, seed down."
-    assert compare.stop(VISIT) == "Nothing is being drawn."
+    assert compare.stop(VISIT) == "Nothing is being generated."
 
 
 def test_stop_ends_all_drawings_of_the_visitor_and_of_nobody_else(compare, tab):
     other = argparse.Namespace(session_hash="another")
     assert tab.announce(VISIT)[0] == "Waiting for the model."
     running = compare.tickets.begin("visitor")
-    assert "one other drawing" in compare.announce(VISIT)[0]  # a second one, while the first runs
-    assert "2 other drawings" in tab.announce(other)[0]
+    assert "one other request" in compare.announce(VISIT)[0]  # a second one, while the first runs
+    assert "2 other requests" in tab.announce(other)[0]
     assert compare.stop(VISIT) == "Stopping ..."
     waiting = compare.tickets.begin("visitor")
     assert running.stop
@@ -305,9 +305,9 @@ def test_stop_ends_all_drawings_of_the_visitor_and_of_nobody_else(compare, tab):
     compare.tickets.end("another", compare.tickets._open["another"][0])
     assert tab.announce(VISIT)[0] == "Waiting for the model."  # nobody is before
     words, go, halt = tab.failed(VISIT)
-    assert "Not drawn" in words
+    assert "Not generated" in words
     assert (go["interactive"], halt["interactive"]) == (True, False)
-    assert tab.stop(VISIT) == "Nothing is being drawn."
+    assert tab.stop(VISIT) == "Nothing is being generated."
 
 
 def test_drawings_that_never_began_are_forgotten(tab, monkeypatch):
@@ -321,7 +321,7 @@ def test_a_fault_leaves_the_buttons_usable(tab, session, monkeypatch):
     *_, last = tab.draw(VISIT, *form())
     assert last[tab.go]["interactive"]
     assert not last[tab.halt]["interactive"]
-    assert "Not drawn" in last[tab.status]
+    assert "Not generated" in last[tab.status]
     assert tab.tickets._open == {}
 
 

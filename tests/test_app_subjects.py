@@ -42,7 +42,7 @@ def test_an_adapter_of_several_concepts_shows_what_a_prompt_may_name(session):
     name = two_concepts(session, session.outputs / "two")
     slot, tab = AdapterRow(session, 1), built(AdaptersTab, session)
     _, words, insert, triggers = slot.chosen(name)
-    assert words == "Several subjects: each is drawn where the prompt has its trigger."
+    assert words == "Several subjects: each appears where the prompt has its trigger."
     assert not insert["visible"]
     assert triggers.raw_samples == [["sks"], ["tom"], ["zwx"]]
     assert slot.put_trigger("a hat", name, ["zwx"]) == "a hat, zwx"

@@ -88,7 +88,7 @@ def test_draw_with_an_adapter_take_a_seed_again_and_read_it_back(visit, served, 
     page.locator("#history > button").click()
     expect(page.locator("#history .grid-wrap img, #history .thumbnail-item img")).not_to_have_count(0)
     page.locator("#history input[type=file]").set_input_files(again)
-    one.says("#status", "The form holds that image's settings.")
+    one.says("#status", "Settings loaded.")
     expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat")
     expect(page.locator("#seed input")).to_have_value(str(seeds[1]))
     expect(page.locator("#adapter-1 input")).to_have_value("cat")
@@ -132,7 +132,7 @@ def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
     busy.page.locator("#draw").click()
     busy.says("#status", "Image 1 of 1")
     waiting.page.locator("#draw").click()
-    waiting.says("#status", "one other drawing is in the queue")
+    waiting.says("#status", "one other request is in the queue")
     waiting.page.locator("#stop").click()
     waiting.says("#status", "Stopping")
     busy.page.locator("#stop").click()
@@ -145,7 +145,7 @@ def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
 def test_mistakes_are_said_beside_the_images(visit):
     one = visit()
     one.page.locator("#draw").click()
-    one.says("#status", "Not drawn: the prompt is empty")
+    one.says("#status", "Not generated: the prompt is empty")
     expect(one.page.locator("#draw")).to_be_enabled()
     one.fill("#prompt", "a noto emoji of fox")
     one.page.locator("#settings > button").click()
@@ -159,13 +159,13 @@ def test_mistakes_are_said_beside_the_images(visit):
         before = field.input_value()
         field.fill(value)
         one.page.locator("#draw").click()
-        expect(one.page.locator("#status")).to_contain_text(re.compile(f"Not drawn: {said}"))
+        expect(one.page.locator("#status")).to_contain_text(re.compile(f"Not generated: {said}"))
         field.fill(before)
     one.choose("#adapter-1", "cat")
     one.page.get_by_role("button", name="More adapters").click()
     one.choose("#adapter-2", "cat")
     one.page.locator("#draw").click()
-    one.says("#status", "Not drawn: the same adapter is chosen twice")
+    one.says("#status", "Not generated: the same adapter is chosen twice")
 
 
 # ---------------------------------------------------------------------------------------------------------- compare

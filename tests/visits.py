@@ -57,7 +57,7 @@ class Visit:
 
     def open(self, url):
         self.page.goto(url)
-        expect(self.page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(self.page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
         expect(self.page.locator("#adapter-1 input")).to_have_value("none")
 
     def tab(self, name):

@@ -1,4 +1,4 @@
-"""``effilora generate``: draw images with adapters."""
+"""``effilora generate``: images with adapters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:STRENGTH]",
         help="native file, training folder (RUN@STEP: its checkpoint) or plain LoRA; may be given several times",
     )
-    parser.add_argument("--prompt", help="what to draw; needed but for --leakage_grid")
+    parser.add_argument("--prompt", help="what to generate; needed but for --leakage_grid")
     parser.add_argument(
         "--leakage_grid",
         action="store_true",
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         _check_for_images(path)
     concepts: Any = _grid_concepts(args, adapters) if args.leakage_grid else ()
     if args.prompt is None and not concepts:
-        raise EffiLoRAError("--prompt is missing: say what to draw")
+        raise EffiLoRAError("--prompt is missing: say what to generate")
     usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
     request = GenerationRequest(
         args.prompt or concepts[0].prompt or concepts[0].triggers[0],
@@ -149,7 +149,7 @@ def _grid_concepts(args: argparse.Namespace, adapters: list[tuple[Path, float]])
     from ..diffusion.sampling.leakage import shown_concepts
 
     if args.prompt is not None or args.num_images != 1:
-        raise EffiLoRAError("--leakage_grid draws prompts of its own, once each: leave --prompt and --num_images out")
+        raise EffiLoRAError("--leakage_grid has prompts of its own, once each: leave --prompt and --num_images out")
     if len(adapters) != 1:
         raise EffiLoRAError("--leakage_grid shows one adapter: give one --adapter")
     path = adapters[0][0]

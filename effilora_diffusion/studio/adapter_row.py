@@ -88,7 +88,7 @@ class AdapterRow:
         trigger, concepts = self.trigger(name), self.concepts(name)
         words = f"Trained with: **{plain_words(trigger)}**" if trigger else ""
         if concepts:
-            words = "Several subjects: each is drawn where the prompt has its trigger."
+            words = "Several subjects: each appears where the prompt has its trigger."
         samples = [[clean(word)] for concept in concepts for word in concept.triggers]
         shown = gr.Dataset(samples=samples, visible=bool(samples))
         return gr.update(visible=bool(trigger or concepts)), words, gr.update(visible=not concepts), shown

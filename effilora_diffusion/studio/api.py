@@ -27,7 +27,7 @@ def add_endpoints(session: Session) -> None:
                  guidance_scale: float = defaults["guidance_scale"], negative_prompt: str = "",
                  width: int = defaults["edge"], height: int = defaults["edge"], sampler: str = "",
                  literal: bool = False) -> gr.FileData:  # fmt: skip
-        """Draw one image; returns the PNG, which carries its parameters."""
+        """Generate one image; returns the PNG, which carries its parameters."""
         try:
             chosen = [(str(adapter), float(strength))] if adapter else []
             wanted = GenerationRequest(

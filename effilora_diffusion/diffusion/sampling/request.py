@@ -66,7 +66,7 @@ class GenerationRequest:
     def check(self, limits: Limits = Limits()) -> None:
         """Raise :class:`EffiLoRAError` for what can't be drawn within ``limits``; one sentence."""
         if not self.prompt.strip():
-            raise EffiLoRAError("the prompt is empty: say what to draw")
+            raise EffiLoRAError("the prompt is empty: say what to generate")
         if max(len(self.prompt), len(self.negative_prompt)) > limits.prompt:
             raise EffiLoRAError(f"a prompt may have {limits.prompt:g} characters at most")
         if self.sampler is not None and self.sampler not in NAMES:

@@ -56,7 +56,7 @@ class AdaptersTab(DrawingTab):
                     self.export = gr.Button("Export", elem_id="export")
                 self.file = gr.File(label="To download", visible=False, interactive=False, elem_id="exported")
                 with gr.Row():
-                    self.sample = gr.Button("Draw a sample image", elem_id="draw-sample", scale=3)
+                    self.sample = gr.Button("Generate a sample image", elem_id="draw-sample", scale=3)
                     self.halt = gr.Button("Stop", elem_id="sample-stop", interactive=False, min_width=80)
                 with gr.Row():
                     self.sure = gr.Checkbox(False, label="Yes, delete it", elem_id="sure", min_width=120)
@@ -132,7 +132,7 @@ class AdaptersTab(DrawingTab):
         try:
             path, trigger = self.session.adapter_path(name or ""), self.session.trigger(name or "")
             if not trigger:
-                raise EffiLoRAError("its prompt is not known: draw with it in the first tab")
+                raise EffiLoRAError("its trigger prompt is not known: use it in the Generate tab")
             rows: list[tuple[str, list[Image.Image]]] = []
             for label, adapters in (("without", []), (f"with {name}", [(str(name), 1.0)])):
                 rows.append((label, []))

@@ -68,11 +68,11 @@ class CompareTab(DrawingTab):
                     with gr.Row():
                         self.y = gr.Dropdown(list(AXES), value="seed", label="Down", elem_id="grid-y")
                         self.y_values = gr.Textbox("0; 1", label="Values down")
-                    self.grid_go = gr.Button("Draw the grid", elem_id="draw-grid")
+                    self.grid_go = gr.Button("Generate the grid", elem_id="draw-grid")
                 with gr.Accordion("Leakage grid: do the subjects stay apart?", open=False, elem_id="leakage-settings"):
                     Markdown("For an adapter of several subjects: a row for each subject's prompt, for two in one, and for a "
                              "prompt that names none; a column for the base, the adapter, and each head alone.")  # fmt: skip
-                    self.leak_go = gr.Button("Draw the leakage grid", elem_id="draw-leakage")
+                    self.leak_go = gr.Button("Generate the leakage grid", elem_id="draw-leakage")
             with gr.Column(scale=6, min_width=300):
                 self.status = Markdown("Base on the left, adapter on the right, same seed.", elem_id="compare-status")
                 self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=460, elem_id="slider",
@@ -108,7 +108,7 @@ class CompareTab(DrawingTab):
             if not wanted.adapters:
                 raise EffiLoRAError("choose an adapter to compare with the base")
             notes = notes_of(self.session.check(wanted))
-            yield same, same, "Drawing ...", *BUSY
+            yield same, same, "Generating ...", *BUSY
             sides: list[Path] = []
             for one in (replace(wanted, adapters=[]), wanted):
                 for event in self.session.draw(one, ticket.stop, preview_every=0):

@@ -31,12 +31,12 @@ class DrawingTab:
 
     def stop(self, visit: gr.Request) -> str:
         """End this visitor's drawings after their step."""
-        return "Stopping ..." if self.tickets.stop(str(visit.session_hash)) else "Nothing is being drawn."
+        return "Stopping ..." if self.tickets.stop(str(visit.session_hash)) else "Nothing is being generated."
 
     def failed(self, visit: gr.Request) -> tuple[str, Any, Any]:
         """A drawing that could not begin: a value out of its range, or a queue that is full."""
         self.tickets.forget(str(visit.session_hash))
-        words = "**Not drawn:** a value is out of its range, or too many drawings wait."
+        words = "**Not generated:** a value is out of its range, or too many requests wait."
         return words, gr.update(interactive=True), gr.update(interactive=False)
 
     def wire_drawing(

@@ -42,11 +42,11 @@ class GenerateTab(DrawingTab):
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self.prompt = gr.Textbox(
-                    label="Prompt", lines=2, elem_id="prompt", placeholder="what to draw; Ctrl+Enter draws"
+                    label="Prompt", lines=2, elem_id="prompt", placeholder="what to generate; Ctrl+Enter starts"
                 )
                 self.tokens = Markdown("", elem_id="tokens")
                 with gr.Row():
-                    self.go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                    self.go = gr.Button("Generate", variant="primary", elem_id="draw", min_width=100)
                     self.halt = gr.Button("Stop", interactive=False, elem_id="stop", min_width=100)
                 self.slots = [AdapterRow(self.session, number) for number in range(1, SLOTS + 1)]
                 self.slots[0].build()
@@ -78,9 +78,12 @@ class GenerateTab(DrawingTab):
                         self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse", min_width=120)
                         self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore", min_width=120)
         with gr.Accordion("History, and reading parameters from an image", open=False, elem_id="history"):
-            self.past = gr.Gallery(label="Drawn before", columns=8, height=220, object_fit="contain", format="png")
+            self.past = gr.Gallery(label="History", columns=8, height=220, object_fit="contain", format="png")
             self.upload = gr.File(
-                label="An image drawn here, by A1111, Forge or ComfyUI", file_types=IMAGES, type="filepath", height=110
+                label="An image generated here, by A1111, Forge or ComfyUI",
+                file_types=IMAGES,
+                type="filepath",
+                height=110,
             )
         self.selected = gr.State(None)
         self._wire()
@@ -245,21 +248,19 @@ class GenerateTab(DrawingTab):
         size = (asked.width or 0, asked.height or 0)
         if all(LIMITS.least_edge <= one <= self.session.max_edge and one % 8 == 0 for one in size):
             return steps, guidance, *size
-        notes.append(f"the size {in_words(size[0])} x {in_words(size[1])}, which this model does not draw here")
+        notes.append(f"the size {in_words(size[0])} x {in_words(size[1])}, which can't be generated with this model")
         return steps, guidance, edge, edge
 
     def _said_of(self, found: ImageFacts, missing: list[str], notes: list[str]) -> str:
         """What the form holds now, and what it does not."""
-        text = (
-            f"The form holds that image's settings{'' if found.program == 'EffiLoRA' else f', from {found.program}'}"
-        )
+        text = f"Settings loaded{'' if found.program == 'EffiLoRA' else f', from {found.program}'}"
         if missing:
             text += f", **but for adapters that are not here:** {', '.join(plain_words(name, 80) for name in missing)}"
         if notes:
             text += f". **Not taken over:** {'; '.join(plain_words(note, 200) for note in notes)}"
         model = found.parameters.get("model")
         if found.program != "EffiLoRA" and model:
-            text += f". It was drawn with the model {plain_words(model, 80)}"
+            text += f". It was generated with the model {plain_words(model, 80)}"
         return f"{text}."
 
     def refresh(self) -> list[Any]:

@@ -42,7 +42,9 @@ class InspectTab(DrawingTab):
                                              placeholder="empty: the adapter's own")  # fmt: skip
                     self.seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=80)
                 with gr.Row():
-                    self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads", scale=3)
+                    self.go = gr.Button(
+                        "Generate with one head at a time", variant="primary", elem_id="draw-heads", scale=3
+                    )
                     self.halt = gr.Button("Stop", elem_id="inspect-stop", interactive=False, min_width=80)
                 self.status = Markdown(
                     "The same seeds with the base, with all heads, and with each head alone.", elem_id="inspect-status"
