@@ -16,9 +16,11 @@ from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.diffusion.sampling import stream as live
 from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
+from effilora_diffusion.studio.adapter_row import NONE
+from effilora_diffusion.studio.filling import OWN
 from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.compare import CompareTab, changed, split
-from effilora_diffusion.studio.tabs.generate import NONE, OWN, GenerateTab
+from effilora_diffusion.studio.tabs.generate import GenerateTab
 
 SMALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 

@@ -14,8 +14,9 @@ from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.adapter_row import NONE
 from effilora_diffusion.studio.fields import seed_of, whole
+from effilora_diffusion.studio.filling import OWN
 from effilora_diffusion.studio.session import Session
-from effilora_diffusion.studio.tabs.generate import OWN, GenerateTab
+from effilora_diffusion.studio.tabs.generate import GenerateTab
 
 VISIT = argparse.Namespace(session_hash="visitor")
 FIELDS = (

@@ -23,7 +23,7 @@ PROXY = "studio.example.com"
 def page(place, tmp_path_factory):
     args = argparse.Namespace(
         mixed_precision="no", model=str(place / "model"), outputs=tmp_path_factory.mktemp("guarded") / "outputs",
-        port=None, listen=False, allowed_host=[PROXY],
+        port=None, listen=False, allowed_host=[PROXY], models=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "MOST_SESSIONS", SESSIONS)

@@ -34,7 +34,13 @@ def server(place, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("served") / "outputs"
     shutil.copytree(place / "outputs", outputs)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False, allowed_host=[]
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=outputs,
+        port=None,
+        listen=False,
+        allowed_host=[],
+        models=None,
     )
     page = serve(args, block=False)
     yield page, outputs
@@ -271,6 +277,7 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
         port=None,
         listen=True,
         allowed_host=[],
+        models=None,
     )
     with pytest.raises(EffiLoRAError, match="--listen needs credentials"):
         serve(args, block=False)
@@ -285,6 +292,7 @@ def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
         port=None,
         listen=False,
         allowed_host=[],
+        models=None,
     )
     page = serve(args, block=False)
     try:

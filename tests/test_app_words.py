@@ -107,7 +107,8 @@ def test_odd_metadata_end_no_request_and_reach_no_terminal(session, capfd):
 def test_odd_metadata_end_no_call(place, tmp_path):
     shutil.copytree(place / "outputs", tmp_path / "outputs")
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None, listen=False, allowed_host=[]
+        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None,
+        listen=False, allowed_host=[], models=None
     )  # fmt: skip
     page = serve(args, block=False)
     try:

@@ -116,7 +116,7 @@ def served(tmp_path_factory):
     Trainer(TrainingConfig(**{**example_settings(), **short})).run()
     page = serve(
         argparse.Namespace(
-            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[]
+            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[], models=None
         ),
         block=False,
     )

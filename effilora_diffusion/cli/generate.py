@@ -13,6 +13,9 @@ from ..diffusion.config import PRECISIONS
 from ..diffusion.sampling.sampler_names import NAMES
 from .arguments import parse_adapter
 
+STRENGTH = 0.6
+"""Of an image to begin with, where none is given."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``effilora generate``."""
@@ -55,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--image", type=Path, help="begin with this image: image to image")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help=f"with --image: how much of it is replaced, above 0 and at most 1 ({STRENGTH:g})",
+    )
+    parser.add_argument("--mask_image", type=Path, help="with --image: change it only where this image is white")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
 
 
@@ -93,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         random_seed() if args.seed == -1 else args.seed,
         args.sampler,
         args.literal_prompt or bool(concepts),
+        start=_start(args),
     )
     request.check()
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
@@ -118,6 +129,21 @@ def run(args: argparse.Namespace) -> None:
         path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{number}")
         save_image(image, path, one, one.seed, args.model, pipe, files)
         print(path)
+
+
+def _start(args: argparse.Namespace) -> Any:
+    """The image to begin with; ``None`` without ``--image``."""
+    from ..core.image_io import load_image
+    from ..diffusion.sampling.start import StartImage
+
+    if args.image is None:
+        if args.strength is not None or args.mask_image is not None:
+            raise EffiLoRAError("--strength and --mask_image say what becomes of an --image: give one")
+        return None
+    if args.leakage_grid:
+        raise EffiLoRAError("--leakage_grid begins with no image: leave --image out")
+    mask = None if args.mask_image is None else load_image(args.mask_image, (0, 0, 0)).convert("L")
+    return StartImage(load_image(args.image), STRENGTH if args.strength is None else args.strength, mask)
 
 
 def _by_name(paths: list[Path]) -> dict[str, Path]:

@@ -22,31 +22,35 @@ class AdapterRow:
         self.session, self.number = session, number
 
     def build(self) -> None:
-        """Lay the row out."""
-        with gr.Group():
-            with gr.Row():
+        """Lay the row out; of several only the first is shown."""
+        with gr.Column(
+            visible=True if self.number == 1 else "hidden", elem_id=f"adapter-row-{self.number}"
+        ) as self.box:
+            with gr.Group(), gr.Row():
                 self.choice = gr.Dropdown(
-                    [NONE, *self.session.adapters()], value=NONE, label=f"Adapter {self.number}", scale=3, min_width=140,
+                    [NONE, *self.session.fitting()], value=NONE, label=f"Adapter {self.number}", scale=4, min_width=120,
                     elem_id=f"adapter-{self.number}", allow_custom_value=True,
                 )  # fmt: skip
-                self.active = gr.Checkbox(True, label="On", scale=1, min_width=70, elem_id=f"on-{self.number}")
-            self.strength = gr.Slider(
-                -LIMITS.strength,
-                LIMITS.strength,
-                1,
-                step=0.05,
-                label=f"Strength {self.number}",
-                elem_id=f"strength-{self.number}",
-            )
-        with gr.Row(visible=False) as self.row:
-            self.words = Markdown("", elem_classes="trigger")
-            self.insert = gr.Button(
-                "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
-            )
-        self.triggers = gr.Dataset(
-            components=[gr.Textbox(visible=False)], samples=[], label="Triggers: click one to put it into the prompt",
-            visible=False, elem_id=f"triggers-{self.number}", samples_per_page=64,
-        )  # fmt: skip
+                self.strength = gr.Slider(
+                    -LIMITS.strength,
+                    LIMITS.strength,
+                    1,
+                    step=0.05,
+                    label=f"Strength {self.number}",
+                    elem_id=f"strength-{self.number}",
+                    scale=4,
+                    min_width=120,
+                )
+                self.active = gr.Checkbox(True, label="On", scale=1, min_width=56, elem_id=f"on-{self.number}")
+            with gr.Row(visible=False) as self.row:
+                self.words = Markdown("", elem_classes="trigger")
+                self.insert = gr.Button(
+                    "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
+                )
+            self.triggers = gr.Dataset(
+                components=[gr.Textbox(visible=False)], samples=[], visible=False, samples_per_page=64,
+                label="Triggers: click one to put it into the prompt", elem_id=f"triggers-{self.number}",
+            )  # fmt: skip
 
     @property
     def parts(self) -> list[Any]:

@@ -21,13 +21,14 @@ from .words import clean, one_line
 
 def add_endpoints(session: Session) -> None:
     """Add ``/generate``, ``/list_adapters`` and ``/train_status`` to the page that is being built."""
-    defaults = session.defaults()
 
-    def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = defaults["steps"],
-                 guidance_scale: float = defaults["guidance_scale"], negative_prompt: str = "",
-                 width: int = defaults["edge"], height: int = defaults["edge"], sampler: str = "",
-                 literal: bool = False) -> gr.FileData:  # fmt: skip
-        """Generate one image; returns the PNG, which carries its parameters."""
+    def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int | None = None,
+                 guidance_scale: float | None = None, negative_prompt: str = "", width: int | None = None,
+                 height: int | None = None, sampler: str = "", literal: bool = False) -> gr.FileData:  # fmt: skip
+        """Generate one image, by default with the open model's own settings; returns the PNG, which carries its parameters."""
+        own = session.defaults()
+        steps, guidance_scale = _given(steps, own["steps"]), _given(guidance_scale, own["guidance_scale"])
+        width, height = _given(width, own["edge"]), _given(height, own["edge"])
         try:
             chosen = [(str(adapter), float(strength))] if adapter else []
             wanted = GenerationRequest(
@@ -63,6 +64,10 @@ def add_endpoints(session: Session) -> None:
     gr.api(generate, api_name="generate", **MODEL_QUEUE)
     gr.api(list_adapters, api_name="list_adapters")
     gr.api(train_status, api_name="train_status")
+
+
+def _given(value: Any, usual: Any) -> Any:
+    return usual if value is None else value
 
 
 def _facts(path: Path) -> dict[str, Any]:

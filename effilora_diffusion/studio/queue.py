@@ -64,6 +64,12 @@ class Tickets:
         others = "one other request is" if before == 1 else f"{before} other requests are"
         return f"Waiting for the model: {others} in the queue." if before else "Waiting for the model."
 
+    def counts(self) -> tuple[int, int]:
+        """How many drawings run, and how many wait."""
+        total = self._count()
+        running = sum(ticket.drawn for tickets in list(self._open.values()) for ticket in list(tickets))
+        return running, total - running
+
     def _count(self) -> int:
         now = time.monotonic()
         for visitor, tickets in list(self._open.items()):

@@ -18,13 +18,14 @@ from ..diffusion.config import PRECISIONS
 from ..diffusion.report import figures
 from .api import add_endpoints
 from .guards import allowed_hosts, guarded
+from .model_shelf import ModelShelf
 from .session import Session
+from .status_bar import StatusBar
 from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
 from .tabs.train import TrainTab
-from .words import Markdown
 
 LOOPBACK = "127.0.0.1"
 
@@ -32,11 +33,27 @@ MOST_SESSIONS = 256
 """Visitors whose form is kept in memory, 0.4 MB each; the one that was idle longest goes first."""
 
 STYLE = """
-.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1680px !important; margin: 0 auto !important; }
+#bar { align-items: center; gap: 8px 20px; }
+#bar > #title { flex: 0 0 auto; width: auto; min-width: 0; }
+#bar > #model { flex: 1 1 220px; max-width: 420px; }
+#bar > #facts { flex: 2 1 260px; }
+#facts .facts { display: flex; flex-wrap: wrap; gap: 2px 18px; font-variant-numeric: tabular-nums; font-size: 14px; }
+#images .grid-container { align-items: center; }
+#images .grid-wrap { max-height: none !important; overflow: visible; }
+#images .thumbnail-lg, #images .gallery-item { aspect-ratio: auto !important; height: auto !important; }
+#images .grid-wrap img { width: 100%; height: auto !important; max-height: 78vh; object-fit: contain; }
+#images .preview { min-height: 60vh; }
+#acting p, #other-adapters p { font-size: 14px; }
+:is(#tokens, #other-adapters, #no-start, #model-status):not(:has(p)) { display: none; }
 #slider { max-width: 460px; }
 #status p, #compare-status p { font-variant-numeric: tabular-nums; }
 .subject-note { padding: 4px 12px; background: var(--block-background-fill); }
 .trigger { align-self: center; padding-left: 4px; font-size: 14px; }
+@media (max-width: 640px) {
+  #bar > #title { display: none; }
+  #actions { position: sticky; bottom: 0; z-index: 20; padding: 6px 0; background: var(--body-background-fill); }
+}
 @media (max-width: 480px) {
   .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
 }
@@ -60,14 +77,19 @@ document.addEventListener("click", (event) => {
   if (button && below[button.id] && window.innerWidth <= 640)
     document.getElementById(below[button.id]).scrollIntoView({ behavior: "smooth" });
 });
-const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").forEach(
-  (found) => found.setAttribute("role", "group"));
+const spoken = ["status", "acting", "model-status"];
+const labelled = () => {
+  document.querySelectorAll("div[aria-label]:not([role])").forEach((found) => found.setAttribute("role", "group"));
+  spoken.map((id) => document.getElementById(id)).forEach((found) => found && found.setAttribute("role", "status"));
+  const facts = document.querySelector("#facts .facts");
+  if (facts && facts.dataset.title !== document.title) document.title = facts.dataset.title;
+};
 new MutationObserver(labelled).observe(document.documentElement, { childList: true, subtree: true });
 </script>"""
 """What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
 Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the images are below the form, and a click on
 the button goes there. Gradio labels plain ``div`` elements, which screen
-readers pass over unless they have a role."""
+readers pass over unless they have a role; they read a status aloud when it changes. The page's title says what runs."""
 
 
 def theme() -> gr.Theme:
@@ -78,6 +100,9 @@ def theme() -> gr.Theme:
         block_label_text_color="*primary_700",
         block_title_text_color_dark="white",
         block_label_text_color_dark="white",
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_padding="0",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         body_text_color_subdued="*neutral_600",
@@ -88,10 +113,12 @@ def theme() -> gr.Theme:
     )
 
 
-def make_page(session: Session) -> gr.Blocks:
-    """The whole page, not yet served."""
+def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
+    """The whole page, not yet served; ``shelf``: the models that can be opened, by default without a folder of them."""
+    shelf = ModelShelf(session.outputs) if shelf is None else shelf
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        Markdown("# EffiLoRA", elem_id="title")
+        bar = StatusBar(session, shelf)
+        bar.build()
         generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
         adapters, inspect = AdaptersTab(session), InspectTab(session)
         tabs: dict[str, Any] = {
@@ -106,6 +133,7 @@ def make_page(session: Session) -> gr.Blocks:
             for label, tab in tabs.items():
                 with gr.Tab(label, id=label.lower()) as shown[label]:
                     tab.build()
+        bar.wire(page, [generate, compare])
         add_endpoints(session)
 
         def leave(visit: gr.Request) -> None:
@@ -113,7 +141,7 @@ def make_page(session: Session) -> gr.Blocks:
 
         page.unload(leave)
         refreshed: dict[str, tuple[Any, Any, Any]] = {
-            "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
+            "Generate": (generate.refresh, None, generate.refreshed),
             "Compare": (compare.refresh, compare.adapter, compare.adapter),
             "Train": (train.refresh, train.which, [train.which, *train.shown]),
             "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.image]),
@@ -151,7 +179,11 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         raise EffiLoRAError("--listen needs credentials: set EFFILORA_AUTH=user:password or EFFILORA_AUTH_FILE")
     hosts = allowed_hosts(args.allowed_host, args.listen)
     session = Session(args.model, args.outputs, PRECISIONS[args.mixed_precision])
-    page = make_page(session)
+    if args.models is not None and not args.models.is_dir():
+        raise EffiLoRAError(f"--models {args.models} is no folder")
+    shelf = ModelShelf(session.outputs, args.models, typed=not args.listen)
+    shelf.note(args.model)
+    page = make_page(session, shelf)
     page.queue(max_size=64, default_concurrency_limit=1)
 
     @asynccontextmanager

@@ -45,7 +45,7 @@ class CompareTab(DrawingTab):
     def build(self) -> None:
         """Lay the tab out and wire its events."""
         defaults = self.session.defaults()
-        names = list(self.session.adapters())
+        names = list(self.session.fitting())
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="compare-prompt",
@@ -214,13 +214,13 @@ class CompareTab(DrawingTab):
                 steps = []
             return "; ".join([*map(str, steps), FINAL])
         if axis == "adapter":
-            return "; ".join([NONE, *self.session.adapters()][:6])
+            return "; ".join([NONE, *self.session.fitting()][:6])
         usual = {"strength": "0; 0.5; 1", "steps": "10; 25; 50", "guidance": "1; 2; 4", "seed": "0; 1"}
         return usual.get(axis, prompt or "")
 
     def _wire(self, edge: int) -> None:
-        size = gr.State(edge)
-        form = [self.prompt, self.adapter, self.strength, self.seed, self.steps, self.guidance, size]
+        self.size = gr.State(edge)
+        form = [self.prompt, self.adapter, self.strength, self.seed, self.steps, self.guidance, self.size]
         axes = [self.x, self.x_values, self.y, self.y_values]
         at_once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         for button, draw, inputs in (
@@ -234,9 +234,19 @@ class CompareTab(DrawingTab):
         for axis, shown in ((self.x, self.x_values), (self.y, self.y_values)):
             axis.input(self.suggest, [axis, self.adapter, self.prompt], shown, **at_once)
 
+    @property
+    def follows(self) -> list[Any]:
+        """The components that depend on the open model."""
+        return [self.steps, self.guidance, self.size, self.adapter]
+
+    def follow(self) -> list[Any]:
+        """The values of :attr:`follows` for the model that is open now."""
+        usual = self.session.defaults()
+        return [usual["steps"], usual["guidance_scale"], usual["edge"], self.refresh(None)]
+
     def refresh(self, name: str | None) -> Any:
-        """The adapters as they are on the disk now; the newest is chosen if none is."""
-        names = list(self.session.adapters())
+        """The adapters for the open model as they are on the disk now; the newest is chosen if none is."""
+        names = list(self.session.fitting())
         kept = name if name == NONE or self.session.knows(name) else next(iter(names), NONE)
         return gr.update(choices=[NONE, *names], value=kept)
 
