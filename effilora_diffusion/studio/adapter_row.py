@@ -23,9 +23,7 @@ class AdapterRow:
 
     def build(self) -> None:
         """Lay the row out; of several only the first is shown."""
-        with gr.Column(
-            visible=True if self.number == 1 else "hidden", elem_id=f"adapter-row-{self.number}"
-        ) as self.box:
+        with gr.Column(visible=self.number == 1, elem_id=f"adapter-row-{self.number}") as self.box:
             with gr.Group(), gr.Row():
                 self.choice = gr.Dropdown(
                     [NONE, *self.session.fitting()], value=NONE, label=f"Adapter {self.number}", scale=4, min_width=120,

@@ -44,18 +44,28 @@ class AdapterSlots:
 
     def wire(self, prompt: gr.Textbox) -> None:
         """Show every row that is in use, whoever has filled it in, and the next one when it is asked for."""
-        boxes = [self.shown, self.more, *[row.box for row in self.rows]]
         at_once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         for row in self.rows:
             row.wire(prompt)
-            row.choice.change(self.in_use, [self.shown, *self.choices], boxes, **at_once)
-        self.more.click(self.add, [self.shown, *self.choices], boxes, **at_once)
+        self.show_after(prompt.change, *[row.choice.change for row in self.rows])
+        self.more.click(self.add, [self.shown, *self.choices], self.boxes, **at_once)
+
+    @property
+    def boxes(self) -> list[Any]:
+        """What :meth:`in_use` returns values for."""
+        return [self.shown, self.more, *[row.box for row in self.rows]]
+
+    def show_after(self, *events: Any) -> None:
+        """Show the rows in use after these events: a row that is not shown tells nobody that it was filled in."""
+        for event in events:
+            event(self.in_use, [self.shown, *self.choices], self.boxes, api_visibility="private", queue=False,
+                  show_progress="hidden", trigger_mode="always_last")  # fmt: skip
 
     def in_use(self, shown: int, *names: str | None) -> list[Any]:
         """The rows up to the last one in use, and those that were shown already."""
         used = [index for index, name in enumerate(names, 1) if name and name != NONE]
         count = min(SLOTS, max([1, int(shown), *used]))
-        visible = [gr.update(visible=True if index <= count else "hidden") for index in range(1, SLOTS + 1)]
+        visible = [gr.update(visible=index <= count) for index in range(1, SLOTS + 1)]
         return [count, gr.update(visible=count < SLOTS), *visible]
 
     def add(self, shown: int, *names: str | None) -> list[Any]:

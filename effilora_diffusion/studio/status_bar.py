@@ -51,7 +51,10 @@ class StatusBar:
             )  # fmt: skip
             self.facts = gr.HTML(self.text(), elem_id="facts", padding=False)
         self.said = Markdown("", elem_id="model-status")
-        self.opened, self.last = gr.State(self.session.opened.number), gr.State("")
+        self.opened = gr.Number(
+            self.session.opened.number, visible="hidden", label="Number of the open model", precision=0
+        )
+        self.last = gr.State("")
         self.timer = gr.Timer(EVERY)
 
     def wire(self, page: gr.Blocks, tabs: list[Any]) -> None:
@@ -77,12 +80,12 @@ class StatusBar:
             changed = gr.update(choices=models, value=self.shelf.label(self.session.model))
         return [text if text != last else gr.skip(), number if number != opened else gr.skip(), text, changed]
 
-    def open(self, label: str) -> Iterator[tuple[str, Any]]:
+    def open(self, label: str) -> Iterator[tuple[Any, Any]]:
         """Open the chosen model; the one before stays if that fails, and the page says why."""
         try:
             model = self.shelf.find(str(label or ""))
             if model == self.session.model:
-                yield "", gr.update(value=self.shelf.label(model))
+                yield gr.skip(), gr.update(value=self.shelf.label(model))  # a list that closes tells its value again
                 return
             yield f"Opening {plain_words(label, 80)} ...", gr.skip()
             self.session.open(model)

@@ -320,15 +320,16 @@ class GenerateTab(DrawingTab):
         self.gallery.select(self.select, None, chosen, **private)
         self.past.select(self.select, None, chosen, **private)
         self.reuse.click(self.reuse_seed, self.selected, [self.seed, self.random], **private)
-        self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
+        restored = self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
         said = [self.prompt, self.literal, *self.adapters.parts]
         for changed in said:
             changed.change(self.told, said, [self.tokens, self.acting], trigger_mode="always_last", **at_once)
-        self.upload.upload(
+        read = self.upload.upload(
             self.read_upload, self.upload, [*self.form, self.status], api_name="read_parameters",
             api_visibility="undocumented",
         )  # fmt: skip
         self.adapters.wire(self.prompt)
+        self.adapters.show_after(restored.then, read.then)
 
 
 def shown(files: list[Path], preview: Any = None) -> Any:
