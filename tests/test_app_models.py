@@ -17,7 +17,6 @@ from effilora_diffusion.core.hub import EMBEDDED_BASE
 from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.studio.model_shelf import ModelShelf
 from effilora_diffusion.studio.server import make_page
-from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.status_bar import StatusBar
 from effilora_diffusion.studio.tabs.compare import CompareTab
 from effilora_diffusion.studio.tabs.generate import GenerateTab

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import EffiLoRAError
 from ..diffusion.sampling.metadata import ImageFacts
-from ..diffusion.sampling.prompt_syntax import without_networks
+from ..diffusion.sampling.prompt_syntax import network_names
 from ..diffusion.sampling.request import GenerationRequest
 from .adapter_row import NONE
 from .adapter_slots import SLOTS
@@ -34,7 +34,7 @@ def filled(session: Session, found: ImageFacts) -> list[Any]:
     missing = [name for name, _ in asked.adapters if not session.knows(name)]
     missing += [name for name, _ in here[SLOTS:]]
     if not asked.literal:
-        missing += [name for name, _ in without_networks(asked.prompt).adapters if session.find(name) is None]
+        missing += [name for name in network_names(asked.prompt) if session.find(name) is None]
     slots: list[Any] = []
     for index in range(SLOTS):
         slots += [*(here[index] if index < len(here) else (NONE, 1.0)), True]
