@@ -162,7 +162,7 @@ def test_mistakes_are_said_beside_the_images(visit):
         expect(one.page.locator("#status")).to_contain_text(re.compile(f"Not generated: {said}"))
         field.fill(before)
     one.choose("#adapter-1", "cat")
-    one.page.get_by_role("button", name="More adapters").click()
+    one.page.get_by_role("button", name="Add adapter").click()
     one.choose("#adapter-2", "cat")
     one.page.locator("#draw").click()
     one.says("#status", "Not generated: the same adapter is chosen twice")

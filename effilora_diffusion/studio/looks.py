@@ -71,6 +71,7 @@ const mend = () => {
     found.setAttribute("role", "status");
     found.setAttribute("aria-live", "polite");
   }
+  for (const found of document.querySelectorAll('#images img[alt^="Seed"]')) found.alt = `Generated image, ${found.alt}`;
   const facts = document.querySelector("#facts .facts");
   if (facts && facts.dataset.title !== document.title) document.title = facts.dataset.title;
 };
@@ -93,7 +94,8 @@ const first = setInterval(() => { if (open()) clearInterval(first); }, 50);
 """What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
 Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the images are below the form, and a click on
 the button goes there. Gradio labels plain ``div`` elements, which screen readers pass over unless they have a role, and reads
-no change of a text out. The page's title says what runs. Every tab has an address: it opens there, and the browser's Back goes to the tab before."""
+no change of a text out; images are named by their captions, which must not be read twice. The page's title says what runs.
+Every tab has an address: it opens there, and the browser's Back goes to the tab before."""
 
 PLAIN: dict[str, Any] = {
     "block_title_background_fill": "none",

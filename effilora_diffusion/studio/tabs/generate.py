@@ -126,7 +126,7 @@ class GenerateTab(DrawingTab):
         )  # fmt: skip
         self.literal = gr.Checkbox(
             False, label="Take prompts literally", elem_id="literal",
-            info=r"no (weights:1.2), {choices|of|words}, \_\_wildcards\_\_ or <lora:name:0.8>",
+            info="no (weights:1.2), {choices|of|words}, `__wildcards__` or <lora:name:0.8>",
         )  # fmt: skip
 
     def _samplers(self) -> list[Any]:
