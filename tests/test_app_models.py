@@ -20,6 +20,7 @@ from effilora_diffusion.studio.server import make_page
 from effilora_diffusion.studio.status_bar import StatusBar
 from effilora_diffusion.studio.tabs.compare import CompareTab
 from effilora_diffusion.studio.tabs.generate import GenerateTab
+from effilora_diffusion.studio.train_form import followed, shown_fields
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,12 @@ def test_the_bar_says_what_runs_and_pages_follow_another_model(session, bar, mod
     _, number, _, picker = bar.look(session.opened.number - 1, "")
     assert number == session.opened.number
     assert picker["value"] == "tiny flux"
+
+
+def test_the_trainers_settings_follow_too(session, models):
+    session.open(str(models / "tiny flux"))
+    names = [entry.name for entry in shown_fields()]
+    assert dict(zip(names, followed(session), strict=True))["resolution"] == session.defaults()["edge"]
 
 
 def test_nothing_on_the_page_can_be_shared(session):

@@ -27,6 +27,7 @@ from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
 from .tabs.train import TrainTab
+from .train_form import followed
 
 LOOPBACK = "127.0.0.1"
 
@@ -54,7 +55,8 @@ def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
             for label, tab in tabs.items():
                 with gr.Tab(label, id=label.lower()) as shown[label]:
                     tab.build()
-        bar.wire(page, [generate, compare])
+        train_follow = (lambda: followed(session), train.advanced)
+        bar.wire(page, [(generate.follow, generate.follows), (compare.follow, compare.follows), train_follow])
         add_endpoints(session)
 
         def leave(visit: gr.Request) -> None:

@@ -6,7 +6,7 @@ import html
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -57,8 +57,8 @@ class StatusBar:
         self.last = gr.State("")
         self.timer = gr.Timer(EVERY)
 
-    def wire(self, page: gr.Blocks, tabs: list[Any]) -> None:
-        """Connect the picker and the timer; ``tabs`` follow the model where they have values that depend on it."""
+    def wire(self, page: gr.Blocks, followers: list[tuple[Callable[[], list[Any]], list[Any]]]) -> None:
+        """Connect the picker and the timer; ``followers``: functions that return the values of components for another model."""
         at_once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         known = [self.opened, self.last]
@@ -67,9 +67,8 @@ class StatusBar:
             trigger(self.look, known, watched, **at_once)
         opening = self.picker.input(self.open, self.picker, [self.said, self.picker], **private, **MODEL_QUEUE)
         opening.then(self.look, known, watched, **at_once)
-        for tab in tabs:
-            if tab.follows:
-                self.opened.change(tab.follow, None, tab.follows, **at_once)
+        for follow, components in followers:
+            self.opened.change(follow, None, components, **at_once)
 
     def look(self, opened: int, last: str) -> list[Any]:
         """What has changed since a page last looked."""

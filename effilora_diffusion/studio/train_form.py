@@ -49,6 +49,12 @@ def usual_settings(session: Session, preset: str = DEFAULT) -> dict[str, Any]:
     return {name: None if name in PRESET_FIELDS else value for name, value in found.items()}
 
 
+def followed(session: Session) -> list[Any]:
+    """What every shown field holds for a model that was opened: what suits it, in the order of :func:`shown_fields`."""
+    usual = usual_settings(session)
+    return [shown_value(usual[entry.name]) for entry in shown_fields()]
+
+
 def build_advanced(session: Session) -> list[Any]:
     """Lay out the advanced section, a heading per group; returns the components in the order of :func:`shown_fields`."""
     usual, group, made = usual_settings(session), None, []

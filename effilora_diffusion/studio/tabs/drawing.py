@@ -25,15 +25,6 @@ class DrawingTab:
     def __init__(self, session: Session):
         self.session, self.tickets = session, session.tickets
 
-    @property
-    def follows(self) -> list[Any]:
-        """The components that depend on the open model."""
-        return []
-
-    def follow(self) -> list[Any]:
-        """The values of :attr:`follows` for the model that is open now."""
-        return []
-
     def announce(self, visit: gr.Request) -> tuple[str, Any]:
         """Say at once that a drawing waits for its turn; it can be stopped from now on."""
         return self.tickets.announce(str(visit.session_hash)), gr.update(interactive=True)
