@@ -21,9 +21,7 @@ from .images import Preparation
 from .latents import ExampleSource, Row
 
 
-def scan_concepts(
-    entries: Sequence[ConceptData], say: Callable[[str], None], edge: int = 0
-) -> list[list[Example]]:
+def scan_concepts(entries: Sequence[ConceptData], say: Callable[[str], None], edge: int = 0) -> list[list[Example]]:
     """The checked images of every entry; what is odd about them, at a training ``edge``, is said.
 
     Raises as :func:`.scan_images`.

@@ -194,6 +194,14 @@ def is_mask(path: Path) -> bool:
     return path.stem.casefold().endswith(MASK_ENDINGS)
 
 
+def mask_stem(path: Path) -> str:
+    """The stem of the image that a mask is named after."""
+    stem = path.stem
+    for ending in MASK_ENDINGS:
+        stem = stem[: -len(ending)] if stem.lower().endswith(ending) else stem
+    return stem
+
+
 def _walk(root: Path, suffix: str | None) -> list[_Folder]:
     """The chosen folder and those in it, with their caption files read."""
     found: list[_Folder] = []
