@@ -21,8 +21,8 @@ GIST = 32
 FLAT = 4
 """Levels of 256 that the small copy of an image of one colour may span: JPEG's noise, not a picture."""
 
-SAME_MEAN, SAME_LEVELS = 2, 8
-"""Levels by which the small copies of one picture may differ: in the mean of a colour, and anywhere."""
+SAME_MEAN, SAME_LEVELS = 2.5, 24
+"""Levels by which the small copies of one picture may differ: on average, and anywhere."""
 
 SAME_SHAPE = 0.03
 """Most that the aspect ratios of one picture's copies may differ."""
@@ -73,7 +73,8 @@ class Copies:
         near = np.abs(np.array(self.means) - gist.mean(axis=(0, 1))).max(axis=1) <= SAME_MEAN
         near &= np.abs(np.array(self.shapes) / shape - 1) <= SAME_SHAPE
         for index in np.flatnonzero(near):
-            if np.abs(self.gists[index] - gist).max() <= SAME_LEVELS:
+            apart = np.abs(self.gists[index] - gist)
+            if apart.max() <= SAME_LEVELS and apart.mean() <= SAME_MEAN:
                 return self.names[index]
         return None
 
