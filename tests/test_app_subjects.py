@@ -93,10 +93,9 @@ def test_several_subjects_are_trained_each_with_a_head_of_its_own(session, tmp_p
     fields, advanced = subject_fields(*two_subjects(tmp_path)), by_hand(session, **hand)
     *_, (report, text) = tab.check_several(False, "both", "fast", 2, *fields, *advanced)
     assert text == "Nothing is in the way."
-    assert (
-        "concepts    sks: 'sks', 2 images, 33% of the rows\n            zwx: 'zwx', 2 images, 67%" in report["value"]
-    )
-    assert "class       no images, the class prompts go with" in report["value"]
+    told = "sks: &#x27;sks&#x27;, 2 images, 33% of the rows<br>zwx: &#x27;zwx&#x27;, 2 images, 67%"
+    assert f'<th scope="row">Concepts</th><td>{told}' in report["value"]
+    assert '<th scope="row">Class</th><td>no images, the class prompts go with' in report["value"]
     _, text = tab.begin_several(False, "both", "fast", 2, *fields, *advanced)
     assert text == "Starting ..."
     run = Run(session.outputs, "both")

@@ -149,7 +149,7 @@ def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
     before = sorted(session.outputs.iterdir())
     *_, (report, text) = tab.check_first(files, [], False, "a sks cat", "new", "fast", *by_hand(session, rank=2))
     assert text == "Nothing is in the way."
-    assert "images      2, 1 distinct caption, at" in report["value"]
+    assert '<th scope="row">Images</th><td>2, 1 distinct caption, at' in report["value"]
     assert "rank 2, 1 head" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")

@@ -24,11 +24,11 @@ class CaptionTools:
     def build(self) -> None:
         """Lay the tools out."""
         with gr.Accordion("Change all captions", open=False, elem_id=f"{self.elem}-captions"):
-            with gr.Row(equal_height=True):
+            with gr.Row(equal_height=False):
                 self.word = gr.Textbox(label="Put in front of every caption", placeholder="sks dog", scale=3,
                                        min_width=140, elem_id=f"{self.elem}-word")  # fmt: skip
                 self.put = gr.Button("Put in front", size="sm", min_width=90, elem_id=f"{self.elem}-put")
-            with gr.Row(equal_height=True):
+            with gr.Row(equal_height=False):
                 self.old = gr.Textbox(label="Replace", min_width=110, scale=2, elem_id=f"{self.elem}-old")
                 self.new = gr.Textbox(label="by", min_width=110, scale=2, elem_id=f"{self.elem}-new")
                 self.swap = gr.Button("Replace", size="sm", min_width=90, elem_id=f"{self.elem}-swap")

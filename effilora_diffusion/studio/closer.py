@@ -21,6 +21,9 @@ from .words import Markdown, clean, plain_words
 EDITED = 1024
 """Longest edge in which masks are painted; they are scaled to their image."""
 
+SHOWN = 256
+"""Edge that smaller cuts are shown at, at least half of it."""
+
 BRUSH = "#f97316"
 
 
@@ -76,6 +79,8 @@ class Closer:
         wanted = how.size_of(image.size)
         levels = prepare_image(image, wanted, True, interpolation=how.interpolation)
         cut = Image.fromarray(((levels.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8))
+        larger = max(1, SHOWN // max(wanted))
+        cut = cut.resize((larger * wanted[0], larger * wanted[1]), Image.Resampling.NEAREST)  # each pixel as it is
         width, height, *_ = crop_place(image.size, wanted, None)
         lost = 1 - wanted[0] * wanted[1] / (width * height)
         size = f"{wanted[0]} x {wanted[1]} px are trained on"

@@ -45,7 +45,7 @@ STYLE = """
 .card-size { font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
 .card-verdict { color: var(--body-text-color); overflow-wrap: anywhere; }
 .stop .card-verdict { color: var(--error-text-color); font-weight: 600; }
-.card-caption { width: 100%; resize: vertical; padding: 6px 8px; border: 1px solid var(--input-border-color);
+.card-caption { width: 100%; resize: vertical; padding: 6px 8px; border: 1px solid var(--border-color-primary);
   border-radius: 6px; background: var(--input-background-fill); color: var(--body-text-color); font: inherit; }
 .card-caption::placeholder { color: var(--body-text-color-subdued); opacity: 1; }
 .card-buttons { display: flex; gap: 6px; }

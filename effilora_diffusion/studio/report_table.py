@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 
-LABEL = 12
-"""Letters of a line's label; lines without one belong to the line above."""
-
-NOTE = "note: "
+LABELLED = re.compile(r"(\S.*?)(?: {2,}|: )(.*)")
+"""A line with a label; lines that begin with spaces belong to the line above."""
 
 STYLE = """
 .report-table { width: 100%; border-collapse: collapse; font-size: 13px; color: var(--body-text-color); }
@@ -23,11 +22,10 @@ def report_rows(text: str) -> list[tuple[str, str]]:
     """Labels and values of a report's lines; notes are labelled so, and lines of one label are one row."""
     rows: list[tuple[str, str]] = []
     for line in text.splitlines():
-        if line.startswith(NOTE):
-            rows.append(("note", line.removeprefix(NOTE)))
-        elif line[:LABEL].strip() or not rows:
-            rows.append((line[:LABEL].strip(), line[LABEL:].strip()))
-        else:
+        found = LABELLED.fullmatch(line)
+        if found:
+            rows.append((found[1], found[2]))
+        elif rows:
             rows[-1] = (rows[-1][0], f"{rows[-1][1]}\n{line.strip()}")
     return rows
 
