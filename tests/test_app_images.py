@@ -181,7 +181,8 @@ def test_a_painted_mask_goes_with_its_image(tab, tmp_path):
     )
     cards, *_ = cards_of(tab, files)
     assert [card["size"].endswith("with a mask") for card in cards.values()] == [True, False]
-    assert len(closer.look(files, key, SQUARE)[3]["layers"]) == 1
+    (shown,) = closer.look(files, key, SQUARE)[3]["layers"]
+    assert np.asarray(shown)[..., 3].mean() == 255 / 8
     keep(sort_out(files), [], tmp_path / "data", painted_masks(tab.session))
     mask = np.asarray(Image.open(tmp_path / "data" / "000-0.mask.png"))
     assert (mask.shape, mask[20, 20], mask[5, 5], mask.mean()) == ((40, 80), 255, 0, 255 / 8)

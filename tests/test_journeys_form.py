@@ -66,7 +66,7 @@ def test_images_that_can_not_be_trained_on_block_until_they_are_removed(visit, t
     one.shot("train-checked")
 
 
-def test_an_image_is_looked_at_closely_and_masked_and_settings_are_found(visit, tmp_path):
+def test_an_image_is_looked_at_closely_and_settings_are_found(visit, tmp_path):
     one = visit()
     page = one.page
     one.tab("Train")
@@ -74,22 +74,11 @@ def test_an_image_is_looked_at_closely_and_masked_and_settings_are_found(visit, 
     page.locator("#train-files input[type=file]").set_input_files([tmp_path / "sofa.png"])
     page.get_by_role("button", name="Look closer: sofa.png").click()
     one.says("#train-closer-words", "64 x 64 px are trained on")
-    canvas = page.locator("#train-mask canvas").first
-    expect(canvas).to_be_visible()
-    canvas.scroll_into_view_if_needed()
-    one.settle()
-    place = canvas.bounding_box()
-    middle = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
-    page.mouse.move(*middle)
-    page.mouse.down()
-    page.mouse.move(middle[0] + 40, middle[1] + 20, steps=5)
-    page.mouse.up()
-    page.locator("#train-mask-save").click()
-    one.says("#train-closer-words", "Mask of sofa.png saved")
-    expect(page.locator("#train-cards .image-card")).to_contain_text("with a mask")
-    page.locator("#train-images > button").click()
-    expect(page.get_by_label("Learn only what masks show")).to_be_checked()
-    one.shot("train-mask")
+    expect(page.locator("#train-cut img")).to_be_visible()
+    expect(page.locator("#train-mask canvas").first).to_be_visible()
+    one.shot("train-closer")
+    page.locator("#train-closer-close").click()
+    expect(page.locator("#train-closer")).not_to_be_visible()
     page.locator("#train-expert > button").click()
     page.locator("#train-search textarea, #train-search input").first.press_sequentially("moving average")
     one.says("#train-found", "2 of ")

@@ -92,13 +92,11 @@ class Closer:
     def _edited(self, image: Image.Image, path: Path) -> dict[str, Any]:
         """The image as the editor takes it, with the mask that it has as a layer."""
         image.thumbnail((EDITED, EDITED))
-        mask = painted_mask(path, self.painted)
-        layers = []
+        mask, layer = painted_mask(path, self.painted), Image.new("RGBA", image.size, (0, 0, 0, 0))
         if mask.is_file():
-            drawn = Image.new("RGBA", image.size, BRUSH)
-            drawn.putalpha(load_image(mask).convert("L").resize(image.size))
-            layers.append(drawn)
-        return {"background": image.convert("RGBA"), "layers": layers, "composite": None}
+            layer = Image.new("RGBA", image.size, BRUSH)
+            layer.putalpha(load_image(mask).convert("L").resize(image.size))
+        return {"background": image.convert("RGBA"), "layers": [layer], "composite": None}
 
     def keep_mask(self, files: list[str] | None, key: str, value: Any) -> tuple[str, Any]:
         """Write what was painted as the image's mask, white; also whether masks are to be used from now on."""
