@@ -91,13 +91,12 @@ def test_several_subjects_are_trained_each_with_a_head_of_its_own(session, tmp_p
     tab = built(TrainTab, session)
     hand = {"max_train_steps": "2", "num_validation_images": 1, "resolution": 32, "validation_inference_steps": "2"}
     fields, advanced = subject_fields(*two_subjects(tmp_path)), by_hand(session, **hand)
-    *_, (report, text) = tab.check_several("both", "fast", 2, *fields, *advanced)
+    *_, (report, text) = tab.check_several(False, "both", "fast", 2, *fields, *advanced)
     assert text == "Nothing is in the way."
-    assert (
-        "concepts    sks: 'sks', 2 images, 33% of the rows\n            zwx: 'zwx', 2 images, 67%" in report["value"]
-    )
-    assert "class       no images, the class prompts go with" in report["value"]
-    _, text = tab.begin_several("both", "fast", 2, *fields, *advanced)
+    told = "sks: &#x27;sks&#x27;, 2 images, 33% of the rows<br>zwx: &#x27;zwx&#x27;, 2 images, 67%"
+    assert f'<th scope="row">Concepts</th><td>{told}' in report["value"]
+    assert '<th scope="row">Class</th><td>no images, the class prompts go with' in report["value"]
+    _, text = tab.begin_several(False, "both", "fast", 2, *fields, *advanced)
     assert text == "Starting ..."
     run = Run(session.outputs, "both")
     while run.running:
@@ -125,7 +124,7 @@ def test_several_subjects_are_trained_each_with_a_head_of_its_own(session, tmp_p
 def test_subjects_that_can_not_be_trained_are_refused_in_a_sentence(session, tmp_path, number, field, value, words):
     tab, subjects = built(TrainTab, session), two_subjects(tmp_path)
     subjects[number - 1][field] = value
-    _, text = tab.begin_several("both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
+    _, text = tab.begin_several(False, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
     assert text.startswith("**Not started:**")
     assert words in text
     assert not (session.outputs / "both").exists()
@@ -135,13 +134,16 @@ def test_subjects_that_can_not_be_trained_are_refused_in_a_sentence(session, tmp
 def test_images_of_a_subject_that_can_not_be_used_are_named(session, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     good = str(next(make_subject(tmp_path / "cat", 1).glob("*.png")))
-    assert images_note([good, str(tmp_path / "broken.png")]).startswith(
-        "1 image can be used. **Not used:** broken.png ("
-    )
+    words, anyway = images_note([good, str(tmp_path / "broken.png")])
+    assert words.startswith("1 image can be used. **Can't be trained on:** broken.png (")
+    assert anyway["visible"]
+    assert images_note([good])[0] == "1 image can be used."
     tab, subjects = built(TrainTab, session), two_subjects(tmp_path)
     subjects[1][0] = [str(tmp_path / "broken.png")]
-    _, text = tab.begin_several("both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
-    assert "subject 2: " in text
+    _, text = tab.begin_several(False, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
+    assert "subject 2: an image can't be trained on (broken.png: " in text
+    _, text = tab.begin_several(True, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
+    assert "subject 2: none of the 1 files" in text
     assert not (session.outputs / "both").exists()
 
 

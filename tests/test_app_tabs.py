@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
-import pandas as pd
 import pytest
 import torch
 from app_forms import built, by_hand, image_size
@@ -19,11 +18,12 @@ from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter
 from effilora_diffusion.core.run_folder import trim_log
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.studio.adapter_row import AdapterRow
+from effilora_diffusion.studio.brought import key_of
 from effilora_diffusion.studio.server import make_page
 from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.adapters import AdaptersTab
 from effilora_diffusion.studio.tabs.inspect import InspectTab
-from effilora_diffusion.studio.tabs.train import TrainTab, captions_of
+from effilora_diffusion.studio.tabs.train import TrainTab
 from effilora_diffusion.studio.train_form import (
     PRESET_FIELDS,
     component_of,
@@ -36,28 +36,14 @@ from effilora_diffusion.studio.train_form import (
 # ------------------------------------------------------------------------------------------------------------ train
 
 
-def test_every_image_is_checked_at_once_with_its_reason(session, tmp_path):
-    tab = built(TrainTab, session)
-    folder = make_subject(tmp_path / "p", 2, size=(300, 300))
-    (folder / "bad.png").write_bytes(b"no image")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "twice.png").write_bytes((folder / "0.png").read_bytes())
-    rows = tab.check([str(path) for path in sorted(folder.iterdir())], None)
-    assert [row[0] for row in rows] == ["0.png", "1.png", "bad.png", "empty.png", "twice.png"]
-    assert [row[1].startswith("good, 300 x 300") for row in rows] == [True, True, False, False, True]
-    assert "empty" in rows[3][1]
-    assert "the same file as 0.png" in rows[4][1]
-    assert str(tmp_path) not in str(rows)
-
-
 def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in sorted(make_subject(tmp_path / "p", 2).iterdir())]
-    rows = [["0.png", "good", "a red one"], ["1.png", "good", ""]]
+    cards = [{"key": key_of(Path(files[0])), "caption": "a red one"}, {"key": key_of(Path(files[1])), "caption": " "}]
     hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1,
             "export_distillation_steps": 1}  # fmt: skip
     advanced = by_hand(session, **hand)
-    update, text = tab.begin(files, rows, "a sks cat", "new cat", "fast", *advanced)
+    update, text = tab.begin(files, cards, False, "a sks cat", "new cat", "fast", *advanced)
     assert text == "Starting ..."
     assert update["value"] == "new cat"
     data = session.outputs / "datasets" / "new cat"
@@ -81,16 +67,16 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     ("change", "word"),
     [
         ({"files": None}, "no images"),
-        ({"prompt": " "}, "prompt is missing"),
+        ({"prompt": " "}, "trigger prompt is missing"),
         ({"name": "../x"}, "name"),
-        ({"name": ""}, "no name yet"),
+        ({"name": ""}, "enter a name"),
         ({"files": ["x"] * 201}, "201 images"),
         ({"preset": "fastest"}, "preset"),
         ({"name": "cat"}, "finished run"),
         ({"resolution": 33}, "--resolution"),
         ({"learning_rate": -1.0}, "--learning_rate"),
-        ({"max_train_steps": "many"}, "--max_train_steps must be a whole number"),
-        ({"snr_gamma": "strong"}, "--snr_gamma must be a number"),
+        ({"max_train_steps": "many"}, "fill in every number: Steps must be a whole number"),
+        ({"snr_gamma": "strong"}, "fill in every number: Min-SNR gamma must be a number"),
     ],
 )
 def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
@@ -98,7 +84,7 @@ def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "fast", **change}
     advanced = by_hand(session, **change)
-    _, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
+    _, text = tab.begin(form["files"], [], False, form["prompt"], form["name"], form["preset"], *advanced)
     assert text.startswith("**Not started:**")
     assert word in text
     assert (session.outputs / "cat" / "effilora.safetensors").exists()
@@ -138,18 +124,6 @@ def test_every_value_can_be_chosen_by_hand(tmp_path):
     TrainingConfig(**found)
 
 
-def test_captions_follow_their_images(session, tmp_path):
-    tab = built(TrainTab, session)
-    files = [str(path) for path in sorted(make_subject(tmp_path / "p", 3).iterdir())]
-    rows = tab.check(files, None)
-    rows[0][2], rows[2][2] = "the first", "the last"
-    assert [row[2] for row in tab.check(files[1:], pd.DataFrame(rows))] == ["", "the last"]  # kept when a file goes
-    table = pd.DataFrame([[None, None, None], ["2.png", "good", "the last"], ["1.png", "good", float("nan")]])
-    assert captions_of(table) == {"2.png": "the last"}
-    tab._keep(files, table, tmp_path / "data")  # the first row was deleted, one was added
-    assert {path.name: path.read_text() for path in (tmp_path / "data").glob("*.txt")} == {"002-2.txt": "the last"}
-
-
 def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
@@ -162,9 +136,9 @@ def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
                        ("class images", "reserved"), ("history", "reserved")):  # fmt: skip
-        _, text = tab.begin(files, [], "a cat", name, "fast", *by_hand(session))
+        _, text = tab.begin(files, [], False, "a cat", name, "fast", *by_hand(session))
         assert word in text, name
-        *_, (_, text) = tab.check_first(files, [], "a cat", name, "fast", *by_hand(session))
+        *_, (_, text) = tab.check_first(files, [], False, "a cat", name, "fast", *by_hand(session))
         assert word in text, name
     assert {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()} == before
 
@@ -173,13 +147,13 @@ def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     before = sorted(session.outputs.iterdir())
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session, rank=2))
+    *_, (report, text) = tab.check_first(files, [], False, "a sks cat", "new", "fast", *by_hand(session, rank=2))
     assert text == "Nothing is in the way."
-    assert "images      2, 1 distinct caption, at" in report["value"]
+    assert '<th scope="row">Images</th><td>2, 1 distinct caption, at' in report["value"]
     assert "rank 2, 1 head" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session))
+    *_, (report, text) = tab.check_first(files, [], False, "a sks cat", "new", "fast", *by_hand(session))
     assert text.startswith("**It would not start:**")
     assert not report["visible"]
     assert sorted(session.outputs.iterdir()) == before

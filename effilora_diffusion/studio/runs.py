@@ -53,7 +53,9 @@ STARTING_PATIENCE = 120
 PATIENCE = 1800
 """Seconds that a check before training may take: large models load slowly."""
 
-REPORT_LINE = re.compile(r"(?:(?:model|images|concepts|class|adapter|steps|memory) {2,}| {12})\S|note: \S")
+REPORT_LINE = re.compile(
+    r"(?:(?:model|images|held out|buckets|masks|concepts|class|adapter|text|steps|memory|note|skipped) {2,}| {12})\S|note: \S"
+)
 """Lines of the report before a run, and of what is worth knowing about it."""
 
 MOST_LINES = 20

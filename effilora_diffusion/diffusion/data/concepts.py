@@ -21,14 +21,18 @@ from .images import Preparation
 from .latents import ExampleSource, Row
 
 
-def scan_concepts(entries: Sequence[ConceptData], say: Callable[[str], None]) -> list[list[Example]]:
-    """The checked images of every entry; what is odd about them is said. Raises as :func:`.scan_images`."""
+def scan_concepts(entries: Sequence[ConceptData], say: Callable[[str], None], edge: int = 0) -> list[list[Example]]:
+    """The checked images of every entry; what is odd about them, at a training ``edge``, is said.
+
+    Raises as :func:`.scan_images`.
+    """
     found = []
     for entry in entries:
         examples: list[Example] = []
         for subset in entry.subsets or (Subset(entry.instance_data_dir, entry.instance_prompt),):
             folder = Path(subset.image_dir)
-            scanned, problems = scan_images(folder, subset.prompt or entry.instance_prompt, subset.caption_extension)
+            prompt, own_edge = subset.prompt or entry.instance_prompt, subset.resolution or edge
+            scanned, problems = scan_images(folder, prompt, subset.caption_extension, own_edge)
             if problems:
                 say(report_problems(problems, folder))
             examples += (_of_subset(example, subset) for example in scanned)

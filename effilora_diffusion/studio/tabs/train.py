@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,32 +11,30 @@ import gradio as gr
 import pandas as pd
 
 from ... import EffiLoRAError
-from ...core.image_io import ImageError, inspect_image
+from ...core.assets import asset
 from ...diffusion.config import TrainingConfig
-from ...diffusion.data.folder import scan_images
+from ...diffusion.data.images import Preparation
 from ...diffusion.presets import DEFAULT, PRESETS
 from ...diffusion.report import figures
 from ...diffusion.training.example import example_settings
-from ..prediction import Prediction
-from ..queue import refusal, shown_file
+from ..image_cards import ImageCards
+from ..prediction import MEMORY, WORDS, Prediction
+from ..queue import MODEL_QUEUE, refusal, shown_file
+from ..report_table import STYLE as REPORT_STYLE
+from ..report_table import report_table
 from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
 from ..session import Session
-from ..subjects import (
-    FIELDS,
-    MOST_SUBJECTS,
-    SubjectsForm,
-    check_images,
-    read_subjects,
-    save_subjects,
-    with_subjects,
-)
-from ..train_form import TrainingData, build_advanced, preset_values, run_settings, shown_fields
+from ..settings_panel import SettingsPanel
+from ..subjects import SubjectsForm
+from ..train_form import preset_values, run_settings, shown_fields
+from ..training_data import TrainingData, one_subject, several_subjects
 from ..words import Markdown, plain_words
 
 CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
 """Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
 
-MAX_IMAGES = 200
+CUTTING = ("resolution", "use_aspect_ratio_buckets", "center_crop")
+"""Settings that say what is cut out of an image."""
 
 ONE, SEVERAL = "one subject", "several subjects"
 
@@ -47,7 +44,11 @@ class TrainTab:
 
     def __init__(self, session: Session):
         self.session, self.prediction = session, Prediction(session)
-        self.subjects = SubjectsForm()
+        self.subjects, self.images, self.settings = (
+            SubjectsForm(),
+            ImageCards(session, "train"),
+            SettingsPanel(session),
+        )
 
     def build(self) -> None:
         """Lay the tab out and wire its events."""
@@ -58,20 +59,23 @@ class TrainTab:
                     self._build_one()
                 with gr.Column(visible=False, elem_id="subjects") as self.several:
                     self.subjects.build()
+                self.images.build_anyway()
+                self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
                 with gr.Row():
-                    self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
                     self.preset = gr.Radio(list(PRESETS), value=DEFAULT, label="Preset", elem_id="train-preset")
+                    self.memory = gr.Dropdown(list(MEMORY), value=next(iter(MEMORY)), label="Graphics memory",
+                                              info="fits batch, precision and size to it", elem_id="train-memory-limit",
+                                              min_width=150)  # fmt: skip
                 self.takes = Markdown("", elem_id="train-takes")
-                with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
-                    self.advanced = build_advanced(self.session)
-                self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
+                self.settings.build_plain()
                 with gr.Row():
+                    self.look_first = gr.Button("Check", elem_id="train-check", min_width=80)
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
                     self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
                     self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
                 self.note = Markdown("", elem_id="train-note")
-                self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
-                                          visible=False, elem_id="train-checked")  # fmt: skip
+                self.checked = gr.HTML("", visible=False, css_template=REPORT_STYLE, elem_id="train-checked")
+                self.settings.build_expert()
             with gr.Column(scale=6, min_width=320):
                 self.which = gr.Dropdown(
                     self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
@@ -92,21 +96,19 @@ class TrainTab:
 
     def _build_one(self) -> None:
         """The form of a single subject."""
-        self.files = gr.File(label="5 to 30 images of one subject", file_count="multiple", height=180,
-                             file_types=["image"], elem_id="train-files")  # fmt: skip
-        self.example = gr.Button("Take the example's images", size="sm", elem_id="train-example")
-        self.table = gr.Dataframe(
-            headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
-            interactive=True, label="Images; captions may stay empty", wrap=True, elem_id="train-table",
-            static_columns=[0, 1],
-        )  # fmt: skip
-        self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
+        self.images.build()
+        self.prompt = gr.Textbox(label="Trigger prompt", placeholder="a photo of sks dog",
                                  elem_id="train-prompt")  # fmt: skip
 
     @property
     def shown(self) -> list[Any]:
         """What :meth:`look` fills."""
         return [self.status, self.plot, self.sample, self.layers, self.report]
+
+    @property
+    def advanced(self) -> list[Any]:
+        """All settings, in the order of :func:`.shown_fields`."""
+        return self.settings.components
 
     @property
     def asked(self) -> list[Any]:
@@ -117,21 +119,20 @@ class TrainTab:
         """Names of the runs on the disk, the newest first."""
         return list_runs(self.session.outputs)
 
-    def check(self, files: list[str] | None, table: Any) -> list[list[str]]:
-        """A row per image that was brought: its name, what is wrong with it if anything, its caption (kept if written)."""
-        rows, seen, written = [], dict[str, str](), captions_of(table)
-        for path in [Path(file) for file in files or []]:
-            try:
-                (width, height), remarks = inspect_image(path)
-                first = seen.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
-                remarks += [f"the same file as {first}"] if first != path.name else []
-                verdict = "; ".join([f"good, {width} x {height}", *remarks])
-            except ImageError as error:
-                verdict = f"bad: {error.reason}"
-            except OSError as error:
-                verdict = f"bad: can't be read ({error.strerror})"
-            rows.append([path.name, verdict, written.get(path.name, "")])
-        return rows
+    def check(self, files: list[str] | None, cards: Any, taken: list[str], preset: str, prompt: str, *advanced: Any
+              ) -> tuple[Any, ...]:  # fmt: skip
+        """A card per image that was brought, cut as the settings say."""
+        return self.images.refresh(files, cards, taken, self._preparation(preset, prompt, advanced))
+
+    def _preparation(self, preset: str, prompt: str, advanced: Sequence[Any]) -> Preparation:
+        """How the form's settings cut images; the model's own square while they can't be read, which is said elsewhere."""
+        try:
+            words = prompt if str(prompt or "").strip() else WORDS
+            return self.prediction.preparation(
+                run_settings(self.session, words, preset, asset("example_subject"), list(advanced))
+            )
+        except EffiLoRAError:
+            return Preparation(int(self.session.defaults()["edge"]), center_crop=True)
 
     def take_example(self) -> tuple[list[str], str, str]:
         """The example's images, its prompt, and a name for the run."""
@@ -139,14 +140,14 @@ class TrainTab:
         files = sorted(str(path) for path in Path(settings["instance_data_dir"]).glob("*.png"))
         return files, settings["instance_prompt"], "my-cat"
 
-    def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+    def begin(self, files: list[str] | None, cards: Any, anyway: bool, prompt: str, name: str, preset: str,
               *advanced: Any) -> tuple[Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
-        return self._begin(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
+        return self._begin(name, lambda: one_subject(self.session, files, cards, anyway, prompt, preset, advanced))
 
-    def begin_several(self, name: str, preset: str, count: float, *values: Any) -> tuple[Any, str]:
+    def begin_several(self, anyway: bool, name: str, preset: str, count: float, *values: Any) -> tuple[Any, str]:
         """:meth:`begin` for several subjects; ``values`` are the fields of all, and the advanced settings."""
-        return self._begin(name, lambda: self._several_subjects(preset, count, values))
+        return self._begin(name, lambda: several_subjects(self.session, anyway, preset, count, values))
 
     def _begin(self, name: str, read: Callable[[], TrainingData]) -> tuple[Any, str]:
         try:
@@ -164,40 +165,18 @@ class TrainTab:
             return gr.update(), refusal(error, "Not started")
         return gr.update(choices=self.runs(), value=run.name), "Starting ..."
 
-    def _one_subject(self, files: list[str] | None, table: Any, prompt: str, preset: str, advanced: Sequence[Any]
-                     ) -> TrainingData:  # fmt: skip
-        prompt = self._checked(files, prompt, preset)
-
-        def keep(folder: Path) -> None:
-            self._keep(files or [], table, folder)
-            scan_images(folder, prompt)
-
-        return TrainingData(keep, lambda folder: run_settings(self.session, prompt, preset, folder, list(advanced)))
-
-    def _several_subjects(self, preset: str, count: float, values: Sequence[Any]) -> TrainingData:
-        """Of the fields of all subjects, shown or not, and the advanced settings behind them."""
-        self._check_preset(preset)
-        fields = MOST_SUBJECTS * FIELDS
-        found, advanced = read_subjects(int(count), values[:fields]), list(values[fields:])
-        for one in found:
-            self._check_number(one.files, f"subject {one.number} has")
-
-        def keep(folder: Path) -> None:
-            save_subjects(found, folder)
-            check_images(found, folder)
-
-        def settings(folder: Path) -> dict[str, Any]:
-            single = run_settings(self.session, "", preset, folder, advanced, len(found))
-            return with_subjects(single, found, folder, self.session)
-
-        return TrainingData(keep, settings)
-
     def choose(self, preset: str, prompt: str, *advanced: Any) -> tuple[Any, ...]:
         """What a preset gives, costs and takes, and its values in the form."""
         names, values = [entry.name for entry in shown_fields()], preset_values(self.session, preset)
         shown = [values.get(name, value) for name, value in zip(names, advanced, strict=True)]
         changes = [gr.update(value=values[name]) if name in values else gr.skip() for name in names]
         return self.prediction.text(preset, prompt, shown), *changes
+
+    def fit(self, memory: str, preset: str, prompt: str, *advanced: Any) -> tuple[Any, ...]:
+        """The form with settings that keep to a graphics card's memory, and what was changed for it."""
+        names = [entry.name for entry in shown_fields()]
+        text, found = self.prediction.fitted(preset, prompt, advanced, MEMORY.get(memory))
+        return text, *(gr.update(value=found[name]) if name in found else gr.skip() for name in names)
 
     def predict(self, preset: str, prompt: str, *advanced: Any) -> str:
         """What the form's settings will take."""
@@ -207,21 +186,22 @@ class TrainTab:
         """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
         name = str(name or "").strip()
         if not name:
-            raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
+            raise EffiLoRAError("enter a name for the adapter")
         run = Run(self.session.outputs, name)
         run.check_free()
         if name in self.session.adapters():
             raise EffiLoRAError(f"there is an adapter named {name}: give another name")
         return run
 
-    def check_first(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+    def check_first(self, files: list[str] | None, cards: Any, anyway: bool, prompt: str, name: str, preset: str,
                     *advanced: Any) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """The trainer's report on what it would do, without training."""
-        yield from self._check(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
+        yield from self._check(name, lambda: one_subject(self.session, files, cards, anyway, prompt, preset, advanced))
 
-    def check_several(self, name: str, preset: str, count: float, *values: Any) -> Iterator[tuple[Any, str]]:
+    def check_several(self, anyway: bool, name: str, preset: str, count: float, *values: Any
+                      ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """:meth:`check_first` for several subjects."""
-        yield from self._check(name, lambda: self._several_subjects(preset, count, values))
+        yield from self._check(name, lambda: several_subjects(self.session, anyway, preset, count, values))
 
     def _check(self, name: str, read: Callable[[], TrainingData]) -> Iterator[tuple[Any, str]]:
         yield gr.update(), "Loading model and images ..."
@@ -237,40 +217,7 @@ class TrainTab:
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        yield gr.update(value=report, visible=True), "Nothing is in the way."
-
-    def _checked(self, files: list[str] | None, prompt: str, preset: str) -> str:
-        """The prompt; raises :class:`EffiLoRAError` for what is missing in the form."""
-        if not files:
-            raise EffiLoRAError("there are no images: drop some, or take the example's")
-        self._check_number(files, "there are")
-        if not str(prompt or "").strip():
-            raise EffiLoRAError("the prompt is missing: a few words that name the subject, as 'a photo of sks dog'")
-        self._check_preset(preset)
-        return str(prompt).strip()
-
-    @staticmethod
-    def _check_number(files: Sequence[str], who: str) -> None:
-        if len(files) > MAX_IMAGES:
-            raise EffiLoRAError(f"{who} {len(files)} images, {MAX_IMAGES} at most can be taken here")
-
-    @staticmethod
-    def _check_preset(preset: str) -> None:
-        if preset not in PRESETS:
-            raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
-
-    def _keep(self, files: list[str], table: Any, folder: Path) -> None:
-        """Copy images, and the captions in the table by the images' names, into a data set."""
-        captions = captions_of(table)
-        fresh = self.session.fresh_folder("images")
-        for index, file in enumerate(files):
-            name = f"{index:03d}-{Path(file).name[-60:]}"
-            shutil.copyfile(file, fresh / name)
-            if captions.get(Path(file).name):
-                (fresh / name).with_suffix(".txt").write_text(captions[Path(file).name], encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh.rename(folder)
+        yield gr.update(value=report_table(report), visible=True), "Nothing is in the way."
 
     def end(self, name: str) -> str:
         """Stop a run after its step."""
@@ -326,15 +273,15 @@ class TrainTab:
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        self.files.change(self.check, [self.files, self.table], self.table, **hidden)
-        self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
+        self._wire_images()
         self.mode.change(
             lambda mode: (gr.update(visible=mode != SEVERAL), gr.update(visible=mode == SEVERAL)),
             self.mode, [self.one, self.several], show_progress="hidden", **hidden,
         )  # fmt: skip
-        self.subjects.wire()
-        one = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
-        several = [self.name, self.preset, *self.subjects.inputs, *self.advanced]
+        self.subjects.wire(self.images.anyway)
+        brought = [self.images.files, self.images.cards, self.images.anyway]
+        one = [*brought, self.prompt, self.name, self.preset, *self.advanced]
+        several = [self.images.anyway, self.name, self.preset, *self.subjects.inputs, *self.advanced]
 
         def choose(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
             """The handler of the form that is shown, over the fields of both."""
@@ -346,6 +293,8 @@ class TrainTab:
         form = [self.mode, *one, *several]
         quiet = {**hidden, "show_progress": "hidden"}
         self.preset.change(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        self.preset.input(lambda: next(iter(MEMORY)), None, self.memory, **quiet)
+        self.memory.input(self.fit, [self.memory, *self.asked], [self.takes, *self.advanced], **quiet)
         for part in self.advanced:  # what somebody writes counts once it is written
             event = part.blur if isinstance(part, gr.Number | gr.Textbox) else part.input
             event(self.predict, self.asked, self.takes, **quiet)
@@ -360,6 +309,55 @@ class TrainTab:
         self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
         seen = gr.State(None)
         self.timer.tick(self.watch, [self.which, seen], [*self.shown, seen], show_progress="hidden", **hidden)
+
+    def _wire_images(self) -> None:
+        """Cards follow the files, and the settings that say what is cut out of them."""
+        quiet: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        images = self.images
+        asked = [images.files, images.cards, images.taken, *self.asked]
+
+        def remove(files: list[str], event: gr.EventData) -> list[str]:
+            return images.without(files, str(event._data.get("key")))
+
+        changes = (
+            images.drop.upload(images.added, [images.drop, images.files], [images.drop, images.files], **quiet),
+            images.example.click(self.take_example, None, [images.files, self.prompt, self.name], **quiet),
+            images.cards.remove(remove, images.files, images.files, **quiet),
+        )
+        for change in changes:
+            change.then(self.check, asked, images.shown, **quiet)
+        for name in CUTTING:
+            self.settings.parts[name].change(self.check, asked, images.shown, **quiet)
+        self._wire_masks(asked, quiet)
+        self._wire_captions(quiet)
+
+    def _wire_masks(self, asked: list[Any], quiet: dict[str, Any]) -> None:
+        """Looking closer at an image, and painting its mask."""
+        images, closer = self.images, self.images.closer
+
+        def look(event: gr.EventData, files: list[str], preset: str, prompt: str, *values: Any) -> tuple[Any, ...]:
+            return closer.look(files, str(event._data.get("key")), self._preparation(preset, prompt, values))
+
+        images.cards.look(look, [images.files, *self.asked], closer.shown, **quiet)
+        masks = [closer.words, self.settings.parts["masked_loss"]]
+        changes = (
+            closer.save.click(closer.keep_mask, [images.files, closer.key, closer.editor], masks, **quiet),
+            closer.erase.click(closer.erase_mask, [images.files, closer.key], closer.words, **quiet),
+        )
+        for change in changes:
+            change.then(self.check, asked, images.shown, **quiet)
+        closer.close.click(lambda: gr.update(visible=False), None, closer.panel, **quiet)
+
+    def _wire_captions(self, quiet: dict[str, Any]) -> None:
+        """Changes of all captions."""
+        cards, tools = self.images.cards, self.images.tools
+        tools.put.click(tools.put_in_front, [cards, tools.word], [cards, tools.note], **quiet)
+        tools.swap.click(tools.replace, [cards, tools.old, tools.new], [cards, tools.note], **quiet)
+        writing = tools.describe.click(
+            tools.write, [self.images.files, cards, self.settings.caption_model], [cards, tools.note],
+            show_progress="hidden", api_visibility="private", **MODEL_QUEUE,
+        )  # fmt: skip
+        tools.halt.click(lambda: "Stopped.", None, tools.note, cancels=[writing], **quiet)
 
     def refresh(self, name: str | None) -> tuple[Any, ...]:
         """The runs as they are on the disk now, and the chosen one (or the newest) as it stands."""
@@ -386,13 +384,3 @@ def curve_of(metrics: list[dict[str, Any]]) -> pd.DataFrame:
     every = max(1, len(table) // 200)
     curves = zip(CURVES, (table, mean), strict=True)
     return pd.concat([frame.iloc[::every].assign(curve=name) for name, frame in curves], ignore_index=True)
-
-
-def captions_of(table: Any) -> dict[str, str]:
-    """Captions by file name in a Dataframe's value, whatever form Gradio gives it; rows may have been added or deleted."""
-    rows = table.values.tolist() if isinstance(table, pd.DataFrame) else list(table or [])
-    found = {}
-    for row in rows:
-        if len(row) > 2 and not pd.isna(row[0]) and not pd.isna(row[2]) and str(row[2]).strip():
-            found[str(row[0])] = str(row[2]).strip()
-    return found
