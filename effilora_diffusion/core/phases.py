@@ -85,9 +85,9 @@ class PhaseFile:
         if phase != self.now.get("name"):
             self._end(moment)
             self.now = {"name": phase, "since": moment}
-        elif moment - self._written < EVERY and done < total:
-            return
-        elif (done, total) == (self.now["done"], self.now["total"]):
+        elif (done, total) == (self.now["done"], self.now["total"]) or (
+            moment - self._written < EVERY and done < total
+        ):
             return
         self.now |= {"done": done, "total": total, "before": self.seconds}
         self._written = moment
@@ -98,4 +98,3 @@ class PhaseFile:
         if self.now:
             name, since = self.now["name"], self.now["since"]
             self.seconds[name] = self.seconds.get(name, 0.0) + moment - since
-
