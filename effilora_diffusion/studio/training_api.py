@@ -22,7 +22,8 @@ from .session import Session
 from .training_queue import TrainingQueue
 from .words import clean, one_line
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MOST_IMAGES = 200
 
@@ -129,25 +130,21 @@ class TrainingApi:
     def status(self, name: str) -> dict[str, Any]:
         """A training run: state (waiting, new, running, done, stopped, failed, deleted, elsewhere), message, step, steps, loss.
 
-        ``place`` is that in the queue, ``phase`` what it is doing, ``done`` of ``total``.
+        ``place`` is that in the queue, ``phase`` what the trainer is doing: its name, and done of total where that is counted.
         """
         run = Run(self.session.outputs, name)
-        status, place = run.status(), self.queue.place(name)
-        if place is not None and status.state != "running":
-            status.state, status.message = "waiting", f"Number {place} in the queue: {self.queue.reason(place)}"
+        status = self.queue.status(run)
         phase = read_phase(run.folder) if status.state == "running" else None
         last = status.metrics[-1] if status.metrics else {}
-        counts = {"done": phase.done, "total": phase.total} if phase is not None else {"done": None, "total": None}
         return {
-            **{
-                "state": status.state,
-                "message": status.message,
-                "place": place,
-                "step": status.step,
-                "steps": status.steps,
-            },
-            **{"loss": last.get("loss"), "active_layers": last.get("active_layers")},
-            **{"phase": None if phase is None else phase.name, **counts},
+            "state": status.state,
+            "message": status.message,
+            "place": self.queue.place(name),
+            "step": status.step,
+            "steps": status.steps,
+            "loss": last.get("loss"),
+            "active_layers": last.get("active_layers"),
+            "phase": None if phase is None else {"name": phase.name, "done": phase.done, "total": phase.total},
         }
 
     def waiting(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from .. import EffiLoRAError
 from ..core.writing import write_text
 from ..diffusion.config import TrainingConfig
-from .runs import STATE_FILE, Run, running_run, starting
+from .runs import STATE_FILE, Run, Status, running_run, starting
 from .words import one_line
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,15 @@ class TrainingQueue:
         if number > 1:
             return f"it starts when those before it have ended{f', now {running}' if running else ''}."
         return f"it starts when {running} has ended." if running else "it starts now."
+
+    def status(self, run: Run) -> Status:
+        """The state of a run, which may be that it waits here."""
+        status, place = run.status(), self.place(run.name)
+        if place is not None and status.state != "running":
+            fault = next(entry.fault for entry in self.waiting() if entry.name == run.name)
+            why = f"it could not be started: {fault}" if fault else self.reason(place)
+            status.state, status.message = "waiting", f"Number {place} in the queue: {why}"
+        return status
 
     def move(self, name: str, by: int) -> None:
         """Let an entry change places with its neighbour before it (-1) or behind it (1)."""

@@ -152,7 +152,7 @@ class RunsTab:
         """The run as it stands."""
         try:
             run = None if not name else Run(self.session.outputs, name)
-            status = None if run is None else self.status_of(run)
+            status = None if run is None else self.queue.status(run)
         except EffiLoRAError as error:
             return self._empty(f"**{plain_words(error)}**")
         if run is None or status is None:
@@ -188,13 +188,6 @@ class RunsTab:
     def _empty(self, words: str) -> tuple[Any, ...]:
         off, hidden = gr.update(interactive=False), gr.update(visible=False)
         return words, "", off, off, hidden, "", "", gr.update(choices=[], value=None), off, [], hidden, "", hidden, ""
-
-    def status_of(self, run: Run) -> Status:
-        """The state of a run, which may wait in the queue."""
-        status, place = run.status(), self.queue.place(run.name)
-        if place is not None and status.state != "running":
-            status.state, status.message = "waiting", f"Number {place} in the queue: {self.queue.reason(place)}"
-        return status
 
     def watch(self, name: str | None, log: bool, chosen: Any, seen: Any) -> tuple[Any, ...]:
         """What has changed since ``seen``: a page that is left open costs the trainer next to nothing.
