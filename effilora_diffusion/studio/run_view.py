@@ -11,7 +11,8 @@ from ..core.phases import TRAINING, Phase, read_phase
 from ..core.reference import Reference, checkpoint_adapters
 from ..core.scores import BY_LIKENESS, HELD_OUT, PAGE_FILE, SCORES_FILE, choose_best, read_scores
 from ..diffusion.report.charts import Curve, chart, shown, smoothed
-from ..diffusion.report.page import SCORES, duration
+from ..diffusion.report.page import GRID_WIDTH, GRIDS, duration, evenly
+from ..diffusion.report.pictures import data_uri
 from ..diffusion.report.run import samples_of
 from ..diffusion.report.style import table
 from .runs import EXIT_FILE, Run, Status
@@ -19,6 +20,9 @@ from .training_queue import TrainingQueue
 
 ADAPTER = "final"
 """Stands for the adapter at the end of a run, among the steps of its checkpoints."""
+
+HEADINGS = {"likeness": "Likeness", "drift": "Drift", HELD_OUT: "Held-out loss", "change": "Change", "loss": "Loss"}
+"""Scores of a checkpoint and what they are called, the most telling ones first."""
 
 RECENT = 20
 """Steps from which the time that is left is told."""
@@ -42,6 +46,17 @@ STYLE = """
 .report-part table.plain th, .report-part table.plain td { border: none !important;
   border-top: 1px solid var(--rule) !important; }
 .report-part table.plain thead th { border-top: none !important; }
+.report-part p { margin: 6px 0 0; font-size: 13px; color: var(--soft); }
+.report-part .heading { margin: 0 0 4px; font-size: 14px; font-weight: 600; color: var(--ink); }
+.report-part table.plain { font-size: 13px; }
+.report-part table.plain th, .report-part table.plain td { padding: 5px 10px 5px 0; min-width: 0; }
+.report-part .sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 12px; }
+.report-part .sheets figure { cursor: zoom-in; border-radius: 6px; }
+.report-part .sheets figure:focus { grid-column: 1 / -1; cursor: default; outline: 2px solid var(--color-accent);
+  outline-offset: 2px; }
+.report-part .sheets img { display: block; width: 100%; height: auto; border: 1px solid var(--rule); border-radius: 6px; }
+.report-part .sheets figcaption { font-weight: 400; font-size: 13px; margin: 3px 0 0; }
+@media (max-width: 480px) { .report-part .sheets { grid-template-columns: repeat(2, 1fr); } }
 .run-progress progress { display: block; width: 100%; height: 10px; accent-color: var(--color-accent); }
 .run-progress p { margin: 6px 0 0; font-variant-numeric: tabular-nums; }
 .run-progress .phases { margin: 4px 0 0; padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: 0 16px;
@@ -131,19 +146,29 @@ def loss_chart(metrics: list[dict[str, Any]], log: bool) -> str:
     return f'<div class="report-part">{chart("Loss", curves, log=log)}</div>' if loss else ""
 
 
-def sample_sheets(run: Run) -> list[tuple[str, str]]:
-    """The validation images of every step with their caption: the same prompts and seeds in the same place."""
+def samples_html(run: Run) -> str:
+    """The validation images of every step side by side: the same prompts and seeds in the same place; focus makes one large."""
     found = samples_of(run.folder)
-    return [(str(path), "Before training" if not step else f"Step {step:,}") for step, path in sorted(found.items())]
+    steps = evenly(sorted(found), GRIDS)
+    sheets = ""
+    for step in steps:
+        words = f"Step {step:,}" if step else "Before training"
+        if (uri := data_uri(found[step], GRID_WIDTH)) is not None:
+            image = f'<img src="{uri}" alt="Samples: {words.lower()}">'
+            sheets += f'<figure tabindex="0">{image}<figcaption>{words}</figcaption></figure>'
+    few = f" {len(steps)} of {len(found)} are shown." if len(steps) < len(found) else ""
+    note = f"<p>The same prompts and seeds at every step; a click makes one large.{few}</p>"
+    heading = '<p class="heading">Samples</p>'
+    return f'<div class="report-part">{heading}<div class="sheets">{sheets}</div>{note}</div>' if sheets else ""
 
 
 def scores_html(run: Run, status: Status) -> str:
     """The scores of the checkpoints as a table, the best one marked."""
-    lines = [line for line in read_scores(run.folder) if any(name in line for name, _, _ in SCORES)]
+    lines = [line for line in read_scores(run.folder) if any(name in line for name in HEADINGS)]
     if not lines:
         return ""
     best = best_step(run, status)
-    there = [(name, heading) for name, heading, _ in SCORES if any(name in line for line in lines)]
+    there = [(name, heading) for name, heading in HEADINGS.items() if any(name in line for line in lines)]
     rows = []
     for line in lines:
         step = "Before training" if not line["step"] else f"{line['step']:,}"

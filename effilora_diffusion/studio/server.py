@@ -89,6 +89,12 @@ def theme() -> gr.Theme:
         body_text_color_subdued="*neutral_600",
         background_fill_primary="*neutral_50",  # Soft's own, which set() would forget
         color_accent="*primary_600",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_background_fill_hover_dark="#991b1b",
+        button_cancel_text_color="white",
+        button_cancel_text_color_dark="white",
         checkbox_label_background_fill_selected="*primary_600",
         checkbox_background_color_selected="*primary_700",
     )
@@ -113,7 +119,7 @@ def make_page(session: Session) -> gr.Blocks:
             for label, tab in tabs.items():
                 with gr.Tab(label, id=label.lower()) as shown[label]:
                     tab.build()
-        train.lead_to(all_tabs, runs.which)
+        train.lead_to(all_tabs, runs.which, runs.go_on, runs.note)
         runs.lead_to(all_tabs, generate.slots[0], generate.prompt)
         add_endpoints(session)
 

@@ -20,7 +20,7 @@ from ..run_view import (
     queue_words,
     reference,
     report_frame,
-    sample_sheets,
+    samples_html,
     scores_html,
     stamp,
     waiting_choices,
@@ -44,25 +44,23 @@ class RunsTab:
     def build(self) -> None:
         """Lay the tab out and wire its events."""
         self._build_queue()
-        with gr.Row(elem_id="runs-head"):
-            self.which = gr.Dropdown(self.names(), value=None, label="Run", elem_id="runs-which", scale=4, min_width=220,
-                                     allow_custom_value=True)  # fmt: skip
-            self.stop = gr.Button("Stop", interactive=False, elem_id="runs-stop", min_width=90)
-            self.resume = gr.Button("Resume", interactive=False, elem_id="runs-resume", min_width=90)
+        self.which = gr.Dropdown(self.names(), value=None, label="Run", elem_id="runs-which", allow_custom_value=True)
         self.status = Markdown(NONE_YET, elem_id="runs-status", elem_classes="live")
-        self.progress = gr.HTML("", elem_id="runs-progress")
+        self.progress = gr.HTML("", elem_id="runs-progress", padding=False)
+        with gr.Row():
+            self.stop = gr.Button("Stop", interactive=False, elem_id="runs-stop", min_width=90, size="md")
+            self.resume = gr.Button("Resume", interactive=False, elem_id="runs-resume", min_width=90, size="md")
+            self.go_on = gr.Button("Continue with other settings", size="md", elem_id="runs-continue", min_width=220)
         self.note = Markdown("", elem_id="runs-note", elem_classes="live")
         with gr.Column(visible=False) as self.details:
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=320):
-                    self.plot = gr.HTML("", elem_id="runs-plot")
+                    self.plot = gr.HTML("", elem_id="runs-plot", padding=False)
                     self.log_scale = gr.Checkbox(False, label="Logarithmic scale", elem_id="runs-log-scale")
-                    self.scores = gr.HTML("", elem_id="runs-scores")
+                    self.scores = gr.HTML("", elem_id="runs-scores", padding=False)
                     self._build_use()
                 with gr.Column(scale=6, min_width=320):
-                    self.samples = gr.Gallery(label="Samples by step: the same prompts and seeds in the same place", columns=2,
-                                              object_fit="contain", height="auto", interactive=False, elem_id="runs-samples",
-                                              buttons=["download", "fullscreen"])  # fmt: skip
+                    self.samples = gr.HTML("", elem_id="runs-samples", padding=False)
             self._build_more()
         self.timer = gr.Timer(2.0)
         self._wire()
@@ -83,7 +81,6 @@ class RunsTab:
             self.use = gr.Button(
                 "Use in Generate", variant="primary", interactive=False, elem_id="runs-use", min_width=140
             )
-        self.go_on = gr.Button("Continue with other settings", size="sm", elem_id="runs-continue")
 
     def _build_more(self) -> None:
         with gr.Accordion("Layers", open=False, visible=False, elem_id="runs-layers") as self.layers_box:
@@ -106,7 +103,7 @@ class RunsTab:
                 self.rename = gr.Button("Rename", elem_id="runs-rename", min_width=100)
             self.delete = gr.Button("Delete this run", variant="stop", size="sm", elem_id="runs-delete")
             with gr.Group(visible=False) as self.sure:
-                self.question = Markdown("", elem_id="runs-question", container=True)
+                self.question = Markdown("", elem_id="runs-question", elem_classes="subject-note")
                 with gr.Row():
                     self.really = gr.Button("Delete", variant="stop", elem_id="runs-really", min_width=100)
                     self.keep = gr.Button("Keep it", elem_id="runs-keep", min_width=100)
@@ -178,7 +175,7 @@ class RunsTab:
             scores_html(run, status),
             gr.update(choices=choices, value=choices[0][1] if choices else None, interactive=len(choices) > 0),
             gr.update(interactive=bool(choices)),
-            gr.update(value=sample_sheets(run)),
+            samples_html(run),
             gr.update(visible=bool(layers)),
             layers,
             gr.update(visible=bool(report)),
@@ -187,7 +184,7 @@ class RunsTab:
 
     def _empty(self, words: str) -> tuple[Any, ...]:
         off, hidden = gr.update(interactive=False), gr.update(visible=False)
-        return words, "", off, off, hidden, "", "", gr.update(choices=[], value=None), off, [], hidden, "", hidden, ""
+        return words, "", off, off, hidden, "", "", gr.update(choices=[], value=None), off, "", hidden, "", hidden, ""
 
     def watch(self, name: str | None, log: bool, chosen: Any, seen: Any) -> tuple[Any, ...]:
         """What has changed since ``seen``: a page that is left open costs the trainer next to nothing.

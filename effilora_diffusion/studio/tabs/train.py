@@ -17,6 +17,7 @@ from ...diffusion.config import TrainingConfig
 from ...diffusion.data.folder import scan_images
 from ...diffusion.presets import DEFAULT, PRESETS
 from ...diffusion.training.example import example_settings
+from ..continued import continued, words_of
 from ..prediction import Prediction
 from ..queue import refusal
 from ..run_files import fresh_dataset
@@ -251,10 +252,27 @@ class TrainTab:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.rename(folder)
 
-    def lead_to(self, tabs: gr.Tabs, which: gr.Dropdown) -> None:
-        """Connect what leaves this tab: the run that was started is chosen in Runs."""
+    def fill(self, name: str | None) -> list[Any]:
+        """The form as a run was trained, the tab, and why it is not; for :attr:`filled` after them."""
+        try:
+            found = continued(self.session, name)
+        except Exception as error:
+            return [gr.skip()] * (2 + len(self.filled)) + [refusal(error, "Not continued")]
+        files = [self.files.move_resource_to_block_cache(path) for path in found.images]
+        rows = [[path.name, "", found.captions.get(path, "")] for path in found.images]
+        form = [ONE, files, rows, found.prompt, found.name, found.preset, *found.advanced]
+        return [gr.Tabs(selected="train"), words_of(found, name), *form, ""]
+
+    @property
+    def filled(self) -> list[Any]:
+        """The form that :meth:`fill` fills."""
+        return [self.mode, self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
+
+    def lead_to(self, tabs: gr.Tabs, which: gr.Dropdown, again: gr.Button, refused: gr.Markdown) -> None:
+        """Connect this tab with that of runs: what was started is chosen there, and one there can fill the form."""
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         self.go.click(lambda name: (gr.Tabs(selected="runs"), name), self.started, [tabs, which], **hidden)
+        again.click(self.fill, which, [tabs, self.note, *self.filled, refused], **hidden)
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
@@ -277,7 +295,7 @@ class TrainTab:
 
         form = [self.mode, *one, *several]
         quiet = {**hidden, "show_progress": "hidden"}
-        self.preset.change(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        self.preset.input(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
         for part in self.advanced:  # what somebody writes counts once it is written
             event = part.blur if isinstance(part, gr.Number | gr.Textbox) else part.input
             event(self.predict, self.asked, self.takes, **quiet)
