@@ -73,7 +73,7 @@ def delete_run(outputs: Path, name: str | None) -> str:
     with contextlib.suppress(OSError):
         run.folder.rmdir()
     left = sorted(path.name for path in run.folder.iterdir()) if run.folder.is_dir() else []
-    return f" Files that no run has written stay in its folder: {', '.join(left[:5])}." if left else ""
+    return f"Files that no run has written stay in its folder: {', '.join(left[:5])}." if left else ""
 
 
 def _caches_there(run: Run) -> bool:

@@ -232,11 +232,11 @@ class RunsTab:
                 return "It is not running."
             begun = run.status().step > 0
             run.stop()
-            follows = next((f" Then {entry.name} starts." for entry in self.queue.waiting() if not entry.fault), "")
+            follows = next((f"Then {entry.name} starts." for entry in self.queue.waiting() if not entry.fault), "")
         except Exception as error:
             return refusal(error, "Not stopped")
         words = "Stopping after this step; the checkpoint follows." if begun else "Stopping before its first step."
-        return words + plain_words(follows)
+        return f"{words} {plain_words(follows)}".strip()
 
     def restart(self, name: str | None) -> str:
         """Let a run go on from its last checkpoint, once nothing else is trained."""
@@ -282,7 +282,7 @@ class RunsTab:
             return gr.skip(), gr.update(visible=False), refusal(error, "Not deleted")
         choices = self.names()
         update = gr.update(choices=choices, value=choices[0][1] if choices else None)
-        return update, gr.update(visible=False), f"{plain_words(name)} is deleted.{plain_words(remark)}"
+        return update, gr.update(visible=False), f"{plain_words(name)} is deleted. {plain_words(remark)}".strip()
 
     def rename_it(self, name: str | None, wanted: str) -> tuple[Any, Any, str]:
         """Give a run another name."""
