@@ -11,11 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 import gradio as gr
 
 from .. import EffiLoRAError
-from ..core.options import settings_of
+from ..core.options import from_text, hints_of, settings_of
 from ..core.phases import read_phase
 from ..diffusion.config import TrainingConfig
 from ..diffusion.data.folder import scan_images
-from ..diffusion.presets import DEFAULT, preset_settings
+from ..diffusion.presets import DEFAULT, PRESETS, preset_settings
 from .run_files import fresh_dataset, known_run
 from .runs import Run, running_run, starting
 from .session import Session
@@ -61,6 +61,9 @@ class TrainingApi:
         if not name:
             raise EffiLoRAError("name is empty: give the adapter a name")
         chosen, folder = self._checked(settings), None
+        if bool(images) == (chosen.get("instance_data_dir") is not None):
+            what = "images are given twice" if images else "there are no images"
+            raise EffiLoRAError(f"{what}: upload images, or name a folder in the outputs folder as instance_data_dir")
         with starting(outputs):
             Run(outputs, name).check_free()
             self.queue.check_free(name)
@@ -88,12 +91,16 @@ class TrainingApi:
                 known = key in {entry.name for entry in fields(TrainingConfig)}
                 why = "can't be given here" if known else "is no setting of the trainer"
                 raise EffiLoRAError(f"settings: {clean(key, 60)} {why}; leave it out")
+        hints = hints_of([TrainingConfig])
+        chosen = {key: from_text(key, hints[key], value) for key, value in chosen.items()}
         if not str(chosen.get("instance_prompt") or "").strip():
             raise EffiLoRAError("settings: instance_prompt is missing: a few words that name the subject")
         if chosen.get("instance_data_dir") is not None:
             chosen["instance_data_dir"] = str(self._own_folder(chosen["instance_data_dir"]))
         model = self.session.model
         preset = chosen.setdefault("preset", DEFAULT)
+        if preset not in list(PRESETS):
+            raise EffiLoRAError(f"settings: preset must be one of {', '.join(PRESETS)}")
         found = {**preset_settings(preset, model is None), "resolution": self.session.defaults()["edge"], **chosen}
         return {**found, "pretrained_model_name_or_path": model}
 
