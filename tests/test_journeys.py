@@ -309,7 +309,7 @@ def test_see_what_was_learned(visit):
 def test_every_tab_fits_and_can_be_read(visit, size, dark):
     one = visit(size, dark)
     page = one.page
-    for name in ("Generate", "Compare", "Train", "Adapters", "Inspect"):
+    for name in ("Generate", "Compare", "Train", "Runs", "Adapters", "Inspect"):
         one.tab(name)
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
         one.settle()

@@ -32,6 +32,9 @@ from ..words import Markdown, plain_words
 
 NONE_YET = "No run yet: start one in Train."
 
+ADDRESS = "(...values) => {{ history.pushState(null, '', '#{}'); return values; }}"
+"""A script for events that lead to another tab: a reload then comes back to it."""
+
 
 class RunsTab:
     """Components and handlers of the tab."""
@@ -45,13 +48,13 @@ class RunsTab:
         """Lay the tab out and wire its events."""
         self._build_queue()
         self.which = gr.Dropdown(self.names(), value=None, label="Run", elem_id="runs-which", allow_custom_value=True)
-        self.status = Markdown(NONE_YET, elem_id="runs-status", elem_classes="live")
+        self.status = Markdown(NONE_YET, elem_id="runs-status")
         self.progress = gr.HTML("", elem_id="runs-progress", padding=False)
         with gr.Row():
             self.stop = gr.Button("Stop", interactive=False, elem_id="runs-stop", min_width=90, size="md")
             self.resume = gr.Button("Resume", interactive=False, elem_id="runs-resume", min_width=90, size="md")
             self.go_on = gr.Button("Continue with other settings", size="md", elem_id="runs-continue", min_width=220)
-        self.note = Markdown("", elem_id="runs-note", elem_classes="live")
+        self.note = Markdown("", elem_id="runs-note")
         with gr.Column(visible=False) as self.details:
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=320):
@@ -66,7 +69,7 @@ class RunsTab:
         self._wire()
 
     def _build_queue(self) -> None:
-        self.queue_words = Markdown("", elem_id="runs-queue", elem_classes="live")
+        self.queue_words = Markdown("", elem_id="runs-queue-status")
         with gr.Group(visible=False, elem_id="runs-waiting") as self.waiting_group:
             self.waiting = gr.Radio([], label="Queue: these start one after the other", elem_id="runs-waiting-list")
             with gr.Row():
@@ -374,4 +377,4 @@ class RunsTab:
         """Connect what leaves this tab: a checkpoint becomes the first adapter of Generate."""
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         chosen = self.use.click(self.wanted, [self.which, self.checkpoint], [row.choice, tabs, self.note], **hidden)
-        chosen.success(row.fill, [prompt, row.choice], prompt, **hidden)
+        chosen.success(row.fill, [prompt, row.choice], prompt, js=ADDRESS.format("generate"), **hidden)

@@ -35,6 +35,7 @@ from ..subjects import (
 from ..train_form import TrainingData, build_advanced, preset_values, run_settings, shown_fields
 from ..training_queue import TrainingQueue
 from ..words import Markdown, plain_words
+from .runs import ADDRESS
 
 MAX_IMAGES = 200
 
@@ -67,7 +68,7 @@ class TrainTab:
             with gr.Column(scale=4, min_width=320):
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
                 self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
-                self.note = Markdown("", elem_id="train-note", elem_classes="live")
+                self.note = Markdown("", elem_id="train-note")
                 self.started = gr.State("")
                 self.go = gr.Button("Show it in Runs", visible=False, size="sm", elem_id="train-go")
                 self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
@@ -271,8 +272,14 @@ class TrainTab:
     def lead_to(self, tabs: gr.Tabs, which: gr.Dropdown, again: gr.Button, refused: gr.Markdown) -> None:
         """Connect this tab with that of runs: what was started is chosen there, and one there can fill the form."""
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        self.go.click(lambda name: (gr.Tabs(selected="runs"), name), self.started, [tabs, which], **hidden)
-        again.click(self.fill, which, [tabs, self.note, *self.filled, refused], **hidden)
+        self.go.click(
+            lambda name: (gr.Tabs(selected="runs"), name),
+            self.started,
+            [tabs, which],
+            js=ADDRESS.format("runs"),
+            **hidden,
+        )
+        again.click(self.fill, which, [tabs, self.note, *self.filled, refused], js=ADDRESS.format("train"), **hidden)
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
