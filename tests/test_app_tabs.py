@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from app_forms import built, by_hand, image_size
-from helpers import make_subject, trainer
+from helpers import edit_json, make_subject, trainer
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
@@ -24,6 +24,7 @@ from effilora_diffusion.studio.server import make_page
 from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.adapters import AdaptersTab
 from effilora_diffusion.studio.tabs.inspect import InspectTab
+from effilora_diffusion.studio.tabs.runs import RunsTab
 from effilora_diffusion.studio.tabs.train import TrainTab, captions_of
 from effilora_diffusion.studio.train_form import (
     PRESET_FIELDS,
@@ -153,6 +154,7 @@ def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path)
     trainer(place / "model", data, session.outputs / "half", **options).run()
     (session.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped before its end
     trim_log(session.outputs / "half" / "metrics.jsonl", 3)
+    edit_json(session.outputs / "half" / ".run.json", finished=False)
     (session.uploads / "dog.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes())
     before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
@@ -308,7 +310,7 @@ def test_a_sample_is_drawn_and_shown(session):
 
 def test_names_of_the_command_line_s_runs_are_taken_as_they_are(session):
     (session.outputs / "cat").rename(session.outputs / "cat v1.0")
-    assert built(TrainTab, session).runs() == ["cat v1.0"]
+    assert [name for _, name in built(RunsTab, session).names()] == ["cat v1.0"]
     assert "Done" in built(TrainTab, session).look("cat v1.0")[0]
     tab = built(AdaptersTab, session)
     assert "rank 4" in tab.show("cat v1.0")[0]

@@ -96,6 +96,7 @@ def test_the_best_checkpoint_is_used_and_the_run_is_gone_on_with_renamed_and_del
     page.locator("#runs-continue").click()
     one.says("#train-note", "The form holds the settings of scored")
     expect(page.locator("#train-name textarea, #train-name input").first).to_have_value("scored 2")
+    page.locator("#train-advanced > button").click()
     expect(page.locator("#train-max_train_steps textarea, #train-max_train_steps input").first).to_have_value("12")
 
     one.tab("Runs")

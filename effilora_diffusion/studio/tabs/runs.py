@@ -53,7 +53,6 @@ class RunsTab:
         with gr.Row():
             self.stop = gr.Button("Stop", interactive=False, elem_id="runs-stop", min_width=90, size="md")
             self.resume = gr.Button("Resume", interactive=False, elem_id="runs-resume", min_width=90, size="md")
-            self.go_on = gr.Button("Continue with other settings", size="md", elem_id="runs-continue", min_width=220)
         self.note = Markdown("", elem_id="runs-note")
         with gr.Column(visible=False) as self.details:
             with gr.Row(equal_height=False):
@@ -84,6 +83,7 @@ class RunsTab:
             self.use = gr.Button(
                 "Use in Generate", variant="primary", interactive=False, elem_id="runs-use", min_width=140
             )
+        self.go_on = gr.Button("Continue with other settings", size="md", elem_id="runs-continue")
 
     def _build_more(self) -> None:
         with gr.Accordion("Layers", open=False, visible=False, elem_id="runs-layers") as self.layers_box:
@@ -163,7 +163,7 @@ class RunsTab:
             progress_html(run, status, self.queue),
             gr.update(interactive=status.state == "running"),
             gr.update(interactive=status.state != "waiting" and run.can_resume),
-            gr.update(visible=status.state != "new"),
+            gr.update(visible=status.state != "new" and (status.state != "waiting" or bool(status.metrics))),
             *self._details(run, status, log),
         )
 
