@@ -96,15 +96,15 @@ def test_several_subjects_are_trained_each_with_a_head_of_its_own(session, tmp_p
     told = "sks: &#x27;sks&#x27;, 2 images, 33% of the rows<br>zwx: &#x27;zwx&#x27;, 2 images, 67%"
     assert f'<th scope="row">Concepts</th><td>{told}' in report["value"]
     assert '<th scope="row">Class</th><td>no images, the class prompts go with' in report["value"]
-    _, text = tab.begin_several(False, "both", "fast", 2, *fields, *advanced)
-    assert text == "Starting ..."
+    *_, text = tab.begin_several(False, "both", "fast", 2, *fields, *advanced)
+    assert text == "both is being trained."
     run = Run(session.outputs, "both")
     while run.running:
         time.sleep(0.2)
     assert run.status().state == "done", run.status().message
     concepts = session.concepts_of("both")
     assert [(one.name, one.class_prompt) for one in concepts] == [("sks", "a photo of cat"), ("zwx", "a photo of dog")]
-    assert "zwx: 'zwx'" in tab.look("both")[4]["value"]
+    assert "zwx: 'zwx'" in run.report()
     assert (session.outputs / "both" / "pytorch_lora_weights_zwx.safetensors").exists()
 
 
@@ -124,7 +124,7 @@ def test_several_subjects_are_trained_each_with_a_head_of_its_own(session, tmp_p
 def test_subjects_that_can_not_be_trained_are_refused_in_a_sentence(session, tmp_path, number, field, value, words):
     tab, subjects = built(TrainTab, session), two_subjects(tmp_path)
     subjects[number - 1][field] = value
-    _, text = tab.begin_several(False, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
+    *_, text = tab.begin_several(False, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
     assert text.startswith("**Not started:**")
     assert words in text
     assert not (session.outputs / "both").exists()
@@ -140,9 +140,9 @@ def test_images_of_a_subject_that_can_not_be_used_are_named(session, tmp_path):
     assert images_note([good])[0] == "1 image can be used."
     tab, subjects = built(TrainTab, session), two_subjects(tmp_path)
     subjects[1][0] = [str(tmp_path / "broken.png")]
-    _, text = tab.begin_several(False, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
+    *_, text = tab.begin_several(False, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
     assert "subject 2: an image can't be trained on (broken.png: " in text
-    _, text = tab.begin_several(True, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
+    *_, text = tab.begin_several(True, "both", "fast", 2, *subject_fields(*subjects), *by_hand(session))
     assert "subject 2: none of the 1 files" in text
     assert not (session.outputs / "both").exists()
 
