@@ -16,6 +16,7 @@ import gradio as gr
 from .. import EffiLoRAError
 from ..diffusion.config import PRECISIONS
 from ..diffusion.report import figures
+from . import cards
 from .api import add_endpoints
 from .guards import allowed_hosts, guarded
 from .session import Session
@@ -23,6 +24,7 @@ from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
+from .tabs.library import LibraryTab
 from .tabs.train import TrainTab
 from .words import Markdown
 
@@ -62,7 +64,8 @@ document.addEventListener("click", (event) => {
 });
 const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").forEach(
   (found) => found.setAttribute("role", "group"));
-new MutationObserver(labelled).observe(document.documentElement, { childList: true, subtree: true });
+const spoken = () => document.querySelectorAll(".said:not([role])").forEach((found) => found.setAttribute("role", "status"));
+new MutationObserver(() => { labelled(); spoken(); }).observe(document.documentElement, { childList: true, subtree: true });
 </script>"""
 """What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
 Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the images are below the form, and a click on
@@ -93,19 +96,24 @@ def make_page(session: Session) -> gr.Blocks:
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         Markdown("# EffiLoRA", elem_id="title")
         generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
-        adapters, inspect = AdaptersTab(session), InspectTab(session)
+        adapters, inspect, library = AdaptersTab(session), InspectTab(session), LibraryTab(session)
         tabs: dict[str, Any] = {
             "Generate": generate,
             "Compare": compare,
+            "Library": library,
             "Train": train,
             "Adapters": adapters,
             "Inspect": inspect,
         }
         shown: dict[str, gr.Tab] = {}
-        with gr.Tabs():
+        with gr.Tabs() as pages:
             for label, tab in tabs.items():
                 with gr.Tab(label, id=label.lower()) as shown[label]:
                     tab.build()
+        library.connect(pages, [
+            (library.generate, "generate", generate.filled, [*generate.form, generate.status]),
+            (library.compare, "compare", compare.filled, [*compare.form, *compare.grids.form, compare.status]),
+        ])  # fmt: skip
         add_endpoints(session)
 
         def leave(visit: gr.Request) -> None:
@@ -114,7 +122,8 @@ def make_page(session: Session) -> gr.Blocks:
         page.unload(leave)
         refreshed: dict[str, tuple[Any, Any, Any]] = {
             "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
-            "Compare": (compare.refresh, compare.adapter, compare.adapter),
+            "Compare": (compare.refresh, compare.adapter, [compare.adapter, *compare.grids.left_shown]),
+            "Library": (library.refresh, library.asked, [*library.listed, *library.shown]),
             "Train": (train.refresh, train.which, [train.which, *train.shown]),
             "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.image]),
             "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
@@ -176,7 +185,7 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         prevent_thread_lock=True,
         quiet=True,
         theme=theme(),
-        css=STYLE + figures.STYLE,
+        css=STYLE + figures.STYLE + cards.STYLE,
         head=HEAD,
     )
     if block:

@@ -206,11 +206,7 @@ class GenerateTab(DrawingTab):
 
     def filled(self, found: ImageFacts) -> list[Any]:
         """The form with an image's parameters, and what is to be said of it."""
-        asked, notes = GenerationRequest.from_parameters(found.parameters), [*found.notes]
-        if max(len(asked.prompt), len(asked.negative_prompt)) > LIMITS.prompt:
-            raise EffiLoRAError(f"this image's prompt has more than {LIMITS.prompt:g} characters")
-        if not all(abs(power) <= LIMITS.seed for _, power in asked.adapters) or not 0 <= asked.seed <= LIMITS.seed:
-            raise EffiLoRAError("this image's parameters are out of range")
+        asked, notes = readable(found), [*found.notes]
         steps, guidance, width, height = self._fitting(asked, notes)
         here = [pair for pair in asked.adapters if self.session.knows(pair[0])]
         missing = [name for name, _ in asked.adapters if not self.session.knows(name)]
@@ -293,3 +289,13 @@ class GenerateTab(DrawingTab):
         )  # fmt: skip
         for slot in self.slots:
             slot.wire(self.prompt)
+
+
+def readable(found: ImageFacts) -> GenerationRequest:
+    """The request in an image's parameters; raises :class:`EffiLoRAError` for what no form can hold."""
+    asked = GenerationRequest.from_parameters(found.parameters)
+    if max(len(asked.prompt), len(asked.negative_prompt)) > LIMITS.prompt:
+        raise EffiLoRAError(f"this image's prompt has more than {LIMITS.prompt:g} characters")
+    if not all(abs(power) <= LIMITS.seed for _, power in asked.adapters) or not 0 <= asked.seed <= LIMITS.seed:
+        raise EffiLoRAError("this image's parameters are out of range")
+    return asked
