@@ -239,10 +239,10 @@ def test_settings_are_sent_to_other_tabs(tab, folder):
 def test_chosen_images_are_deleted_after_a_question(tab, folder, library):
     listed(tab)
     tab.favourite("a.png")
-    chosen = tab.choose(SimpleNamespace(name="a.png", chosen=True), ["b.png"])[0]
+    chosen = tab.choose(SimpleNamespace(shown=["a.png", "c.png"], chosen=["a.png"]), ["b.png", "c.png"])[0]
     assert chosen == ["b.png", "a.png"]
     assert tab.chosen_row(chosen)[1] == "2 chosen"
-    assert tab.choose(SimpleNamespace(name="b.png", chosen=False), chosen)[0] == ["a.png"]
+    assert tab.choose(SimpleNamespace(shown=["b.png"], chosen=[]), chosen)[0] == ["a.png"]
     asked, question = tab.ask([*chosen, "gone.png", "../cat"])
     assert question == "**Delete these 2 images from the disk?** It can't be undone."
     assert sorted(asked) == ["a.png", "b.png"]

@@ -55,7 +55,7 @@ def test_an_adapter_of_several_concepts_shows_what_a_prompt_may_name(session):
     assert slot.fill("", name) == "a sks cat"
     assert "cat: sks, tom; dog: zwx" in tab.show(name)[0]
     assert "several concepts (cat, dog)" in tab.write(name, "diffusers")[1]
-    assert tab.remove(name, True)[2] == "two is deleted."
+    assert tab.remove(name)[1] == "two is deleted."
     assert [path.name for path in (session.outputs / "two").iterdir()] == ["pytorch_lora_weights_mine.safetensors"]
 
 

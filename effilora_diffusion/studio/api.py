@@ -8,15 +8,14 @@ from typing import Any
 import gradio as gr
 
 from .. import EffiLoRAError
-from ..core import is_native, load_adapter_file
-from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.sampling.request import GenerationRequest
 from ..diffusion.sampling.sampler_names import known_name
 from .fields import seed_of, whole
 from .queue import MODEL_QUEUE
 from .runs import Run
 from .session import Session
-from .words import clean, one_line
+from .shelf import adapter_facts
+from .words import one_line
 
 
 def add_endpoints(session: Session) -> None:
@@ -45,7 +44,7 @@ def add_endpoints(session: Session) -> None:
         found = []
         for name, path in session.adapters().items():
             try:
-                found.append({"name": name, **_facts(path), "checkpoints": sorted(session.checkpoints(name))})
+                found.append({"name": name, **adapter_facts(path), "checkpoints": sorted(session.checkpoints(name))})
             except (EffiLoRAError, OSError):
                 continue
         return found
@@ -63,20 +62,3 @@ def add_endpoints(session: Session) -> None:
     gr.api(generate, api_name="generate", **MODEL_QUEUE)
     gr.api(list_adapters, api_name="list_adapters")
     gr.api(train_status, api_name="train_status")
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What a list says of one file."""
-    if is_native(path):
-        content = load_adapter_file(path)
-        own: dict[str, Any] = {
-            "kind": "effilora",
-            "rank": content.adapter.config.rank,
-            "heads": content.adapter.config.heads,
-        }
-        named = content.metadata
-    else:
-        named = describe_plain(path)
-        own = {"kind": "lora", "rank": max(named["ranks"], default=None), "heads": 1}
-    stated = {key: named.get(key) for key in ("trigger_prompt", "base_model")}
-    return {**own, **{key: None if value is None else clean(value) for key, value in stated.items()}}

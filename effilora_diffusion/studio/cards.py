@@ -18,7 +18,8 @@ STYLE = """
   margin: 0; padding: 3px; }
 .cards li { position: relative; margin: 0; min-width: 0; }
 .cards button { display: block; width: 100%; padding: 0; border: 1px solid var(--border-color-primary); border-radius: 8px;
-  overflow: hidden; text-align: left; color: var(--body-text-color); background: var(--block-background-fill); cursor: pointer; }
+  overflow: hidden; text-align: left; font-weight: 400; color: var(--body-text-color); background: var(--block-background-fill);
+  cursor: pointer; }
 .cards button:hover { border-color: var(--color-accent); }
 .cards button:focus-visible, .cards input:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
 .cards button[aria-pressed="true"] { box-shadow: 0 0 0 3px var(--color-accent); }
@@ -30,7 +31,8 @@ STYLE = """
 .cards .mark { position: absolute; top: 6px; right: 6px; padding: 0 6px; border-radius: 10px; font-size: 14px; line-height: 22px;
   color: #fff; background: rgba(0, 0, 0, .72); pointer-events: none; }
 .cards .pick { position: absolute; top: 0; left: 0; padding: 8px; cursor: pointer; }
-.cards .pick input { display: block; width: 20px; height: 20px; margin: 0; cursor: pointer; accent-color: var(--color-accent); }
+.cards .pick input { display: block; width: 20px; height: 20px; margin: 0; cursor: pointer; border: 1px solid #6b7280 !important;
+  accent-color: var(--color-accent); }
 .cells { overflow-x: auto; }
 .cells table { border-collapse: separate; border-spacing: 4px; margin: 0 0 12px; }
 .cells caption { text-align: left; font-weight: 600; padding: 4px; }
@@ -39,6 +41,16 @@ STYLE = """
 .cells td { padding: 0; border: 0; }
 .cells img, .cells .missing span { display: block; width: 120px; height: 120px; object-fit: contain; border-radius: 4px; }
 .cells .missing span { border: 1px dashed var(--border-color-primary); background: var(--background-fill-secondary); }
+button.delete { color: #fff !important; background: #b91c1c !important; }
+button.delete:hover { background: #991b1b !important; }
+button.delete:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
+.question { padding: 4px 2px; }
+#library-image .image-container, #library-image .image-frame, #library-image button, #library-image img { width: 100% !important; }
+#library-image img { max-height: 70vh; object-fit: contain; }
+#library-facts table { width: 100%; }
+#library-facts td:first-child { white-space: nowrap; }
+#library-facts td { overflow-wrap: anywhere; }
+#adapter-cards { max-height: 470px; overflow-y: auto; }
 .no-cards { padding: 24px 8px; color: var(--body-text-color); }
 @media (max-width: 480px) { .cards { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px; } }
 .cards-wide .cards { grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); }
@@ -55,11 +67,13 @@ element.addEventListener("click", (event) => {
   if (shown && window.innerWidth <= 640) setTimeout(() => shown.scrollIntoView({ behavior: "smooth" }), 300);
 });
 element.addEventListener("change", (event) => {
-  const box = event.target.closest("input[data-name]");
-  if (box) trigger("input", { name: box.dataset.name, chosen: box.checked });
+  if (!event.target.closest("input[data-name]")) return;
+  const boxes = [...element.querySelectorAll("input[data-name]")];
+  const names = (found) => found.map((one) => one.dataset.name);
+  trigger("input", { shown: names(boxes), chosen: names(boxes.filter((one) => one.checked)) });
 });
 """
-"""A click opens a card, at once and without a new list; a box chooses it."""
+"""A click opens a card, at once and without a new list. A box chooses it; all boxes are told, so that none is lost."""
 
 
 @dataclass
@@ -82,7 +96,8 @@ class Card:
 
 
 class Cards:
-    """The component: ``select`` is a click on a card, ``input`` a change of a box, both with ``name`` in their data."""
+    """The component: ``select`` is a click on a card, with its ``name``; ``input`` a change of a box, with the names of all
+    cards that are ``shown`` and of those that are ``chosen``."""
 
     def __init__(self, elem_id: str, label: str, details: str, pick: bool = False, wide: bool = False):
         self.label, self.pick = label, pick
@@ -119,7 +134,8 @@ class Cards:
             checked = " checked" if chosen else ""
             box = (f'<label class="pick"><input type="checkbox" data-name="{name}"{checked} '
                    f'aria-label="Choose {alt}"></label>')  # fmt: skip
-        caption = f'<span class="caption">{lines}</span>' if lines else ""
+        said = ' aria-hidden="true"' if list(card.lines) == [card.alt] else ""  # the image says it
+        caption = f'<span class="caption"{said}>{lines}</span>' if lines else ""
         pressed = str(is_open).lower()
         return (f'<li><button type="button" data-name="{name}" aria-pressed="{pressed}">{image}{mark}{caption}</button>'
                 f"{box}</li>")  # fmt: skip
@@ -135,15 +151,18 @@ class Confirmation:
 
     def __init__(self, label: str, elem_id: str):
         self.subject = gr.State(None)
-        self.button = gr.Button(label, variant="stop", size="sm", min_width=100, elem_id=elem_id)
+        self.button = gr.Button(
+            label, variant="stop", size="sm", min_width=100, elem_id=elem_id, elem_classes="delete"
+        )
         self.elem_id = elem_id
 
     def build_question(self) -> None:
         """Lay out the question, below the row of the button."""
-        with gr.Group(visible=False, elem_id=f"{self.elem_id}-asked") as self.asked:
+        with gr.Column(visible=False, elem_id=f"{self.elem_id}-asked") as self.asked:
             self.question = Markdown("", elem_classes=["said", "question"])
             with gr.Row():
-                self.yes = gr.Button("Delete for good", variant="stop", size="sm", elem_id=f"{self.elem_id}-yes")
+                self.yes = gr.Button("Delete for good", variant="stop", size="sm", elem_id=f"{self.elem_id}-yes",
+                                     elem_classes="delete")  # fmt: skip
                 self.no = gr.Button("Keep", size="sm", elem_id=f"{self.elem_id}-no")
 
     def wire(self, ask: Callable[..., tuple[Any, str]], inputs: Any, do: Callable[..., Any], more: list[Any],

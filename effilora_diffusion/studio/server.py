@@ -125,7 +125,7 @@ def make_page(session: Session) -> gr.Blocks:
             "Compare": (compare.refresh, compare.adapter, [compare.adapter, *compare.grids.left_shown]),
             "Library": (library.refresh, library.asked, [*library.listed, *library.shown]),
             "Train": (train.refresh, train.which, [train.which, *train.shown]),
-            "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.image]),
+            "Adapters": (adapters.refresh, [adapters.which, adapters.query], adapters.shown),
             "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
         }
         for label, (refresh, inputs, outputs) in refreshed.items():

@@ -54,15 +54,7 @@ class LibraryTab:
         self.page, self.opened, self.chosen = gr.State(0), gr.State(None), gr.State([])
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
-                self.cards = Cards("library-cards", "Images", "library-details", pick=True)
-                with gr.Row():
-                    self.newer = gr.Button(
-                        "Newer", size="sm", min_width=80, interactive=False, elem_id="library-newer"
-                    )
-                    self.older = gr.Button(
-                        "Older", size="sm", min_width=80, interactive=False, elem_id="library-older"
-                    )
-                with gr.Group(visible=False, elem_id="library-chosen") as self.many:
+                with gr.Column(visible=False, elem_id="library-chosen") as self.many:
                     self.count = Markdown("", elem_classes=["said", "question"])
                     with gr.Row():
                         self.star_many = gr.Button(
@@ -71,6 +63,14 @@ class LibraryTab:
                         self.none = gr.Button("Choose none", size="sm", min_width=100, elem_id="choose-none")
                         self.delete_many = Confirmation("Delete chosen", "delete-chosen")
                 self.delete_many.build_question()
+                self.cards = Cards("library-cards", "Images", "library-details", pick=True)
+                with gr.Row():
+                    self.newer = gr.Button(
+                        "Newer", size="sm", min_width=80, interactive=False, elem_id="library-newer"
+                    )
+                    self.older = gr.Button(
+                        "Older", size="sm", min_width=80, interactive=False, elem_id="library-older"
+                    )
             with gr.Column(scale=6, min_width=300, visible=False, elem_id="library-details") as self.details:
                 self._build_details()
         self._wire()
@@ -133,9 +133,9 @@ class LibraryTab:
         return turned
 
     def choose(self, event: gr.EventData, chosen: list[str]) -> tuple[Any, ...]:
-        """Take an image to the chosen ones, or away from them."""
-        name, kept = str(event.name), [one for one in chosen if one != str(event.name)]
-        chosen = [*kept, name][-MOST_CHOSEN:] if event.chosen else kept
+        """The chosen images: those of other pages, and those whose box is checked on this one."""
+        shown = set(map(str, event.shown))
+        chosen = [*(name for name in chosen if name not in shown), *map(str, event.chosen)][:MOST_CHOSEN]
         return chosen, *self.chosen_row(chosen)
 
     def chosen_row(self, chosen: list[str]) -> tuple[Any, str]:
@@ -300,7 +300,7 @@ class LibraryTab:
         return [self.opened, self.details, self.image, self.facts, self.star, self.tags, self.note]
 
     def _wire(self) -> None:
-        once: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         search = [self.query, self.kind, self.opened, self.chosen]
         self.query.input(self.anew, search, self.listed, trigger_mode="always_last", **once)
         self.kind.input(self.anew, search, self.listed, **once)
@@ -308,7 +308,7 @@ class LibraryTab:
         self.older.click(self.turn(1), self.asked, self.listed, **once)
         self.cards.component.select(self.open, None, self.shown, trigger_mode="always_last", **once)
         self.cards.component.input(self.choose, self.chosen, [self.chosen, self.many, self.count],
-                                   trigger_mode="multiple", **once)  # fmt: skip
+                                   trigger_mode="always_last", **once)  # fmt: skip
         self.none.click(lambda: [], None, self.chosen, **once).then(self.listing, self.asked, self.listed, **once)
         without_status = [one for one in self.listed if one is not self.status]
 
