@@ -147,11 +147,11 @@ def png(path, **texts):
 
 
 def test_an_image_of_a1111_fills_the_form_and_the_rest_is_told(tab, tmp_path):
-    text = ("a (cat:1.2) <lora:cat:0.5> <lora:gone:1>\nNegative prompt: blurry\nSteps: 28, Sampler: DPM++ 2M, "
+    text = ("a (cat:1.2) <lora:cat:0.5> <lora:gone:strong>\nNegative prompt: blurry\nSteps: 28, Sampler: DPM++ 2M, "
             "Schedule type: Karras, CFG scale: 7, Seed: 123, Size: 64x128, Model: other, Hires upscale: 2")  # fmt: skip
     values, said = filled(tab, tab.read_upload(png(tmp_path / "a.png", parameters=text)))
-    assert values == {"prompt": "a (cat:1.2) <lora:cat:0.5> <lora:gone:1>", "negative": "blurry", "steps": 28, "guidance": 7.0,
-                      "width": 64, "height": 128, "count": 1, "seed": "123", "random": False,
+    assert values == {"prompt": "a (cat:1.2) <lora:cat:0.5> <lora:gone:strong>", "negative": "blurry", "steps": 28,
+                      "guidance": 7.0, "width": 64, "height": 128, "count": 1, "seed": "123", "random": False,
                       "sampler": "DPM++ 2M Karras", "literal": False}  # fmt: skip
     for words in ("from A1111", "not here:** gone", "Hires upscale 2", "model other"):
         assert words in said

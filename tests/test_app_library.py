@@ -244,7 +244,7 @@ def test_chosen_images_are_deleted_after_a_question(tab, folder, library):
     assert tab.chosen_row(chosen)[1] == "2 chosen"
     assert tab.choose(SimpleNamespace(shown=["b.png"], chosen=[]), chosen)[0] == ["a.png"]
     asked, question = tab.ask([*chosen, "gone.png", "../cat"])
-    assert question == "**Delete these 2 images from the disk?** It can't be undone."
+    assert question == "Delete these 2 images from the disk? It can't be undone."
     assert sorted(asked) == ["a.png", "b.png"]
     assert names(library.find()) == ["c.png", "b.png", "a.png"]  # so far it is a question
     assert tab.delete_images(asked, "a.png", [*chosen, "c.png"]) == (None, ["c.png"], "2 images deleted.")

@@ -301,7 +301,7 @@ def test_an_adapter_is_brought_used_exported_and_deleted(session, tmp_path):
     assert not shown["visible"]
     assert (session.exports / f"{name}-merged" / "model_index.json").is_file()
     assert "Not exported" in tab.write(name, "pickle")[1]
-    assert tab.ask(name) == (name, f"**Delete the adapter {name} from the disk?** It can't be undone.")
+    assert tab.ask(name) == (name, f"Delete the adapter {name} from the disk? It can't be undone.")
     assert "no adapter named" in tab.ask("../cat")[1]
     assert tab.remove(name)[1] == f"{name} is deleted."
     assert "Not deleted" in tab.remove(name)[1]

@@ -141,6 +141,13 @@ def test_what_a_prompt_s_syntax_makes_of_it_is_checked(tiny_pipeline, place, tmp
     assert not (tmp_path / "a.png").exists()
 
 
+def test_a_prompt_that_can_t_be_read_is_told_before_the_model_is_looked_for(tmp_path, capsys):
+    words = ["generate", "--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a.png"), "--prompt"]
+    for prompt, said in (("__no__ cat", "no file no.txt"), ("(a:99)", "the weight of 'a' is 99")):
+        assert cli.main([*words, prompt, "--outputs", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_adapter_argument_splits_at_the_last_colon_only_before_a_number(tmp_path):
     (tmp_path / "a.safetensors").touch()
     (tmp_path / "b:0.5").touch()

@@ -45,7 +45,7 @@ def test_find_an_image_note_it_send_it_and_delete_it(visit, history):
     expect(page.locator("#library-cards .mark")).to_have_count(1)
     page.locator("#library-notes > button").click()
     one.fill("#library-tags", "poster")
-    page.locator("#save-note").click()
+    page.locator("#library-save").click()
     one.says("#library-status", "Tags and note saved.")
     one.fill("#library-query", "poster")
     one.says("#library-status", "1 image")

@@ -146,6 +146,44 @@ def test_an_older_adapter_s_model_is_asked_for_its_kind(base, tmp_path):
     content.metadata["base_model"] = "/nowhere"
     with pytest.raises(EffiLoRAError, match="does not say what model it is for, and /nowhere can't be read"):
         export_lora(content, tmp_path / "three.gguf", "gguf")
+    del content.metadata["base_model"]
+    with pytest.raises(EffiLoRAError, match="does not say what model it is for: name it with --model"):
+        export_lora(content, tmp_path / "three.gguf", "gguf")
+
+
+def with_key(base, path, add):
+    """A copy of ``base`` with another entry, which ``add(writer)`` gives."""
+    reader, writer = gguf.GGUFReader(base), gguf.GGUFWriter(path, "llama")
+    add(writer)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(
+                name, field.contents(), field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None
+            )
+    for one in reader.tensors:
+        writer.add_tensor(one.name, one.data, raw_dtype=one.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_lists_of_nothing_and_files_of_no_architecture_are_told(base, tmp_path):
+    adapter = adapter_file(load_model(str(base))[0], tmp_path / "a.safetensors")
+    with_key(base, tmp_path / "list.gguf", lambda writer: writer.add_array("own.list", b"\x07"))
+    reader, raw = gguf.GGUFReader(tmp_path / "list.gguf"), (tmp_path / "list.gguf").read_bytes()
+    one = (1).to_bytes(8, "little") + b"\x07"  # its length and only element, which are taken out of the header
+    place, start = raw.index(one, raw.index(b"own.list")), reader.data_offset
+    empty = raw[:place] + bytes(8) + raw[place + len(one) : start] + b"\0" + raw[start:]
+    (tmp_path / "list.gguf").write_bytes(empty)
+    assert gguf.GGUFReader(tmp_path / "list.gguf").fields["own.list"].contents() == []
+    with pytest.warns(UserWarning, match=r"own.list, an empty list, is left out"):
+        export_lora(adapter, tmp_path / "m.gguf", "merged-gguf", str(tmp_path / "list.gguf"))
+    export_lora(adapter, tmp_path / "plain.gguf", "merged-gguf", str(base))
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    (tmp_path / "none.gguf").write_bytes(base.read_bytes().replace(b"general.architecture", b"general.architectura"))
+    with pytest.raises(EffiLoRAError, match=r"is of the architecture \(it names none\), the adapter of llama"):
+        export_lora(adapter, tmp_path / "m.gguf", "merged-gguf", str(tmp_path / "none.gguf"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from effilora_diffusion.language.examples import Examples
 from effilora_diffusion.language.generate import after, until, without
 from effilora_diffusion.language.lessons import asked_otherwise, learn
 from effilora_diffusion.language.notes import SENTENCES, describe, describe_ends
-from effilora_diffusion.language.template_file import dated, read_options, read_template
+from effilora_diffusion.language.template_file import check_options, dated, read_options, read_template
 from effilora_diffusion.language.thinking import shown, split, spoken, state_of
 
 LONG = chat(*[turn for letter in "abcdef" for turn in (user(letter), bot(letter + " 1"))], system="be brief")
@@ -337,6 +337,14 @@ def test_a_tokenizer_may_have_several_templates():
     words.chat_template = {"a": "{{ messages }}", "b": "{{ messages }}"}
     with pytest.raises(EffiLoRAError, match="has the chat templates a, b: give one with --chat_template"):
         Encoder(words)
+
+
+def test_a_variable_is_what_the_template_looks_for_and_no_key_of_that_name():
+    source = "{% if deep is not defined %}{% set deep = 1 %}{% endif %}{% set own = messages[0].key %}{{ own }} text"
+    check_options(source, {"deep": 2})
+    for name in ("key", "own", "text", "namespace"):
+        with pytest.raises(EffiLoRAError, match=f"reads no variable '{name}'"):
+            check_options(source, {name: 1})
 
 
 def test_chat_templates_are_read_from_jinja_and_from_tokenizers_files(tmp_path):

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import pickle
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -23,7 +25,7 @@ from effilora_diffusion.language.config import DataOptions
 from effilora_diffusion.language.datasets import Sources, build_datasets
 from effilora_diffusion.language.encoding import Encoder
 from effilora_diffusion.language.lessons import learn
-from effilora_diffusion.language.sources import BLOCK, NamedSource, open_file, open_named, read_records
+from effilora_diffusion.language.sources import BLOCK, NamedSource, TextSource, open_file, open_named, read_records
 from effilora_diffusion.language.tokenising import tokenise
 from effilora_diffusion.language.tokens import Tokens
 
@@ -299,3 +301,13 @@ def test_a_hash_of_rows_is_of_their_content(tmp_path):
         assert list(source.records()) == kept
         digests.append(source.digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file that can be opened and not read is Linux's")
+def test_a_disk_that_fails_while_it_is_read_is_told_as_the_data_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenising, "SMALL", 0)
+    monkeypatch.setattr(tokenising, "HF_HOME", str(tmp_path))
+    source = TextSource("--train_file t.txt", Path("/proc/self/mem"))
+    monkeypatch.setattr(TextSource, "digest", "0")
+    with pytest.raises(EffiLoRAError, match=r"^--train_file t\.txt can't be read: Input/output error$"):
+        tokenise(source, Encoder(tokenizer(), "plain"), workers=1)

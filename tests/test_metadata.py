@@ -251,6 +251,15 @@ def test_what_says_nothing_is_refused_in_a_sentence(tmp_path, texts):
     assert str(caught.value).startswith("this image")
 
 
+def test_programs_whose_json_is_not_read_are_named(tmp_path):
+    for text, program in (
+        ({"sui_image_params": {"prompt": "a"}}, "SwarmUI"),
+        ({"prompt": "a", "base_model": "x", "steps": 30}, "Fooocus"),
+    ):
+        with pytest.raises(EffiLoRAError, match=f"are those of {program}, which are not read here"):
+            read_image(png(tmp_path / "a.png", parameters=json.dumps(text)))
+
+
 def test_graphs_that_go_in_circles_end(tmp_path):
     facts = read_image(png(tmp_path / "a.png", prompt=LOOP))
     assert facts.parameters["prompt"] == ""

@@ -12,7 +12,7 @@ from effilora_diffusion.diffusion.models.long_prompts import chunk_count, encode
 from effilora_diffusion.diffusion.models.weighted_prompts import BREAK
 from effilora_diffusion.diffusion.sampling.a1111 import escaped
 from effilora_diffusion.diffusion.sampling.generate import draw_images
-from effilora_diffusion.diffusion.sampling.prompt_syntax import fragments, has_syntax, plain, resolve
+from effilora_diffusion.diffusion.sampling.prompt_syntax import fragments, has_syntax, network_names, plain, resolve
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.diffusion.sampling.resolving import by_label, drawing_of
 from effilora_diffusion.diffusion.sampling.tokens import TokenCounter
@@ -90,6 +90,16 @@ def test_shares_are_kept_and_what_is_no_choice_stays():
         assert resolve(text, 1).text == text
 
 
+def test_several_different_options_are_drawn_at_once():
+    assert resolve("{2$$red|blue}", 1).text in ("red, blue", "blue, red")
+    found = [resolve("{1-2$$ and $$a|b|{c|d}}", seed).text for seed in range(64)]
+    assert {text.count(" and ") for text in found} == {0, 1}
+    assert all(len(set(text.split(" and "))) == text.count(" and ") + 1 for text in found)
+    assert {word for text in found for word in text.split(" and ")} == set("abcd")
+    assert sorted(resolve("{9$$a|0::b|c}", 2).text.split(", ")) == ["a", "b", "c"]
+    assert {resolve("{1$$0::b|a}", seed).text for seed in range(9)} == {"a"}
+
+
 def test_files_of_wildcards_may_hold_all_of_the_syntax(wildcards):
     found = resolve("__any__ cat", 3, wildcards)
     assert found.text.split()[0] in "ab"
@@ -128,6 +138,10 @@ def test_loras_are_taken_out_of_the_words():
     assert found.notes == ["<hypernet:...> is not supported and was left out."]
     with pytest.raises(EffiLoRAError, match="no number"):
         resolve("<lora:a:strong>", 0)
+    assert network_names("<lora:a:strong> and <lora:b>") == ["a", "b"]
+    nameless = resolve("a cat <lora::0.5>", 0)
+    assert (nameless.text, nameless.adapters) == ("a cat", [])
+    assert nameless.notes == ["A <lora:...> without a name was left out: write <lora:name:0.8>."]
     assert "one strength" in resolve("<lora:a:0.5:1>", 0).notes[0]
     for text in ("a [cat:dog:0.5]", "a [cat|dog]", "a [(cat:1.2):dog:0.5]"):
         assert "not supported" in resolve(text, 0).notes[0]

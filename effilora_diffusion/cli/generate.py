@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from ..diffusion.models.pipelines import load_pipeline
     from ..diffusion.sampling.generate import draw_images
     from ..diffusion.sampling.request import GenerationRequest, random_seed
-    from ..diffusion.sampling.resolving import WILDCARDS, by_label, drawing_of
+    from ..diffusion.sampling.resolving import WILDCARDS, by_label, check_prompts, drawing_of
     from ..diffusion.sampling.saving import save_image
 
     if args.output.suffix.lower() != ".png":
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         args.literal_prompt or bool(concepts),
     )
     request.check()
+    check_prompts(request, args.outputs / WILDCARDS)
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def form_of(content: AdapterFile, model: str | None = None) -> Form:
     facts = content.metadata
     kind = str(facts.get("model_type") or "")
     if not kind:
-        facts = _facts_of_config(str(model or facts.get("base_model")))
+        if not (named := model or facts.get("base_model")):
+            raise EffiLoRAError("the adapter does not say what model it is for: name it with --model")
+        facts = _facts_of_config(str(named))
         kind = str(facts["model_type"])
     if kind not in ARCHITECTURES:
         raise EffiLoRAError(
@@ -206,7 +209,8 @@ def write_merged_gguf(output: Path, content: AdapterFile, model: str | None = No
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise EffiLoRAError(f"{base} can't be read as GGUF: {error}") from error
     form = form_of(content, model)
-    architecture = reader.fields["general.architecture"].contents()
+    field = reader.fields.get("general.architecture")
+    architecture = field.contents() if field is not None else "(it names none)"
     if architecture != form.architecture:
         raise EffiLoRAError(f"{base} is of the architecture {architecture}, the adapter of {form.architecture}")
     updates = {f"{name}.weight": pair for name, pair in gguf_factors(content, form).items()}
@@ -257,8 +261,11 @@ def _write_copy(path: Path, reader: Any, updates: dict[str, PlainLoRA], rounding
         if name == "general.alignment":
             writer.add_custom_alignment(int(field.contents()))
             continue
-        inner = field.types[-1] if len(field.types) > 1 else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+        inner, value = field.types[-1] if len(field.types) > 1 else None, field.contents()
+        if value == []:
+            warnings.warn(f"{name}, an empty list, is left out: the package gguf writes none", stacklevel=2)
+            continue
+        writer.add_key_value(name, value, field.types[0], sub_type=inner)
     for tensor in reader.tensors:
         if tensor.name in updates:
             kind = kinds.F32 if tensor.tensor_type == kinds.F32 else kinds.F16

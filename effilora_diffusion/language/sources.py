@@ -133,10 +133,17 @@ class FileSource(Source):
     def blocks(self, shard: int = 0, of: int = 1) -> Iterator[Block]:
         """Reads the file to its end, and parses the wanted blocks only."""
         raw, index = self.raw(), 0
-        while chunk := list(islice(raw, BLOCK)):
+        while chunk := self._read(raw):
             if index % of == shard:
                 yield Block(index, index * BLOCK, [self.parse(one) for one in chunk])
             index += 1
+
+    def _read(self, raw: Iterator[Any]) -> list[Any]:
+        """The next block; a disk that fails in the middle is told as this file's, not as that of what is being written."""
+        try:
+            return list(islice(raw, BLOCK))
+        except OSError as error:
+            raise TextError(self.where, printable(error.strerror or error)) from error
 
     def raw(self) -> Iterator[Any]:
         """The records as they stand in the file."""

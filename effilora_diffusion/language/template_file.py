@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from pathlib import Path
@@ -35,15 +36,13 @@ def read_template(path: str, flag: str = "--chat_template") -> str:
         if not isinstance(found, str):
             raise EffiLoRAError(f"{flag} {path}: a JSON file must have 'chat_template', a string")
         text = found
-    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
 
     try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
-        )
+        named = variables(text)
     except TemplateSyntaxError as error:
         raise EffiLoRAError(f"{flag} {path}, line {error.lineno}: it is no Jinja template: {error.message}") from error
-    if "messages" not in text:
+    if "messages" not in named:
         raise EffiLoRAError(f"{flag} {path}: it is no chat template: it does not use 'messages'")
     return text
 
@@ -71,8 +70,18 @@ def check_options(source: str, options: dict[str, Any], where: str = "--chat_tem
 
 
 def reads(source: str, name: str) -> bool:
-    """Whether a template uses the variable ``name``."""
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+    """Whether a template uses the variable ``name``; a key or a variable of its own called so is another thing."""
+    return name in variables(source)
+
+
+@functools.lru_cache(maxsize=8)
+def variables(source: str) -> frozenset[str]:
+    """The names that a template must be given, or looks for; raises Jinja's ``TemplateSyntaxError`` for what is none."""
+    from jinja2 import Environment, meta
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)  # a tag of transformers' own
+    parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    return frozenset(meta.find_undeclared_variables(parsed))
 
 
 def with_defaults(source: str, options: dict[str, Any]) -> str:

@@ -21,7 +21,6 @@ STYLE = """
   overflow: hidden; text-align: left; font-weight: 400; color: var(--body-text-color); background: var(--block-background-fill);
   cursor: pointer; }
 .cards button:hover { border-color: var(--color-accent); }
-.cards button:focus-visible, .cards input:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
 .cards button[aria-pressed="true"] { box-shadow: 0 0 0 3px var(--color-accent); }
 .cards img, .cards .no-image { display: flex; width: 100%; aspect-ratio: 1; object-fit: cover; margin: 0; align-items: center;
   justify-content: center; font-size: 34px; color: var(--body-text-color); background: var(--background-fill-secondary); }
@@ -43,9 +42,7 @@ STYLE = """
 .cells .missing span { border: 1px dashed var(--border-color-primary); background: var(--background-fill-secondary); }
 button.delete { color: #fff !important; background: #b91c1c !important; }
 button.delete:hover { background: #991b1b !important; }
-button.delete:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
-.question { padding: 4px 2px; }
-#library-image .image-container, #library-image .image-frame, #library-image button, #library-image img { width: 100% !important; }
+#library-image :is(.image-container, .image-frame, button:has(img), img) { width: 100% !important; }
 #library-image img { max-height: 70vh; object-fit: contain; }
 #library-facts table { width: 100%; }
 #library-facts td:first-child { white-space: nowrap; }
@@ -159,7 +156,7 @@ class Confirmation:
     def build_question(self) -> None:
         """Lay out the question, below the row of the button."""
         with gr.Column(visible=False, elem_id=f"{self.elem_id}-asked") as self.asked:
-            self.question = Markdown("", elem_classes=["said", "question"])
+            self.question = Markdown("", elem_id=f"{self.elem_id}-status")
             with gr.Row():
                 self.yes = gr.Button("Delete for good", variant="stop", size="sm", elem_id=f"{self.elem_id}-yes",
                                      elem_classes="delete")  # fmt: skip

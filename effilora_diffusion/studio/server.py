@@ -19,6 +19,7 @@ from ..diffusion.report import figures
 from . import cards
 from .api import add_endpoints
 from .guards import allowed_hosts, guarded
+from .looks import HEAD, STYLE, theme
 from .session import Session
 from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
@@ -33,67 +34,10 @@ LOOPBACK = "127.0.0.1"
 MOST_SESSIONS = 256
 """Visitors whose form is kept in memory, 0.4 MB each; the one that was idle longest goes first."""
 
-STYLE = """
-.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
-#slider { max-width: 460px; }
-#status p, #compare-status p { font-variant-numeric: tabular-nums; }
-.subject-note { padding: 4px 12px; background: var(--block-background-fill); }
-.trigger { align-self: center; padding-left: 4px; font-size: 14px; }
-@media (max-width: 480px) {
-  .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
-}
-"""
-
-HEAD = """<style>
-@media (max-width: 480px) { .gradio-container .app { padding: 10px !important; } }
-.dark .tab-container button[aria-selected="true"] { color: var(--primary-300) !important; }
-</style>
-<script>
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-  const shown = ["draw", "compare", "draw-heads"].map((id) => document.getElementById(id));
-  const button = shown.find((found) => found && found.offsetParent !== null && !found.disabled);
-  if (button) { event.preventDefault(); event.stopPropagation(); button.click(); }
-}, true);
-const below = { draw: "status", compare: "compare-status", "draw-grid": "compare-status",
-  "draw-leakage": "compare-status", "draw-heads": "inspect-status" };
-document.addEventListener("click", (event) => {
-  const button = event.target.closest && event.target.closest("button");
-  if (button && below[button.id] && window.innerWidth <= 640)
-    document.getElementById(below[button.id]).scrollIntoView({ behavior: "smooth" });
-});
-const labelled = () => document.querySelectorAll("div[aria-label]:not([role])").forEach(
-  (found) => found.setAttribute("role", "group"));
-const spoken = () => document.querySelectorAll(".said:not([role])").forEach((found) => found.setAttribute("role", "status"));
-new MutationObserver(() => { labelled(); spoken(); }).observe(document.documentElement, { childList: true, subtree: true });
-</script>"""
-"""What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
-Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the images are below the form, and a click on
-the button goes there. Gradio labels plain ``div`` elements, which screen
-readers pass over unless they have a role."""
-
-
-def theme() -> gr.Theme:
-    """Gradio's soft theme, its fonts from the system, its colours dark enough to be read (WCAG AA)."""
-    soft = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return soft.set(
-        block_title_text_color="*primary_700",
-        block_label_text_color="*primary_700",
-        block_title_text_color_dark="white",
-        block_label_text_color_dark="white",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        body_text_color_subdued="*neutral_600",
-        background_fill_primary="*neutral_50",  # Soft's own, which set() would forget
-        color_accent="*primary_600",
-        checkbox_label_background_fill_selected="*primary_600",
-        checkbox_background_color_selected="*primary_700",
-    )
-
 
 def make_page(session: Session) -> gr.Blocks:
     """The whole page, not yet served."""
-    with gr.Blocks(title="EffiLoRA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title="EffiLoRA", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         Markdown("# EffiLoRA", elem_id="title")
         generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
         adapters, inspect, library = AdaptersTab(session), InspectTab(session), LibraryTab(session)

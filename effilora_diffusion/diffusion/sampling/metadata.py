@@ -18,6 +18,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "MPO", "AVIF")
 MOST_BYTES = 1 << 28
 """The largest file that is opened; only its header is read."""
 
+OTHERS = {"sui_image_params": "SwarmUI", "base_model_hash": "Fooocus", "base_model": "Fooocus"}
+"""Programs whose JSON stands where earlier versions wrote ours, by a key of theirs."""
+
 EXIF, USER_COMMENT, MAKE, MODEL = 0x8769, 0x9286, 0x010F, 0x0110
 
 
@@ -57,6 +60,9 @@ def read_image(path: Path) -> ImageFacts:
     texts, size = _texts(path)
     ours = _ours(texts)
     if ours is not None:
+        for key, program in OTHERS.items():
+            if key in ours and "num_inference_steps" not in ours:
+                raise EffiLoRAError(f"this image's parameters are those of {program}, which are not read here")
         return ImageFacts(ours)
     if theirs := texts.get(THEIRS):
         found = ImageFacts(*_named(parse_infotext(theirs), "A1111"))

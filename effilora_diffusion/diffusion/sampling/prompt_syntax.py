@@ -27,11 +27,13 @@ MOST_BYTES = 4 << 20
 
 LORA = re.compile(r"(?<!\\)<lora:([^<>:]{1,200})(?::([^<>:]*))?(?::([^<>]*))?>")
 OTHER_NETWORKS = re.compile(r"(?<!\\)<(hypernet|lyco):[^<>]{1,200}>")
+NAMELESS = re.compile(r"(?<!\\)<lora:\s*:[^<>]{0,400}>")
 NETWORKS = re.compile(r"(?:,[ \t]{0,9})?(?<!\\)<(?:lora|hypernet|lyco):[^<>]{1,400}>")
 """All of these, with the comma before."""
 
 WILDCARD = re.compile(r"__([A-Za-z0-9][A-Za-z0-9 /.-]*(?:_[A-Za-z0-9 /.-]+)*)__")
 SHARE = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)::")
+SEVERAL = re.compile(r"\s*(\d{1,2})(?:-(\d{1,2}))?\$\$(?:([^$|{}]{0,40})\$\$)?")
 EDITING = re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]")
 WEIGHT = re.compile(r":\s*([+-]?(?:\d{1,9}\.?\d{0,9}|\.\d{1,9}))\s*\)")
 BREAKS = re.compile(r"\bBREAK\b")
@@ -94,18 +96,16 @@ def _expanded(text: str, pick: Callable[[Sequence[float]], int], folder: Path | 
     if depth == 0:
         raise EffiLoRAError("the wildcards name each other without an end: look into their files")
     parts: list[str] = []
-    position = 0
+    position, choices = 0, _choices(text) if "{" in text else {}
     while position < len(text):
         letter = text[position]
         if letter == "\\":
             parts.append(text[position : position + 2])
             position += 2
             continue
-        if letter == "{" and (found := _choice(text, position)) is not None:
-            options, position = found
-            shares = [float(match[1]) if (match := SHARE.match(option)) else 1.0 for option in options]
-            chosen = options[pick(shares if sum(shares) > 0 else [1.0] * len(options))]
-            parts.append(_expanded(SHARE.sub("", chosen, count=1).strip(), pick, folder, depth - 1))
+        if position in choices:
+            options, position = choices[position]
+            parts.append(_expanded(_draw(options, pick), pick, folder, depth - 1))
             continue
         if letter == "_" and (match := WILDCARD.match(text, position)) is not None:
             lines = _lines(folder, match[1])
@@ -120,24 +120,44 @@ def _expanded(text: str, pick: Callable[[Sequence[float]], int], folder: Path | 
     return whole
 
 
-def _choice(text: str, start: int) -> tuple[list[str], int] | None:
-    """The options of the choice that begins at ``start``, and where it ends; ``None`` for braces without one."""
-    options, level, begin, position = [], 0, start + 1, start
+def _choices(text: str) -> dict[int, tuple[list[str], int]]:
+    """The options of every choice by where it begins, and where it ends; braces without options are none. Reads once."""
+    found: dict[int, tuple[list[str], int]] = {}
+    opened: list[tuple[int, list[int]]] = []
+    position = 0
     while position < len(text):
         letter = text[position]
         if letter == "\\":
             position += 1
         elif letter == "{":
-            level += 1
-        elif letter == "|" and level == 1:
-            options.append(text[begin:position])
-            begin = position + 1
-        elif letter == "}":
-            level -= 1
-            if level == 0:
-                return ([*options, text[begin:position]], position + 1) if options else None
+            opened.append((position, [position]))
+        elif letter == "|" and opened:
+            opened[-1][1].append(position)
+        elif letter == "}" and opened:
+            start, bars = opened.pop()
+            ends = [*bars[1:], position]
+            if len(bars) > 1:
+                found[start] = ([text[bar + 1 : end] for bar, end in zip(bars, ends, strict=True)], position + 1)
         position += 1
-    return None
+    return found
+
+
+def _draw(options: list[str], pick: Callable[[Sequence[float]], int]) -> str:
+    """One of the options by their shares; ``2$$`` or ``1-3$$ and $$`` before them draws several different ones."""
+    least = most = 1
+    between = ", "
+    if (several := SEVERAL.match(options[0])) is not None:
+        least, most = int(several[1]), int(several[2] or several[1])
+        between = between if several[3] is None else several[3]
+        options = [options[0][several.end() :], *options[1:]]
+    shares = [float(match[1]) if (match := SHARE.match(option)) else 1.0 for option in options]
+    left, chosen = list(range(len(options))), list[str]()
+    count = least + pick([1.0] * (most - least + 1)) if most > least else least
+    while left and len(chosen) < count:
+        weights = [shares[index] for index in left]
+        index = left.pop(pick(weights if sum(weights) > 0 else [1.0] * len(left)))
+        chosen.append(SHARE.sub("", options[index], count=1).strip())
+    return between.join(chosen)
 
 
 def _lines(folder: Path | None, name: str) -> list[str]:
@@ -167,6 +187,11 @@ def wildcard_names(folder: Path) -> list[str]:
     return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
 
 
+def network_names(text: str) -> list[str]:
+    """The names of the LoRAs that a prompt asks for, whatever their strengths."""
+    return [match[1].strip() for match in LORA.finditer(text)]
+
+
 def without_networks(text: str) -> Resolved:
     """``text`` without ``<lora:...>`` and its relatives, and what they ask for."""
     adapters, notes = [], []
@@ -180,6 +205,8 @@ def without_networks(text: str) -> Resolved:
         if second and second != first:
             notes.append(f"<lora:{name}> has one strength here, {strength:g}: what is behind it was left out.")
         adapters.append((name.strip(), strength))
+    if NAMELESS.search(text):
+        notes.append("A <lora:...> without a name was left out: write <lora:name:0.8>.")
     for kind in dict.fromkeys(match[1] for match in OTHER_NETWORKS.finditer(text)):
         notes.append(f"<{kind}:...> is not supported and was left out.")
     left = NETWORKS.sub("", text)

@@ -82,6 +82,13 @@ def drawing_of(
     )
 
 
+def check_prompts(request: GenerationRequest, wildcards: Path | None = None) -> None:
+    """Raise :class:`EffiLoRAError` for prompts of ``request`` that can't be read, before a model is loaded for them."""
+    for seed in () if request.literal else request.seeds():
+        for text, purpose in ((request.prompt, "prompt"), (request.negative_prompt, "negative prompt")):
+            fragments(resolve(text, seed, wildcards, purpose).text)
+
+
 def family_title(pipe: Any) -> str:
     """What people call the pipeline's family."""
     family = family_class(pipe)

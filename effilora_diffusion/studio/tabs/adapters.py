@@ -57,7 +57,7 @@ class AdaptersTab(DrawingTab):
                                     scale=4, min_width=200, elem_id="adapter-query")  # fmt: skip
             self.upload = gr.File(label="Add an adapter (.safetensors)", height=110, scale=3, min_width=200,
                                   file_types=[".safetensors"], elem_id="adapter-upload")  # fmt: skip
-        self.status = Markdown("", elem_id="adapter-status", elem_classes="said")
+        self.status = Markdown("", elem_id="adapter-status")
         self.cards = Cards("adapter-cards", "Adapters", "adapter-details", wide=True)
         with gr.Row(equal_height=False, elem_id="adapter-details"):
             with gr.Column(scale=6, min_width=300):
@@ -80,8 +80,8 @@ class AdaptersTab(DrawingTab):
             self.sample = gr.Button("Generate a sample image", elem_id="draw-sample", scale=3)
             self.halt = gr.Button("Stop", elem_id="sample-stop", interactive=False, min_width=80)
         self.tags = gr.Textbox(label="Tags, separated by commas", max_lines=1, elem_id="adapter-tags")
-        self.note = gr.Textbox(label="Note", lines=2, elem_id="adapter-note")
-        self.keep = gr.Button("Save tags and note", size="sm", elem_id="save-adapter-note")
+        self.note = gr.Textbox(label="Note", lines=2, elem_id="adapter-words")
+        self.keep = gr.Button("Save tags and note", size="sm", elem_id="adapter-save")
         self.delete = Confirmation("Delete", "delete")
         self.delete.build_question()
 
@@ -277,7 +277,7 @@ class AdaptersTab(DrawingTab):
         except EffiLoRAError as error:
             return None, refusal(error, "Not deleted")
         more = "" if path.parent == self.session.uploads else " The run's images, log and checkpoints stay."
-        return name, f"**Delete the adapter {plain_words(name)} from the disk?** It can't be undone.{more}"
+        return name, f"Delete the adapter {plain_words(name)} from the disk? It can't be undone.{more}"
 
     def remove(self, name: str | None) -> tuple[Any, str]:
         """Delete an adapter; of a training run only the adapter's files, its images stay."""

@@ -65,8 +65,7 @@ class CompareTab(DrawingTab):
                              "prompt that names none; a column for the base, the adapter, and each head alone.")  # fmt: skip
                     self.leak_go = gr.Button("Generate the leakage grid", elem_id="draw-leakage")
             with gr.Column(scale=6, min_width=300):
-                self.status = Markdown("Base on the left, adapter on the right, same seed.", elem_id="compare-status",
-                                       elem_classes="said")  # fmt: skip
+                self.status = Markdown("Base on the left, adapter on the right, same seed.", elem_id="compare-status")
                 self.slider = gr.ImageSlider(label="Base | adapter", format="png", height=460, elem_id="slider",
                                              interactive=False)  # fmt: skip
                 self.grids.build_result()

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ... import EffiLoRAError
 from ...diffusion.sampling.metadata import ImageFacts, read_image, read_parameters
-from ...diffusion.sampling.prompt_syntax import without_networks
+from ...diffusion.sampling.prompt_syntax import network_names
 from ...diffusion.sampling.request import GenerationRequest
 from ...diffusion.sampling.stream import Progress
 from ..adapter_row import NONE, AdapterRow
@@ -212,7 +212,7 @@ class GenerateTab(DrawingTab):
         missing = [name for name, _ in asked.adapters if not self.session.knows(name)]
         missing += [name for name, _ in here[SLOTS:]]
         if not asked.literal:
-            missing += [name for name, _ in without_networks(asked.prompt).adapters if self.session.find(name) is None]
+            missing += [name for name in network_names(asked.prompt) if self.session.find(name) is None]
         slots: list[Any] = []
         for index in range(SLOTS):
             slots += [*(here[index] if index < len(here) else (NONE, 1.0)), True]

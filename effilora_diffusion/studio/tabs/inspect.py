@@ -46,7 +46,7 @@ class InspectTab(DrawingTab):
                 with gr.Row():
                     self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads", scale=3)
                     self.halt = gr.Button("Stop", elem_id="inspect-stop", interactive=False, min_width=80)
-                self.status = Markdown(ABOUT, elem_id="inspect-status", elem_classes="said")
+                self.status = Markdown(ABOUT, elem_id="inspect-status")
                 self.image = gr.Image(
                     label="Heads", format="png", type="filepath", interactive=False, visible=False, show_label=False,
                     buttons=["download", "fullscreen"], elem_id="heads", alt_text="Images by head, rows by seed",

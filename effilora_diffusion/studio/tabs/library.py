@@ -50,12 +50,12 @@ class LibraryTab:
             self.kind = gr.Dropdown(
                 list(KINDS), value=ALL, label="Show", scale=2, min_width=130, elem_id="library-kind"
             )
-        self.status = Markdown("", elem_id="library-status", elem_classes="said")
+        self.status = Markdown("", elem_id="library-status")
         self.page, self.opened, self.chosen = gr.State(0), gr.State(None), gr.State([])
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 with gr.Column(visible=False, elem_id="library-chosen") as self.many:
-                    self.count = Markdown("", elem_classes=["said", "question"])
+                    self.count = Markdown("", elem_id="library-chosen-status")
                     with gr.Row():
                         self.star_many = gr.Button(
                             "Add to favourites", size="sm", min_width=120, elem_id="star-chosen"
@@ -90,8 +90,8 @@ class LibraryTab:
         self.facts = Markdown("", elem_id="library-facts")
         with gr.Accordion("Tags and note", open=False, elem_id="library-notes"):
             self.tags = gr.Textbox(label="Tags, separated by commas", max_lines=1, elem_id="library-tags")
-            self.note = gr.Textbox(label="Note", lines=2, elem_id="library-note")
-            self.keep = gr.Button("Save tags and note", size="sm", elem_id="save-note")
+            self.note = gr.Textbox(label="Note", lines=2, elem_id="library-words")
+            self.keep = gr.Button("Save tags and note", size="sm", elem_id="library-save")
 
     # ------------------------------------------------------------------------------------------------------- the list
 
@@ -239,7 +239,7 @@ class LibraryTab:
         what = "this image" if len(there) == 1 else f"these {len(there)} images"
         grids = any(self.library.indexed(entry).grid for entry in there)
         cells = " With the last sheet of a grid its cells are deleted, too." if grids else ""
-        return [entry.name for entry in there], f"**Delete {what} from the disk?** It can't be undone.{cells}"
+        return [entry.name for entry in there], f"Delete {what} from the disk? It can't be undone.{cells}"
 
     def delete_images(self, names: list[str] | None, opened: str | None, chosen: list[str]) -> tuple[Any, ...]:
         """Delete what was asked about; returns what is open and chosen then, and what to say."""

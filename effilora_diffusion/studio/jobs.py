@@ -1,0 +1,107 @@
+"""Generations that outlive a reload: each runs in a thread of its own, and a page follows it, or comes back to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..diffusion.sampling.stream import Progress, Stop
+
+GRACE = 60.0
+"""Seconds that a generation goes on while no page follows it."""
+
+MOST = 256
+"""Ended generations that are kept for pages that come back."""
+
+
+class Job:
+    """One generation: what it has shown so far, for whoever follows it, and how it ended.
+
+    Attributes:
+        progress: the last step; ``None`` before the first.
+        preview: of the image that is being generated; ``None`` where there is none.
+        files: finished images.
+        error: what ended it, if it was an error.
+        facts: what whoever started it wants to remember.
+
+    Args:
+        events: the generation, see :meth:`.Session.draw`; it is only used by the job's own thread.
+        stop: ends it.
+        facts: see above.
+    """
+
+    def __init__(self, events: Iterator[Progress | Path], stop: Stop, facts: Any = None):
+        self.stop, self.facts = stop, facts
+        self.progress: Progress | None = None
+        self.preview: Any = None
+        self.files: list[Path] = []
+        self.error: Exception | None = None
+        self.ended = False
+        self._changed, self._version = threading.Condition(), 0
+        self._followers, self._left = 0, time.monotonic()
+        self._thread = threading.Thread(target=self._run, args=(events,), daemon=True, name="generation")
+        self._thread.start()
+
+    def _run(self, events: Iterator[Progress | Path]) -> None:
+        try:
+            for event in events:
+                with self._changed:
+                    self._take(event)
+                    self._version += 1
+                    self._changed.notify_all()
+                    if not self._followers and time.monotonic() - self._left > GRACE:
+                        self.stop.set()
+        except Exception as error:
+            self.error = error
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
+
+    def _take(self, event: Progress | Path) -> None:
+        if isinstance(event, Path):
+            self.files.append(event)
+            self.preview = None
+            return
+        self.progress = event
+        if event.preview is not None:
+            self.preview = event.preview
+
+    def follow(self) -> Iterator[None]:
+        """Return at once with what there is, then whenever there is more, until the generation has ended."""
+        seen = -1
+        with self._changed:
+            self._followers += 1
+        try:
+            while True:
+                with self._changed:
+                    while self._version == seen and not self.ended:
+                        self._changed.wait()
+                    seen, last = self._version, self.ended
+                yield
+                if last:
+                    return
+        finally:
+            with self._changed:
+                self._followers -= 1
+                self._left = time.monotonic()
+
+
+class Jobs:
+    """Each page's last generation, by the key that a page keeps over a reload."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Job] = {}
+
+    def keep(self, key: str, job: Job) -> None:
+        """Remember ``job`` as the page's last one."""
+        self._of.pop(key, None)
+        self._of[key] = job
+        for other in [name for name, one in list(self._of.items()) if one.ended][:-MOST]:
+            self._of.pop(other, None)
+
+    def of(self, key: str) -> Job | None:
+        """The page's last generation."""
+        return self._of.get(key)
