@@ -13,6 +13,7 @@ from effilora_diffusion.core import AdapterFile, EffiLoRA, load_adapter_file, sa
 from effilora_diffusion.core.concepts import Concept
 from effilora_diffusion.core.run_folder import plain_names
 from effilora_diffusion.diffusion.sampling.leakage import READING, leakage_columns, leakage_prompts
+from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.studio.adapter_row import AdapterRow
 from effilora_diffusion.studio.runs import Run
 from effilora_diffusion.studio.subjects import MOST_SUBJECTS, SubjectsForm, images_note
@@ -54,14 +55,14 @@ def test_an_adapter_of_several_concepts_shows_what_a_prompt_may_name(session):
     assert slot.fill("", name) == "a sks cat"
     assert "cat: sks, tom; dog: zwx" in tab.show(name)[0]
     assert "several concepts (cat, dog)" in tab.write(name, "diffusers")[1]
-    assert tab.remove(name, True)[2] == "two is deleted."
+    assert tab.remove(name)[1] == "two is deleted."
     assert [path.name for path in (session.outputs / "two").iterdir()] == ["pytorch_lora_weights_mine.safetensors"]
 
 
 def test_the_leakage_grid_has_a_row_per_prompt_and_a_column_per_head(session):
     name = two_concepts(session, session.outputs / "two")
     tab, visit = built(CompareTab, session), SimpleNamespace(session_hash="visitor")
-    *_, (_, grid, text, *_) = tab.draw_leakage(visit, "", name, 1.0, 0, 1, 2.0, 32)
+    *_, (*_, grid, text, _, _) = tab.draw_leakage(visit, "", name, 1.0, 0, 1, 2.0, 32, 32)
     assert text == READING + " Without a trigger the image is the base's, pixel for pixel."
     rows = ["a photo of sks cat", "zwx", "a photo of sks cat and zwx", "a photo of cat"]
     columns = ["base", "adapter", "sks always", "zwx always"]
@@ -69,7 +70,8 @@ def test_the_leakage_grid_has_a_row_per_prompt_and_a_column_per_head(session):
     assert leakage_prompts(concepts) == rows
     assert [column.label for column in leakage_columns(concepts)] == columns
     assert image_size(grid["value"])[1] > 4 * 128
-    *_, (_, _, refused, *_) = tab.draw_leakage(visit, "", "cat", 1.0, 0, 1, 2.0, 32)
+    assert read_parameters(grid["value"])["grid"] == {"kind": "leakage"}
+    *_, (*_, refused, _, _) = tab.draw_leakage(visit, "", "cat", 1.0, 0, 1, 2.0, 32, 32)
     assert "no subjects to tell apart" in refused
 
 

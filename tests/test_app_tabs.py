@@ -178,10 +178,50 @@ def test_the_card_says_what_an_adapter_is(session):
     assert "no adapter named" in tab.show("../../etc/passwd")[0]
 
 
+def another(source, target):
+    """An adapter file with the same weights that says something else of itself."""
+    content = load_adapter_file(source)
+    save_adapter_file(target, AdapterFile(content.adapter, {**content.metadata, "copy": 1}, content.calibration))
+
+
+def test_the_same_file_is_added_once(session, tmp_path):
+    tab = built(AdaptersTab, session)
+    for name in ("first", "second"):
+        shutil.copyfile(session.outputs / "cat" / "pytorch_lora_weights.safetensors", tmp_path / f"{name}.safetensors")
+    assert tab.bring(str(tmp_path / "first.safetensors"))[1] == "first is here."
+    update, text = tab.bring(str(tmp_path / "second.safetensors"))
+    assert text == "This file is here already, as first: nothing was added."
+    assert update["value"] == "first"
+    assert set(session.adapters()) == {"first", "cat"}
+
+
+def test_cards_have_what_is_noted_and_are_found_by_it(session):
+    tab = built(AdaptersTab, session)
+    (session.uploads / "plain.safetensors").write_bytes(
+        (session.outputs / "cat" / "pytorch_lora_weights.safetensors").read_bytes()
+    )
+    cards = tab.found("", "cat")
+    assert 'data-name="cat" aria-pressed="true"><img src="gradio_api/file=' in cards
+    assert 'alt="Sample image of cat"' in cards
+    assert "EffiLoRA, rank 4, model, " in cards
+    assert 'data-name="plain" aria-pressed="false"><span class="no-image"' in cards
+    before = (session.outputs / "cat" / "effilora.safetensors").read_bytes()
+    assert tab.save_note("cat", "pets, <b>", "my friend's") == "Tags and note saved."
+    assert (session.outputs / "cat" / "effilora.safetensors").read_bytes() == before
+    assert built(AdaptersTab, session).noted("cat") == ("pets, <b>", "my friend's")
+    for query, found in (("pets sks", ["cat"]), ("friend", ["cat"]), ("rank", ["plain", "cat"]), ("lora", ["plain", "cat"]),
+                         ("dog", [])):  # fmt: skip
+        assert [one.name for one in tab.shelf.find(query)] == found, query
+    assert "<b>" not in tab.found("", None)
+    assert "no adapter named" in tab.save_note("../cat", "", "")
+    tab.remove("cat")
+    assert tab.shelf.notes.all() == {}
+
+
 def test_an_adapter_is_brought_used_exported_and_deleted(session, tmp_path):
     tab = built(AdaptersTab, session)
     file = tmp_path / "my <b>fine<b> cat.safetensors"
-    shutil.copyfile(session.outputs / "cat" / "effilora.safetensors", file)
+    another(session.outputs / "cat" / "effilora.safetensors", file)
     update, text = tab.bring(str(file))
     name = update["value"]
     assert text == f"{name} is here."
@@ -195,8 +235,10 @@ def test_an_adapter_is_brought_used_exported_and_deleted(session, tmp_path):
     assert not shown["visible"]
     assert (session.exports / f"{name}-merged" / "model_index.json").is_file()
     assert "Not exported" in tab.write(name, "pickle")[1]
-    assert "Not deleted" in tab.remove(name, False)[2]
-    assert tab.remove(name, True)[2] == f"{name} is deleted."
+    assert tab.ask(name) == (name, f"Delete the adapter {name} from the disk? It can't be undone.")
+    assert "no adapter named" in tab.ask("../cat")[1]
+    assert tab.remove(name)[1] == f"{name} is deleted."
+    assert "Not deleted" in tab.remove(name)[1]
     assert name not in session.adapters()
     assert "cat" in session.adapters()
 
@@ -250,8 +292,9 @@ def test_files_that_can_t_be_used_are_refused_in_words(session, place, tmp_path)
 def test_files_that_lie_among_the_adapters_damaged_break_nothing(session):
     (session.uploads / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     tab = built(AdaptersTab, session)
-    _, card, _ = tab.refresh(None)
+    _, card, *_, cards = tab.refresh(None)
     assert "not a readable safetensors file" in card
+    assert "damaged: it can&#x27;t be read" in cards
     assert "Not exported" in tab.write("cut", "diffusers")[1]
     make_page(session)
 
@@ -277,7 +320,7 @@ def test_a_sample_is_drawn_and_shown(session):
     tab = built(AdaptersTab, session)
     before = tab.show("cat")[1]["value"]
     *_, (_, image, text, *_) = tab.draw_sample(SimpleNamespace(session_hash="visitor"), "cat")
-    assert text == "The sample is kept beside the adapter."
+    assert text == "The sample image is kept beside the adapter."
     assert image_size(image["value"]) != image_size(before)  # the new one, not the run's
     assert (session.outputs / "cat" / "sample.png").exists()
 
@@ -288,7 +331,7 @@ def test_names_of_the_command_line_s_runs_are_taken_as_they_are(session):
     assert "Done" in built(TrainTab, session).look("cat v1.0")[0]
     tab = built(AdaptersTab, session)
     assert "rank 4" in tab.show("cat v1.0")[0]
-    assert tab.remove("cat v1.0", True)[2] == "cat v1.0 is deleted."
+    assert tab.remove("cat v1.0")[1] == "cat v1.0 is deleted."
     os.utime(session.outputs / "cat v1.0" / "metrics.jsonl", (0, 0))  # not just now
     assert "deleted" in built(TrainTab, session).look("cat v1.0")[0]
 

@@ -8,15 +8,14 @@ from typing import Any
 import gradio as gr
 
 from .. import EffiLoRAError
-from ..core import is_native, load_adapter_file
-from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.sampling.request import GenerationRequest
 from ..diffusion.sampling.sampler_names import known_name
 from .fields import seed_of, whole
 from .queue import MODEL_QUEUE
 from .session import Session
+from .shelf import adapter_facts
 from .training_api import add_training_endpoints
-from .words import clean, one_line
+from .words import one_line
 
 
 def add_endpoints(session: Session) -> None:
@@ -46,7 +45,7 @@ def add_endpoints(session: Session) -> None:
         found = []
         for name, path in session.adapters().items():
             try:
-                found.append({"name": name, **_facts(path), "checkpoints": sorted(session.checkpoints(name))})
+                found.append({"name": name, **adapter_facts(path), "checkpoints": sorted(session.checkpoints(name))})
             except (EffiLoRAError, OSError):
                 continue
         return found
@@ -58,20 +57,3 @@ def add_endpoints(session: Session) -> None:
 
 def _given(value: Any, usual: Any) -> Any:
     return usual if value is None else value
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What a list says of one file."""
-    if is_native(path):
-        content = load_adapter_file(path)
-        own: dict[str, Any] = {
-            "kind": "effilora",
-            "rank": content.adapter.config.rank,
-            "heads": content.adapter.config.heads,
-        }
-        named = content.metadata
-    else:
-        named = describe_plain(path)
-        own = {"kind": "lora", "rank": max(named["ranks"], default=None), "heads": 1}
-    stated = {key: named.get(key) for key in ("trigger_prompt", "base_model")}
-    return {**own, **{key: None if value is None else clean(value) for key, value in stated.items()}}

@@ -24,11 +24,7 @@ def filled(session: Session, found: ImageFacts) -> list[Any]:
 
     Raises :class:`EffiLoRAError` for parameters that no form can hold.
     """
-    asked, notes = GenerationRequest.from_parameters(found.parameters), [*found.notes]
-    if max(len(asked.prompt), len(asked.negative_prompt)) > LIMITS.prompt:
-        raise EffiLoRAError(f"this image's prompt has more than {LIMITS.prompt:g} characters")
-    if not all(abs(power) <= LIMITS.seed for _, power in asked.adapters) or not 0 <= asked.seed <= LIMITS.seed:
-        raise EffiLoRAError("this image's parameters are out of range")
+    asked, notes = readable(found), [*found.notes]
     steps, guidance, width, height = _fitting(session, asked, notes)
     here = [pair for pair in asked.adapters if session.knows(pair[0])]
     missing = [name for name, _ in asked.adapters if not session.knows(name)]
@@ -48,6 +44,16 @@ def filled(session: Session, found: ImageFacts) -> list[Any]:
     start = _start(session, found.parameters, notes)
     return [*prompts, steps, guidance, width, height, 1, str(asked.seed), False, sampler or OWN, asked.literal,
             *slots, *start, False, _said_of(found, missing, notes)]  # fmt: skip
+
+
+def readable(found: ImageFacts) -> GenerationRequest:
+    """The request in an image's parameters; raises :class:`EffiLoRAError` for what no form can hold."""
+    asked = GenerationRequest.from_parameters(found.parameters)
+    if max(len(asked.prompt), len(asked.negative_prompt)) > LIMITS.prompt:
+        raise EffiLoRAError(f"this image's prompt has more than {LIMITS.prompt:g} characters")
+    if not all(abs(power) <= LIMITS.seed for _, power in asked.adapters) or not 0 <= asked.seed <= LIMITS.seed:
+        raise EffiLoRAError("this image's parameters are out of range")
+    return asked
 
 
 def _fitting(session: Session, asked: GenerationRequest, notes: list[str]) -> tuple[int, float, int, int]:

@@ -17,7 +17,7 @@ from .. import EffiLoRAError
 from ..diffusion.config import PRECISIONS
 from ..diffusion.report import figures
 from ..diffusion.report.style import within
-from . import run_view
+from . import cards, run_view
 from .api import add_endpoints
 from .guards import allowed_hosts, guarded
 from .looks import HEAD, STYLE, theme
@@ -28,6 +28,7 @@ from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
+from .tabs.library import LibraryTab
 from .tabs.runs import RunsTab
 from .tabs.train import TrainTab
 from .train_form import followed
@@ -46,13 +47,14 @@ def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
         bar = StatusBar(session, shelf)
         bar.build()
         generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
-        runs = RunsTab(session)
+        runs, library = RunsTab(session), LibraryTab(session)
         adapters, inspect = AdaptersTab(session), InspectTab(session)
         tabs: dict[str, Any] = {
             "Generate": generate,
             "Compare": compare,
             "Train": train,
             "Runs": runs,
+            "Library": library,
             "Adapters": adapters,
             "Inspect": inspect,
         }
@@ -65,6 +67,10 @@ def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
         bar.wire(page, [(generate.follow, generate.follows), (compare.follow, compare.follows), train_follow])
         train.lead_to(all_tabs, runs.which, runs.go_on, runs.note)
         runs.lead_to(all_tabs, generate.slots[0], generate.prompt)
+        library.connect(all_tabs, [
+            (library.generate, "generate", generate.filled, [*generate.form, generate.status]),
+            (library.compare, "compare", compare.filled, [*compare.form, *compare.grids.form, compare.status]),
+        ])  # fmt: skip
         add_endpoints(session)
 
         def leave(visit: gr.Request) -> None:
@@ -73,9 +79,10 @@ def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
         page.unload(leave)
         refreshed: dict[str, tuple[Any, Any, Any]] = {
             "Generate": (generate.refresh, None, generate.refreshed),
-            "Compare": (compare.refresh, compare.adapter, compare.adapter),
+            "Compare": (compare.refresh, compare.adapter, [compare.adapter, *compare.grids.left_shown]),
+            "Library": (library.refresh, library.asked, [*library.listed, *library.shown]),
             "Runs": (runs.refresh, [runs.which, runs.log_scale], [runs.which, *runs.shown, *runs.queued]),
-            "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.image]),
+            "Adapters": (adapters.refresh, [adapters.which, adapters.query], adapters.shown),
             "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
         }
         for label, (refresh, inputs, outputs) in refreshed.items():
@@ -142,7 +149,7 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         prevent_thread_lock=True,
         quiet=True,
         theme=theme(),
-        css=STYLE + figures.STYLE + run_view.STYLE + within(".report-part"),
+        css=STYLE + figures.STYLE + run_view.STYLE + cards.STYLE + within(".report-part"),
         head=HEAD,
     )
     if block:

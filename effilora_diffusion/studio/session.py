@@ -271,6 +271,13 @@ class Session:
             raise EffiLoRAError("stopped")
         return drawn[0]
 
+    def image_to(self, path: Path, request: GenerationRequest, stop: Stop | None = None) -> None:
+        """A single image as a file with its parameters, outside the history. A stop is an :class:`EffiLoRAError`."""
+        images = [(step.image, drawn) for step, drawn in self._drawing(request, stop, 0) if step.image is not None]
+        if not images:
+            raise EffiLoRAError("stopped")
+        self._keep(*images[0], path)
+
     def _drawing(
         self, request: GenerationRequest, stop: Stop | None, preview_every: int
     ) -> Iterator[tuple[Progress, GenerationRequest]]:
@@ -303,11 +310,11 @@ class Session:
             literal=True,
         )
 
-    def _keep(self, image: Image.Image, request: GenerationRequest) -> Path:
-        """Write an image with its parameters into the history, and what it began with beside."""
+    def _keep(self, image: Image.Image, request: GenerationRequest, path: Path | None = None) -> Path:
+        """Write an image with its parameters into the history, or to ``path``, and what it began with beside."""
         if request.start is not None:
             self.starts.keep(request.start)
-        path = self.new_file(str(request.seed))
+        path = path or self.new_file(str(request.seed))
         files = {name: self.wanted(name).path for name, _ in request.adapters}
         save_image(image, path, request, request.seed, self.model, self.pipe, files)
         return path
