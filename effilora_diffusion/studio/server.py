@@ -71,10 +71,12 @@ def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
             (library.generate, "generate", generate.filled, [*generate.form, generate.status]),
             (library.compare, "compare", compare.filled, [*compare.form, *compare.grids.form, compare.status]),
         ])  # fmt: skip
+        generate.survive(page)
+        train.survive(page)
         add_endpoints(session)
 
         def leave(visit: gr.Request) -> None:
-            session.tickets.forget(str(visit.session_hash))
+            session.tickets.forget(session.jobs.visitor(str(visit.session_hash)))
 
         page.unload(leave)
         refreshed: dict[str, tuple[Any, Any, Any]] = {

@@ -31,6 +31,7 @@ from ..diffusion.sampling.saving import save_image
 from ..diffusion.sampling.start import task_pipeline
 from ..diffusion.sampling.stream import Progress, Stop, draw_live, settle
 from ..diffusion.sampling.tokens import TokenCounter
+from .jobs import Jobs
 from .open_model import OpenModel
 from .queue import Tickets
 from .start_images import StartImages
@@ -60,7 +61,7 @@ class Session:
 
     def __init__(self, model: str | None = None, outputs: Path = Path("outputs"), dtype: str = "float32"):
         self.outputs, self.dtype = outputs.resolve(), getattr(torch, dtype)
-        self.lock, self.tickets = threading.Lock(), Tickets()
+        self.lock, self.tickets, self.jobs = threading.Lock(), Tickets(), Jobs()
         self.opened = OpenModel(model, self.dtype)
         self.doing = ""
         for folder in (self.history, self.uploads):

@@ -170,7 +170,7 @@ class AdaptersTab(DrawingTab):
 
     def draw_sample(self, visit: gr.Request, name: str | None) -> Iterator[tuple[Any, ...]]:
         """Draw the adapter's prompt without and with it, and keep that beside the adapter."""
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
         same = gr.update()
         try:

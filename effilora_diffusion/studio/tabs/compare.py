@@ -116,7 +116,7 @@ class CompareTab(DrawingTab):
 
     def compare(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Base and adapter on the same seed, as the two sides of a slider."""
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
         same = [gr.update()] * 4
         try:
@@ -147,7 +147,7 @@ class CompareTab(DrawingTab):
 
     def draw_leakage(self, visit: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The leakage grid of the chosen adapter, row by row."""
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
         same = [gr.update()] * 4
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from ...diffusion.sampling.metadata import ImageFacts, read_image, read_paramete
 from ...diffusion.sampling.request import GenerationRequest
 from ...diffusion.sampling.start import IMAGE_TO_IMAGE
 from ...diffusion.sampling.stream import Progress
+from ..adapter_row import NONE
 from ..adapter_slots import SLOTS, AdapterSlots
 from ..fields import number, seed_of, whole
 from ..filling import OWN, filled
-from ..queue import refusal
+from ..jobs import KEY_SCRIPT, Job
+from ..memory import fits, remember
+from ..queue import Ticket, refusal
 from ..requests import larger, of_lines
 from ..session import LIMITS, Session
 from ..start_form import StartForm
@@ -31,6 +35,15 @@ FACTORS = (1.5, 2.0)
 
 EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow background", "a twemoji emoji of castle")
 """Prompts to begin with on the embedded base."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a generation says besides its images: how many they will be, values of the form, and words for its end."""
+
+    total: int
+    form: dict[Any, Any]
+    told: str
 
 
 class GenerateTab(DrawingTab):
@@ -204,41 +217,68 @@ class GenerateTab(DrawingTab):
     def _generate(self, visit: gr.Request, ask: Callable[[], list[GenerationRequest]],
                   told: dict[Any, Callable[[GenerationRequest], Any]]) -> Iterator[dict[Any, Any]]:  # fmt: skip
         """Generate what ``ask`` returns; ``told``: what the first request tells other components."""
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
-        files: list[Path] = []
         try:
             asked = ask()
             notes = notes_of(drawing for one in asked for drawing in self.session.check(one))
-            total = sum(one.num_images for one in asked)
-            yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True),
-                   self.gallery: shown(files), self.status: "Preparing ...", self.chosen: gr.update(visible=False),
-                   **{component: value(asked[0]) for component, value in told.items()}}  # fmt: skip
-            for one in asked:
-                for event in () if ticket.stop else self.session.draw(one, ticket.stop):
-                    if isinstance(event, Path):
-                        files.append(event)
-                        yield {self.gallery: shown(files)}
-                    else:
-                        yield self._progress(event, files, total)
         except Exception as error:
+            self.tickets.end(visitor, ticket)
             yield {**self._idle(), self.status: refusal(error)}
             return
+        facts = {component: value(asked[0]) for component, value in told.items()}
+        told_at_end = f"seeds from {asked[0].seed}.{notes}"
+        work = self._work(asked, visitor, ticket)
+        job = Job(work, ticket.stop, Facts(sum(one.num_images for one in asked), facts, told_at_end))
+        self.session.jobs.keep(visitor, job)
+        yield from self._follow(job)
+
+    def _work(self, asked: list[GenerationRequest], visitor: str, ticket: Ticket) -> Iterator[Progress | Path]:
+        """All images, in the thread of their job."""
+        try:
+            for one in asked:
+                yield from () if ticket.stop else self.session.draw(one, ticket.stop)
         finally:
             self.tickets.end(visitor, ticket)
-        word = "Stopped" if len(files) < total else "Done"
-        yield {**self._idle(), self.gallery: shown(files),
-               self.status: f"{word}: {len(files)} of {total}, seeds from {asked[0].seed}.{notes}"}  # fmt: skip
 
-    def _progress(self, event: Progress, files: list[Path], total: int) -> dict[Any, Any]:
-        """The step in words; a preview stands behind the finished images until its own image is finished."""
-        left = f", {event.seconds:.0f} s left" if event.seconds is not None else ""
-        found: dict[Any, Any] = {
-            self.status: f"Image {len(files) + 1} of {total}: step {event.step} of {event.steps}{left}"
-        }
-        if event.preview is not None:
-            found[self.gallery] = shown(files, event.preview)
-        return found
+    def _follow(self, job: Job) -> Iterator[dict[Any, Any]]:
+        """Show a generation from where it is to its end; the page may be left and come back meanwhile."""
+        facts: Facts = job.facts
+        yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True),
+               self.gallery: shown(job.files, job.preview), self.status: "Preparing ...",
+               self.chosen: gr.update(visible=False), **facts.form}  # fmt: skip
+        seen: Any = (len(job.files), job.preview)
+        for _ in job.follow():
+            if job.ended:
+                break
+            files, preview, step = list(job.files), job.preview, job.progress
+            found: dict[Any, Any] = {}
+            if step is not None:
+                left = f", {step.seconds:.0f} s left" if step.seconds is not None else ""
+                number = min(len(files) + 1, facts.total)
+                found[self.status] = f"Image {number} of {facts.total}: step {step.step} of {step.steps}{left}"
+            if seen[0] != len(files) or seen[1] is not preview:
+                seen = (len(files), preview)
+                found[self.gallery] = shown(files, preview)
+            yield found or {self.status: gr.skip()}
+        yield self._ended(job)
+
+    def _ended(self, job: Job) -> dict[Any, Any]:
+        files = [file for file in job.files if file.is_file()]  # some may be deleted since
+        if job.error is not None:
+            return {**self._idle(), self.gallery: shown(files), self.status: refusal(job.error)}
+        word = "Stopped" if len(job.files) < job.facts.total else "Done"
+        text = f"{word}: {len(job.files)} of {job.facts.total}, {job.facts.told}"
+        return {**self._idle(), self.gallery: shown(files), self.status: text}
+
+    def come_back(self, visit: gr.Request, key: str) -> Iterator[dict[Any, Any]]:
+        """A page that is loaded shows what it generates, or has generated last."""
+        self.session.jobs.introduce(str(visit.session_hash), key)
+        job = self.session.jobs.of(self.visitor(visit))
+        if job is None:
+            yield {self.status: gr.skip()}
+        else:
+            yield from self._follow(job)
 
     def _idle(self) -> dict[Any, Any]:
         return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False)}
@@ -304,10 +344,35 @@ class GenerateTab(DrawingTab):
         """The adapters and the history as they are on the disk now."""
         return [*self.adapters.refresh(), [str(path) for path in self.session.drawn()]]
 
+    @property
+    def generated(self) -> list[Any]:
+        """What a generation changes on the page."""
+        return [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
+
+    def survive(self, page: gr.Blocks) -> None:
+        """Let a reload of the page come back to the form and to what is generated."""
+        plain = [self.prompt, self.negative, self.steps, self.guidance, self.width, self.height, self.count, self.seed,
+                 self.random, self.sampler, self.literal, self.lines, *self.adapters.parts]  # fmt: skip
+        self.adapters.show_after(remember(page, "generate", plain, self._accepts).then)
+        page.load(
+            self.come_back, gr.Textbox(visible=False), self.generated, js=KEY_SCRIPT, concurrency_limit=None,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+
+    def _accepts(self, part: Any, value: Any) -> bool:
+        """Whether a value that the browser has kept is one of the open model."""
+        if part in self.adapters.choices:
+            return value == NONE or (isinstance(value, str) and self.session.knows(value))
+        if part is self.sampler:
+            return value == OWN or value in self.session.samplers
+        if part in (self.width, self.height):
+            return fits(part, value) and LIMITS.least_edge <= value <= self.session.max_edge
+        return fits(part, value)
+
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
-        outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
+        outputs = self.generated
         buttons = (self.status, self.go, self.halt)
         drawn = self.wire_drawing([self.go.click, self.prompt.submit], self.draw, self.form, outputs, *buttons)
         for button, factor in zip(self.upscales, FACTORS, strict=True):

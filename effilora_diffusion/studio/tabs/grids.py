@@ -99,7 +99,7 @@ class GridPart(DrawingTab):
         yield from self._drawn(visit, found)
 
     def _drawn(self, visit: gr.Request, make: Callable[[], Grid]) -> Iterator[tuple[Any, ...]]:
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
         same, hidden, grid, said = gr.update(), gr.update(visible=False), None, ""
         try:

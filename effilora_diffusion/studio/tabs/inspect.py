@@ -104,7 +104,7 @@ class InspectTab(DrawingTab):
         self, visit: gr.Request, name: str | None, prompt: str, seed: float | None
     ) -> Iterator[tuple[Any, ...]]:
         """A grid of two seeds: base, all heads, and every head alone."""
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
         try:
             path = self.session.wanted(name or "").path

@@ -18,6 +18,8 @@ from ...diffusion.training.example import example_settings
 from ..brought import key_of
 from ..continued import continued, words_of
 from ..image_cards import ImageCards
+from ..jobs import KEY_SCRIPT, MOST
+from ..memory import kept_captions, remember
 from ..prediction import MEMORY, WORDS, Prediction
 from ..queue import MODEL_QUEUE, refusal
 from ..report_table import STYLE as REPORT_STYLE
@@ -38,6 +40,14 @@ CUTTING = ("resolution", "use_aspect_ratio_buckets", "center_crop")
 
 ONE, SEVERAL = "one subject", "several subjects"
 
+CAPTIONS = '"effilora captions"'
+KEEP_CAPTIONS = f"""(cards) => {{
+  const found = (cards || []).map((one) => [one.key, one.caption]);
+  if (found.length) localStorage.setItem({CAPTIONS}, JSON.stringify(Object.fromEntries(found)));
+}}"""
+PAGE = f"() => [({KEY_SCRIPT})(), localStorage.getItem({CAPTIONS}) || '']"
+"""The page's key, and the captions that the browser has kept."""
+
 
 class TrainTab:
     """Components and handlers of the tab."""
@@ -45,6 +55,7 @@ class TrainTab:
     def __init__(self, session: Session):
         self.session, self.prediction = session, Prediction(session)
         self.trainings = TrainingQueue(session.outputs)
+        self.held: dict[str, list[str]] = {}
         self.subjects, self.images, self.settings = (
             SubjectsForm(),
             ImageCards(session, "train"),
@@ -231,6 +242,35 @@ class TrainTab:
         outputs, images = [tabs, self.note, *self.filled, refused], self.images
         filled = again.click(self.fill, which, outputs, js=ADDRESS.format("train"), **hidden)
         filled.then(self.check, [images.files, images.cards, images.taken, *self.asked], images.shown, **hidden)
+
+    def survive(self, page: gr.Blocks) -> None:
+        """Let a reload of the page come back to the form: its images are here, all else is in the browser."""
+        remember(page, "train", [self.mode, self.prompt, self.name, self.preset, *self.advanced])
+        hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        images, kept = self.images, [gr.Textbox(visible=False), gr.Textbox(visible=False)]
+        images.files.change(self.hold, images.files, None, **hidden)
+        images.cards.change(None, images.cards, None, js=KEEP_CAPTIONS, **hidden)
+        back = page.load(self.come_back, kept, [images.files, images.cards], js=PAGE, **hidden)
+        back.then(self.check, [images.files, images.cards, images.taken, *self.asked], images.shown, **hidden)
+
+    def hold(self, visit: gr.Request, files: list[str]) -> None:
+        """Remember a page's images for its next load."""
+        page = self.session.jobs.visitor(str(visit.session_hash))
+        self.held.pop(page, None)
+        self.held[page] = files
+        for other in list(self.held)[:-MOST]:
+            self.held.pop(other, None)
+
+    def come_back(self, visit: gr.Request, key: str, captions: str) -> tuple[Any, Any]:
+        """The images that a page had when it was left, as far as they are still here, with what was written to them."""
+        self.session.jobs.introduce(str(visit.session_hash), key)
+        files = self.held.get(self.session.jobs.visitor(str(visit.session_hash)), [])
+        here = [file for file in files if Path(file).is_file()]
+        if not here:
+            return gr.skip(), gr.skip()
+        written = kept_captions(captions)
+        keys = [key_of(Path(file)) for file in here]
+        return here, [{"key": one, "caption": written[one]} for one in keys if one in written]
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
