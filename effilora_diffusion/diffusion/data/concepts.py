@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.concepts import Concept, check_concepts, contains
 from ...core.errors import EffiLoRAError
+from ...core.phases import Tell, nobody
 from ...core.text_io import printable
 from ..caption_options import PLAIN
 from ..concepts_list import ConceptData
@@ -129,11 +130,13 @@ class ConceptSource:
         """All sizes of the concepts' images."""
         return sorted({size for source in self.sources for size in source.sizes})
 
-    def fill(self, everything: bool = False, sizes: Iterable[Size] = (), rows: range | None = None) -> None:
+    def fill(
+        self, everything: bool = False, sizes: Iterable[Size] = (), rows: range | None = None, tell: Tell = nobody
+    ) -> None:
         """:meth:`.ExampleSource.fill` of every concept."""
         for number, source in enumerate(self.sources):
             own = None if rows is None else range(self._before(rows.start, number), self._before(rows.stop, number))
-            source.fill(everything, sizes, own)
+            source.fill(everything, sizes, own, tell)
 
     def _before(self, position: int, number: int) -> int:
         """Rows of a concept before ``position``, in whole turns."""
