@@ -80,6 +80,7 @@ def test_programs_see_how_a_run_stands(client):
     found = client.predict("cat", api_name="/train_status")
     assert (found["state"], found["step"], found["steps"]) == ("done", 4, 4)
     assert found["loss"] > 0
+    assert (found["phase"], found["place"]) == (None, None)
     assert client.predict("nobody", api_name="/train_status")["state"] == "new"
 
 

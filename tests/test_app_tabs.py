@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from app_forms import built, by_hand, image_size
-from helpers import make_subject, trainer
+from helpers import edit_json, make_subject, trainer
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
@@ -19,10 +19,12 @@ from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter
 from effilora_diffusion.core.run_folder import trim_log
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.studio.adapter_row import AdapterRow
+from effilora_diffusion.studio.runs import Run
 from effilora_diffusion.studio.server import make_page
 from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.adapters import AdaptersTab
 from effilora_diffusion.studio.tabs.inspect import InspectTab
+from effilora_diffusion.studio.tabs.runs import RunsTab
 from effilora_diffusion.studio.tabs.train import TrainTab, captions_of
 from effilora_diffusion.studio.train_form import (
     PRESET_FIELDS,
@@ -57,23 +59,17 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1,
             "export_distillation_steps": 1}  # fmt: skip
     advanced = by_hand(session, **hand)
-    update, text = tab.begin(files, rows, "a sks cat", "new cat", "fast", *advanced)
-    assert text == "Starting ..."
-    assert update["value"] == "new cat"
+    name, button, text = tab.begin(files, rows, "a sks cat", "new cat", "fast", *advanced)
+    assert (name, button["visible"], text) == ("new cat", True, "new cat is being trained.")
     data = session.outputs / "datasets" / "new cat"
     assert (data / "000-0.txt").read_text() == "a red one"
     assert not (data / "001-1.txt").exists()
-    end = time.monotonic() + 600
-    while "Done" not in tab.look("new cat")[0]:
-        assert time.monotonic() < end, tab.look("new cat")[0]
+    run, end = Run(session.outputs, "new cat"), time.monotonic() + 600
+    while run.status().state != "done":
+        assert time.monotonic() < end, run.status()
         time.sleep(0.2)
-    text, curve, sample, layers, report = tab.look("new cat")
-    assert "step 3 of 3" in text
-    assert list(curve["step"][curve["curve"] == "every step"]) == [1, 2, 3]
-    newest = sorted((session.outputs / "new cat" / "samples").glob("*.png"))[-1]
-    assert Path(sample).read_bytes() == newest.read_bytes()
-    assert layers == ""  # the Reducer was off
-    assert "steps       3, batch size" in report["value"]
+    assert [line["step"] for line in run.status().metrics] == [1, 2, 3]
+    assert "steps       3, batch size" in run.report()
     assert "new cat" in session.adapters()
 
 
@@ -83,7 +79,7 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
         ({"files": None}, "no images"),
         ({"prompt": " "}, "prompt is missing"),
         ({"name": "../x"}, "name"),
-        ({"name": ""}, "no name yet"),
+        ({"name": ""}, "enter a name"),
         ({"files": ["x"] * 201}, "201 images"),
         ({"preset": "fastest"}, "preset"),
         ({"name": "cat"}, "finished run"),
@@ -98,7 +94,7 @@ def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "fast", **change}
     advanced = by_hand(session, **change)
-    _, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
+    *_, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
     assert text.startswith("**Not started:**")
     assert word in text
     assert (session.outputs / "cat" / "effilora.safetensors").exists()
@@ -158,11 +154,12 @@ def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path)
     trainer(place / "model", data, session.outputs / "half", **options).run()
     (session.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped before its end
     trim_log(session.outputs / "half" / "metrics.jsonl", 3)
+    edit_json(session.outputs / "half" / ".run.json", finished=False)
     (session.uploads / "dog.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes())
     before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
                        ("class images", "reserved"), ("history", "reserved")):  # fmt: skip
-        _, text = tab.begin(files, [], "a cat", name, "fast", *by_hand(session))
+        *_, text = tab.begin(files, [], "a cat", name, "fast", *by_hand(session))
         assert word in text, name
         *_, (_, text) = tab.check_first(files, [], "a cat", name, "fast", *by_hand(session))
         assert word in text, name
@@ -185,51 +182,14 @@ def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
     assert sorted(session.outputs.iterdir()) == before
 
 
-def test_an_open_page_is_sent_a_run_only_when_it_moves(session):
-    tab = built(TrainTab, session)
-    *first, seen = tab.watch("cat", None)
-    assert "step 4 of 4" in first[0]
-    assert image_size(first[2])[0] > 100
-    *again, same = tab.watch("cat", seen)
-    assert same == seen
-    assert again == [gr.skip()] * len(tab.shown)
-    shutil.rmtree(session.outputs / "cat" / "samples")
-    *moved, _ = tab.watch("cat", seen)
-    assert moved[2] is None  # no image of before, or of another run, is left
-    assert tab.watch(None, seen)[0] == "No run yet."
-
-
 def test_a_image_that_pages_load_is_not_written_again(session, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    train, adapters = built(TrainTab, session), built(AdaptersTab, session)
-    for component, look in (
-        (train.sample, lambda: train.look("cat")[2]),
-        (adapters.image, lambda: adapters.show("cat")[1]["value"]),
-    ):
-        served = Path(component.postprocess(look()).path)
-        served.write_bytes(served.read_bytes() + b"mark")  # else a page could get half of it
-        assert Path(component.postprocess(look()).path) == served
-        assert served.read_bytes().endswith(b"mark")
-
-
-def test_a_run_s_active_layers_are_shown(session, place, tmp_path):
-    options = {"max_train_steps": 8, "reducer": "importance", "reducer_warmup": 2, "reducer_interval": 2}
-    trainer(place / "model", make_subject(tmp_path / "s", 2), session.outputs / "dog", **options).run()
-    (session.outputs / "dog" / "run.json").write_text("{}")
-    figure = built(TrainTab, session).look("dog")[3]
-    assert "Layers trained over time" in figure
-    assert "Importance over time" in figure
-
-
-def test_runs_that_are_not_there_are_told_so(session):
-    tab = built(TrainTab, session)
-    assert tab.look(None)[0] == "No run yet."
-    assert "Nothing has been trained" in tab.look("dog")[0]
-    assert "not running" in tab.end("dog")
-    assert "Not resumed" in tab.go_on("dog")
-    for name in ("../cat", "/etc"):
-        assert "name" in tab.look(name)[0]
-        assert "Not stopped" in tab.end(name)
+    image = built(AdaptersTab, session).image
+    look = built(AdaptersTab, session).show
+    served = Path(image.postprocess(look("cat")[1]["value"]).path)
+    served.write_bytes(served.read_bytes() + b"mark")  # else a page could get half of it
+    assert Path(image.postprocess(look("cat")[1]["value"]).path) == served
+    assert served.read_bytes().endswith(b"mark")
 
 
 # --------------------------------------------------------------------------------------------------------- adapters
@@ -350,7 +310,7 @@ def test_a_sample_is_drawn_and_shown(session):
 
 def test_names_of_the_command_line_s_runs_are_taken_as_they_are(session):
     (session.outputs / "cat").rename(session.outputs / "cat v1.0")
-    assert built(TrainTab, session).runs() == ["cat v1.0"]
+    assert [name for _, name in built(RunsTab, session).names()] == ["cat v1.0"]
     assert "Done" in built(TrainTab, session).look("cat v1.0")[0]
     tab = built(AdaptersTab, session)
     assert "rank 4" in tab.show("cat v1.0")[0]

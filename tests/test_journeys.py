@@ -1,10 +1,7 @@
 """What people do with the web UI, from the first click to what they see, on the embedded base."""
 
-import json
-import os
 import re
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -18,8 +15,6 @@ from visits import browser, served, settle, visit  # noqa: F401 (fixtures)
 from effilora_diffusion import cli
 from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.sampling.metadata import read_parameters
-from effilora_diffusion.diffusion.training.example import example_settings
-from effilora_diffusion.studio.runs import Run
 
 LOOKS = [("desktop", False), ("desktop", True), ("phone", False), ("phone", True)]
 
@@ -201,66 +196,6 @@ def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
 # ------------------------------------------------------------------------------------------------------------ train
 
 
-def test_train_the_example_reload_and_use_it(visit, served):
-    one = visit()
-    page = one.page
-    one.tab("Train")
-    page.locator("#train-example").click()
-    expect(page.locator("#train-table")).to_contain_text("good")
-    expect(page.locator("#train-prompt textarea, #train-prompt input").first).to_have_value("an emoji of sks cat")
-    one.fill("#train-name", "my cat")
-    page.locator("#train-advanced > button").click()
-    settings = {"max_train_steps": "30", "validation_inference_steps": "4", "num_validation_images": "1",
-                "train_batch_size": "2", "export_distillation_steps": "2"}  # fmt: skip
-    for name, value in settings.items():
-        one.fill(f"#train-{name}", value)
-    page.locator("#train-advanced > button").click()
-    page.locator("#train-check").click()
-    one.says("#train-note", "Nothing is in the way.")
-    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30, batch size 2"))
-    page.locator("#train-start").click()
-    one.says("#train-status", "Training.")
-    page.reload()
-    second = visit(dark=True)
-    for each in (one, second):
-        each.tab("Train")
-        expect(each.page.locator("#train-run input")).to_have_value("my cat")
-        expect(each.page.locator("#train-status")).to_contain_text(re.compile(r"step \d+ of 30, loss"))
-    one.says("#train-status", "Done: the adapter my cat can be used.")
-    expect(page.locator("#train-sample img")).to_be_visible()
-    one.shot("train")
-    second.says("#train-status", "step 30 of 30")
-    one.tab("Generate")
-    one.choose("#adapter-1", "my cat")
-    few_steps(page, count=1)
-    page.locator("#draw").click()
-    one.says("#status", "Done: 1 of 1")
-    assert read_parameters(newest(served, 1)[0])["adapters"][0]["file"] == "my cat"
-
-
-def test_a_run_is_stopped_resumed_and_a_crash_is_told(visit, served):
-    settings = {**example_settings(), "with_prior_preservation": False, "class_data_dir": None, "max_train_steps": 400,
-                "num_validation_images": 0, "checkpointing_steps": 5}  # fmt: skip
-    run = Run(served[1], "long run")
-    run.start(settings)
-    one = visit()
-    page = one.page
-    one.tab("Train")
-    one.choose("#train-run", "long run")
-    expect(page.locator("#train-status")).to_contain_text(re.compile(r"step [1-9]\d* of 400"))
-    page.locator("#train-stop").click()
-    one.says("#train-note", "Stopping after this step")
-    one.says("#train-status", "Stopped; its checkpoint is written.")
-    reached = run.status().step
-    page.locator("#train-resume").click()
-    one.says("#train-status", "Training.")
-    expect(page.locator("#train-status")).to_contain_text(re.compile(rf"step (?!{reached} )\d+ of 400"))
-    run_group = json.loads((run.folder / "run.json").read_text())["pid"]
-    os.killpg(os.getpgid(run_group), signal.SIGKILL)
-    one.says("#train-status", "The training process was killed.")
-    shutil.rmtree(run.folder)
-
-
 def test_bad_images_are_named_before_training(visit, tmp_path):
     one = visit()
     one.tab("Train")
@@ -374,7 +309,7 @@ def test_see_what_was_learned(visit):
 def test_every_tab_fits_and_can_be_read(visit, size, dark):
     one = visit(size, dark)
     page = one.page
-    for name in ("Generate", "Compare", "Train", "Adapters", "Inspect"):
+    for name in ("Generate", "Compare", "Train", "Runs", "Adapters", "Inspect"):
         one.tab(name)
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
         one.settle()

@@ -14,13 +14,13 @@ from ..diffusion.sampling.request import GenerationRequest
 from ..diffusion.sampling.sampler_names import known_name
 from .fields import seed_of, whole
 from .queue import MODEL_QUEUE
-from .runs import Run
 from .session import Session
+from .training_api import add_training_endpoints
 from .words import clean, one_line
 
 
 def add_endpoints(session: Session) -> None:
-    """Add ``/generate``, ``/list_adapters`` and ``/train_status`` to the page that is being built."""
+    """Add ``/generate``, ``/list_adapters`` and the endpoints of trainings to the page that is being built."""
     defaults = session.defaults()
 
     def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = defaults["steps"],
@@ -50,19 +50,9 @@ def add_endpoints(session: Session) -> None:
                 continue
         return found
 
-    def train_status(name: str) -> dict[str, Any]:
-        """A training run: state (new, running, done, stopped, failed, deleted, elsewhere), message, step, steps, loss."""
-        try:
-            status = Run(session.outputs, name).status()
-        except Exception as error:
-            raise gr.Error(one_line(error), print_exception=False) from error
-        last = status.metrics[-1] if status.metrics else {}
-        facts = {"state": status.state, "message": status.message, "step": status.step, "steps": status.steps}
-        return {**facts, "loss": last.get("loss"), "active_layers": last.get("active_layers")}
-
     gr.api(generate, api_name="generate", **MODEL_QUEUE)
     gr.api(list_adapters, api_name="list_adapters")
-    gr.api(train_status, api_name="train_status")
+    add_training_endpoints(session)
 
 
 def _facts(path: Path) -> dict[str, Any]:

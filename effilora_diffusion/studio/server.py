@@ -16,6 +16,8 @@ import gradio as gr
 from .. import EffiLoRAError
 from ..diffusion.config import PRECISIONS
 from ..diffusion.report import figures
+from ..diffusion.report.style import within
+from . import run_view
 from .api import add_endpoints
 from .guards import allowed_hosts, guarded
 from .looks import HEAD, STYLE, theme
@@ -24,7 +26,9 @@ from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
+from .tabs.runs import RunsTab
 from .tabs.train import TrainTab
+from .training_queue import Keeper, TrainingQueue
 from .words import Markdown
 
 LOOPBACK = "127.0.0.1"
@@ -37,20 +41,23 @@ def make_page(session: Session) -> gr.Blocks:
     """The whole page, not yet served."""
     with gr.Blocks(title="EffiLoRA", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         Markdown("# EffiLoRA", elem_id="title")
-        generate, compare, train = GenerateTab(session), CompareTab(session), TrainTab(session)
+        generate, compare, train, runs = GenerateTab(session), CompareTab(session), TrainTab(session), RunsTab(session)
         adapters, inspect = AdaptersTab(session), InspectTab(session)
         tabs: dict[str, Any] = {
             "Generate": generate,
             "Compare": compare,
             "Train": train,
+            "Runs": runs,
             "Adapters": adapters,
             "Inspect": inspect,
         }
         shown: dict[str, gr.Tab] = {}
-        with gr.Tabs():
+        with gr.Tabs() as all_tabs:
             for label, tab in tabs.items():
                 with gr.Tab(label, id=label.lower()) as shown[label]:
                     tab.build()
+        train.lead_to(all_tabs, runs.which, runs.go_on, runs.note)
+        runs.lead_to(all_tabs, generate.slots[0], generate.prompt)
         add_endpoints(session)
 
         def leave(visit: gr.Request) -> None:
@@ -60,7 +67,7 @@ def make_page(session: Session) -> gr.Blocks:
         refreshed: dict[str, tuple[Any, Any, Any]] = {
             "Generate": (generate.refresh, None, [*[slot.choice for slot in generate.slots], generate.past]),
             "Compare": (compare.refresh, compare.adapter, compare.adapter),
-            "Train": (train.refresh, train.which, [train.which, *train.shown]),
+            "Runs": (runs.refresh, [runs.which, runs.log_scale], [runs.which, *runs.shown, *runs.queued]),
             "Adapters": (adapters.refresh, adapters.which, [adapters.which, adapters.card, adapters.image]),
             "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
         }
@@ -102,7 +109,10 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
     @asynccontextmanager
     async def behind_guards(app: Any) -> AsyncIterator[None]:
         app.middleware_stack = guarded(app.middleware_stack, page, hosts, args.allowed_host)
+        keeper = Keeper(TrainingQueue(session.outputs))
+        keeper.start()
         yield
+        keeper.stop()
 
     _launch(
         page,
@@ -121,7 +131,7 @@ def serve(args: argparse.Namespace, block: bool = True) -> gr.Blocks:
         prevent_thread_lock=True,
         quiet=True,
         theme=theme(),
-        css=STYLE + figures.STYLE,
+        css=STYLE + figures.STYLE + run_view.STYLE + within(".report-part"),
         head=HEAD,
     )
     if block:

@@ -1,4 +1,4 @@
-"""The tab that trains: images checked as they come, presets, every setting of the trainer, and the run as it goes."""
+"""The tab that trains: images checked as they come, presets, and every setting of the trainer; runs have a tab of their own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ...core.image_io import ImageError, inspect_image
 from ...diffusion.config import TrainingConfig
 from ...diffusion.data.folder import scan_images
 from ...diffusion.presets import DEFAULT, PRESETS
-from ...diffusion.report import figures
 from ...diffusion.training.example import example_settings
+from ..continued import continued, words_of
 from ..prediction import Prediction
-from ..queue import refusal, shown_file
-from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
+from ..queue import refusal
+from ..run_files import fresh_dataset
+from ..runs import Run, dry_run, starting
 from ..session import Session
 from ..subjects import (
     FIELDS,
@@ -32,10 +33,9 @@ from ..subjects import (
     with_subjects,
 )
 from ..train_form import TrainingData, build_advanced, preset_values, run_settings, shown_fields
+from ..training_queue import TrainingQueue
 from ..words import Markdown, plain_words
-
-CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
-"""Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
+from .runs import ADDRESS
 
 MAX_IMAGES = 200
 
@@ -47,6 +47,7 @@ class TrainTab:
 
     def __init__(self, session: Session):
         self.session, self.prediction = session, Prediction(session)
+        self.trainings = TrainingQueue(session.outputs)
         self.subjects = SubjectsForm()
 
     def build(self) -> None:
@@ -64,30 +65,14 @@ class TrainTab:
                 self.takes = Markdown("", elem_id="train-takes")
                 with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
                     self.advanced = build_advanced(self.session)
+            with gr.Column(scale=4, min_width=320):
                 self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
-                with gr.Row():
-                    self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
-                    self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
-                    self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
+                self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
                 self.note = Markdown("", elem_id="train-note")
+                self.started = gr.State("")
+                self.go = gr.Button("Show it in Runs", visible=False, size="sm", elem_id="train-go")
                 self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
                                           visible=False, elem_id="train-checked")  # fmt: skip
-            with gr.Column(scale=6, min_width=320):
-                self.which = gr.Dropdown(
-                    self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
-                )
-                self.status = Markdown("No run yet.", elem_id="train-status")
-                self.plot = gr.LinePlot(
-                    None, x="step", y="loss", color="curve", color_map=CURVES, colors_in_legend=[], height=260,
-                    label="Loss: every step in grey, the mean in blue", elem_id="train-plot", buttons=[],
-                )  # fmt: skip
-                self.sample = gr.Image(label="Latest images", show_label=False, format="png", interactive=False,
-                                       height=330, buttons=["fullscreen"], elem_id="train-sample",
-                                       alt_text="Validation images of the run")  # fmt: skip
-                self.layers = gr.HTML("", elem_id="train-layers")
-                self.report = gr.Textbox(label="Report before the first step", lines=6, max_lines=12, interactive=False,
-                                         visible=False, elem_id="train-report")  # fmt: skip
-        self.timer = gr.Timer(2.0)
         self._wire()
 
     def _build_one(self) -> None:
@@ -104,18 +89,9 @@ class TrainTab:
                                  elem_id="train-prompt")  # fmt: skip
 
     @property
-    def shown(self) -> list[Any]:
-        """What :meth:`look` fills."""
-        return [self.status, self.plot, self.sample, self.layers, self.report]
-
-    @property
     def asked(self) -> list[Any]:
         """What :meth:`predict` reads."""
         return [self.preset, self.prompt, *self.advanced]
-
-    def runs(self) -> list[str]:
-        """Names of the runs on the disk, the newest first."""
-        return list_runs(self.session.outputs)
 
     def check(self, files: list[str] | None, table: Any) -> list[list[str]]:
         """A row per image that was brought: its name, what is wrong with it if anything, its caption (kept if written)."""
@@ -140,29 +116,33 @@ class TrainTab:
         return files, settings["instance_prompt"], "my-cat"
 
     def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
-              *advanced: Any) -> tuple[Any, str]:  # fmt: skip
+              *advanced: Any) -> tuple[Any, Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
         return self._begin(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
 
-    def begin_several(self, name: str, preset: str, count: float, *values: Any) -> tuple[Any, str]:
+    def begin_several(self, name: str, preset: str, count: float, *values: Any) -> tuple[Any, Any, str]:
         """:meth:`begin` for several subjects; ``values`` are the fields of all, and the advanced settings."""
         return self._begin(name, lambda: self._several_subjects(preset, count, values))
 
-    def _begin(self, name: str, read: Callable[[], TrainingData]) -> tuple[Any, str]:
+    def _begin(self, name: str, read: Callable[[], TrainingData]) -> tuple[Any, Any, str]:
+        """Start or queue a run; returns its name, the button that shows it in Runs, and what has become of it."""
         try:
             self._free_run(name)
             data = read()
             with starting(self.session.outputs):
                 run = self._free_run(name)  # once more: another visitor may have come first
-                check_idle(self.session.outputs)
-                folder = self.session.outputs / "datasets" / run.name
+                folder = fresh_dataset(self.session.outputs, run.name)
                 settings = data.settings(folder)
                 TrainingConfig(**settings)  # before the images are touched
-                data.keep(folder)
-                run.start(settings)
+                try:
+                    data.keep(folder)
+                    words = self.trainings.enter(run.name, settings)
+                except Exception:
+                    shutil.rmtree(folder, ignore_errors=True)  # the copies that were made just now
+                    raise
         except Exception as error:
-            return gr.update(), refusal(error, "Not started")
-        return gr.update(choices=self.runs(), value=run.name), "Starting ..."
+            return gr.skip(), gr.update(visible=False), refusal(error, "Not started")
+        return run.name, gr.update(visible=True), plain_words(words)
 
     def _one_subject(self, files: list[str] | None, table: Any, prompt: str, preset: str, advanced: Sequence[Any]
                      ) -> TrainingData:  # fmt: skip
@@ -207,9 +187,10 @@ class TrainTab:
         """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
         name = str(name or "").strip()
         if not name:
-            raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
+            raise EffiLoRAError("the adapter has no name: enter a name")
         run = Run(self.session.outputs, name)
         run.check_free()
+        self.trainings.check_free(name)
         if name in self.session.adapters():
             raise EffiLoRAError(f"there is an adapter named {name}: give another name")
         return run
@@ -272,57 +253,33 @@ class TrainTab:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.rename(folder)
 
-    def end(self, name: str) -> str:
-        """Stop a run after its step."""
+    def fill(self, name: str | None) -> list[Any]:
+        """The form as a run was trained, the tab, and why it is not; for :attr:`filled` after them."""
         try:
-            run = Run(self.session.outputs, name)
-            if not run.running:
-                return "It is not running here."
-            begun = run.status().step > 0
-            run.stop()
+            found = continued(self.session, name)
         except Exception as error:
-            return refusal(error, "Not stopped")
-        return "Stopping after this step; the checkpoint follows." if begun else "Stopping before its first step."
+            return [gr.skip()] * (2 + len(self.filled)) + [refusal(error, "Not continued")]
+        files = [self.files.move_resource_to_block_cache(path) for path in found.images]
+        rows = [[path.name, "", found.captions.get(path, "")] for path in found.images]
+        form = [ONE, files, rows, found.prompt, found.name, found.preset, *found.advanced]
+        return [gr.Tabs(selected="train"), words_of(found, name), *form, ""]
 
-    def go_on(self, name: str) -> str:
-        """Resume a run that was stopped or killed."""
-        try:
-            Run(self.session.outputs, name).resume()
-        except Exception as error:
-            return refusal(error, "Not resumed")
-        return "Resuming ..."
+    @property
+    def filled(self) -> list[Any]:
+        """The form that :meth:`fill` fills."""
+        return [self.mode, self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
 
-    def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
-        """The run as it stands: words, curve of the loss, latest images, trained layers, the report before it."""
-        hidden = gr.update(visible=False)
-        if not name:
-            return "No run yet.", None, None, "", hidden
-        try:
-            run = Run(self.session.outputs, name)
-            status = run.status()
-        except EffiLoRAError as error:
-            return f"**{plain_words(error)}**", None, None, "", hidden
-        words = plain_words(status.message)
-        text = f"**{words}**" if status.state == "failed" else words
-        report = run.report()
-        shown = gr.update(value=report, visible=True) if report else hidden
-        if not status.metrics:
-            return text, None, None, "", shown
-        history = run.history(status.step)
-        layers = figures.active(history, status.step) + figures.importance(history) if history else ""
-        image = shown_file(self.sample, status.sample) if status.sample else None
-        return f"{text}  \n{progress_of(status)}", curve_of(status.metrics), image, layers, shown
-
-    def watch(self, name: str | None, seen: Any) -> tuple[Any, ...]:
-        """:meth:`look` again if the run has moved since ``seen``; a page that is left open costs the trainer nothing."""
-        try:
-            status = Run(self.session.outputs, name or "").status()
-            now: Any = [name, status.message, status.step, str(status.sample)]
-        except EffiLoRAError:
-            now = [name]
-        if now == seen:
-            return *[gr.skip()] * len(self.shown), seen
-        return *self.look(name), now
+    def lead_to(self, tabs: gr.Tabs, which: gr.Dropdown, again: gr.Button, refused: gr.Markdown) -> None:
+        """Connect this tab with that of runs: what was started is chosen there, and one there can fill the form."""
+        hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        self.go.click(
+            lambda name: (gr.Tabs(selected="runs"), name),
+            self.started,
+            [tabs, which],
+            js=ADDRESS.format("runs"),
+            **hidden,
+        )
+        again.click(self.fill, which, [tabs, self.note, *self.filled, refused], js=ADDRESS.format("train"), **hidden)
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
@@ -345,7 +302,7 @@ class TrainTab:
 
         form = [self.mode, *one, *several]
         quiet = {**hidden, "show_progress": "hidden"}
-        self.preset.change(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        self.preset.input(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
         for part in self.advanced:  # what somebody writes counts once it is written
             event = part.blur if isinstance(part, gr.Number | gr.Textbox) else part.input
             event(self.predict, self.asked, self.takes, **quiet)
@@ -354,38 +311,7 @@ class TrainTab:
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
         )  # fmt: skip
         begin = choose(self.begin, self.begin_several)
-        self.start.click(begin, form, [self.which, self.note], api_name="begin", **hidden)
-        self.stop.click(self.end, self.which, self.note, **hidden)
-        self.resume.click(self.go_on, self.which, self.note, **hidden)
-        self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
-        seen = gr.State(None)
-        self.timer.tick(self.watch, [self.which, seen], [*self.shown, seen], show_progress="hidden", **hidden)
-
-    def refresh(self, name: str | None) -> tuple[Any, ...]:
-        """The runs as they are on the disk now, and the chosen one (or the newest) as it stands."""
-        names = self.runs()
-        name = name or next(iter(names), None)
-        return gr.update(choices=names, value=name), *self.look(name)
-
-
-def progress_of(status: Status) -> str:
-    """How far a run is, in words."""
-    last = status.metrics[-1]
-    done = f"step {status.step} of {status.steps}" if status.steps else f"step {status.step}"
-    left = ""
-    if status.state == "running" and status.steps:
-        recent = [line["seconds"] for line in status.metrics[-20:]]
-        left = f", about {sum(recent) / len(recent) * (status.steps - status.step):.0f} s left"
-    return f"{done}, loss {last['loss']:.4f}, {last['active_layers']} layers active{left}"
-
-
-def curve_of(metrics: list[dict[str, Any]]) -> pd.DataFrame:
-    """The loss by step, as it is and as a running mean, in 200 points at most."""
-    table = pd.DataFrame({"step": [line["step"] for line in metrics], "loss": [line["loss"] for line in metrics]})
-    mean = table.assign(loss=table["loss"].rolling(max(1, len(table) // 15), min_periods=1).mean())
-    every = max(1, len(table) // 200)
-    curves = zip(CURVES, (table, mean), strict=True)
-    return pd.concat([frame.iloc[::every].assign(curve=name) for name, frame in curves], ignore_index=True)
+        self.start.click(begin, form, [self.started, self.go, self.note], api_name="begin", **hidden)
 
 
 def captions_of(table: Any) -> dict[str, str]:
