@@ -338,7 +338,8 @@ class TrainTab:
         def look(event: gr.EventData, files: list[str], preset: str, prompt: str, *values: Any) -> tuple[Any, ...]:
             return closer.look(files, str(event._data.get("key")), self._preparation(preset, prompt, values))
 
-        images.cards.look(look, [images.files, *self.asked], closer.shown, **quiet)
+        shown = images.cards.look(look, [images.files, *self.asked], closer.shown, **quiet)
+        shown.then(closer.edit, [images.files, closer.key], closer.editor, **quiet)
         masks = [closer.words, self.settings.parts["masked_loss"]]
         changes = (
             closer.save.click(closer.keep_mask, [images.files, closer.key, closer.editor], masks, **quiet),
