@@ -74,7 +74,8 @@ class TrainTab:
                     self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
                     self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
                 self.note = Markdown("", elem_id="train-note")
-                self.checked = gr.HTML("", visible=False, css_template=REPORT_STYLE, elem_id="train-checked")
+                self.checked = gr.HTML("", visible=False, css_template=REPORT_STYLE, apply_default_css=False,
+                                       elem_id="train-checked")  # fmt: skip
                 self.settings.build_expert()
             with gr.Column(scale=6, min_width=320):
                 self.which = gr.Dropdown(
