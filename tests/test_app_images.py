@@ -155,10 +155,11 @@ def test_all_captions_are_changed_at_once(tab):
 
 def test_a_closer_look_shows_what_the_trainer_cuts(tab, tmp_path):
     files = [str(path) for path in make_subject(tmp_path / "p", 1, size=(80, 40)).iterdir()]
-    _, words, cut, editor, key = tab.images.closer.look(files, key_of(Path(files[0])), SQUARE)
+    _, words, cut, key = tab.images.closer.look(files, key_of(Path(files[0])), SQUARE)
     assert words == "**0.png**: 32 x 32 px are trained on: the middle; 50% of the image is cut off."
     assert cut.size == (256, 256)
-    assert editor["background"].size == (80, 40)
+    assert tab.images.closer.edit(files, key)["background"].size == (80, 40)
+    assert tab.images.closer.edit(files, "") is None
     random = tab.images.closer.look(files, key, Preparation(32))[1]
     assert "a place that changes at random" in random
     _, words, cut, *_ = tab.images.closer.look(files, "0.png", SQUARE)
@@ -181,7 +182,7 @@ def test_a_painted_mask_goes_with_its_image(tab, tmp_path):
     )
     cards, *_ = cards_of(tab, files)
     assert [card["size"].endswith("with a mask") for card in cards.values()] == [True, False]
-    (shown,) = closer.look(files, key, SQUARE)[3]["layers"]
+    (shown,) = closer.edit(files, key)["layers"]
     assert np.asarray(shown)[..., 3].mean() == 255 / 8
     keep(sort_out(files), [], tmp_path / "data", painted_masks(tab.session))
     mask = np.asarray(Image.open(tmp_path / "data" / "000-0.mask.png"))

@@ -53,19 +53,17 @@ class Closer:
     @property
     def shown(self) -> list[Any]:
         """What :meth:`look` fills."""
-        return [self.panel, self.words, self.cut, self.editor, self.key]
+        return [self.panel, self.words, self.cut, self.key]
 
     def look(self, files: list[str] | None, key: str, how: Preparation) -> tuple[Any, ...]:
-        """An image as the trainer cuts it, with its mask; ``key`` is that of its card."""
+        """An image as the trainer cuts it; ``key`` is that of its card."""
         try:
             path = self._file(files, key)
-            image = load_image(path)
-            cut, words = self._cut(image, how)
-            value = self._edited(image, path)
+            cut, words = self._cut(load_image(path), how)
         except (EffiLoRAError, OSError) as error:
-            return gr.update(visible=True), refusal(error, "Not shown"), None, None, ""
+            return gr.update(visible=True), refusal(error, "Not shown"), None, ""
         told = f"**{plain_words(path.name, 80)}**: {words}"
-        return gr.update(visible=True), told, cut, value, key
+        return gr.update(visible=True), told, cut, key
 
     def _file(self, files: list[str] | None, key: str) -> Path:
         """The file of a card; raises :class:`EffiLoRAError` for a key that is none's."""
@@ -89,8 +87,16 @@ class Closer:
         place = "the middle" if how.center_crop else "a place that changes at random (this is the middle)"
         return cut, f"{size}: {place}; {lost:.0%} of the image is cut off."
 
-    def _edited(self, image: Image.Image, path: Path) -> dict[str, Any]:
-        """The image as the editor takes it, with the mask that it has as a layer."""
+    def edit(self, files: list[str] | None, key: str) -> dict[str, Any] | None:
+        """The image that is looked at as the editor takes it, with the mask that it has as a layer.
+
+        The panel must be visible by then: the editor draws nothing in a place without a size.
+        """
+        try:
+            path = self._file(files, key)
+            image = load_image(path)
+        except (EffiLoRAError, OSError):  # which :meth:`look` has said
+            return None
         image.thumbnail((EDITED, EDITED))
         mask, layer = painted_mask(path, self.painted), Image.new("RGBA", image.size, (0, 0, 0, 0))
         if mask.is_file():

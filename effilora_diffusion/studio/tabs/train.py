@@ -87,7 +87,8 @@ class TrainTab:
                 self.note = Markdown("", elem_id="train-note")
                 self.started = gr.State("")
                 self.go = gr.Button("Show it in Runs", visible=False, size="sm", elem_id="train-go")
-                self.checked = gr.HTML("", visible=False, css_template=REPORT_STYLE, elem_id="train-checked")
+                self.checked = gr.HTML("", visible=False, css_template=REPORT_STYLE, apply_default_css=False,
+                                       elem_id="train-checked")  # fmt: skip
                 self.settings.build_expert()
         self._wire()
 
@@ -334,7 +335,8 @@ class TrainTab:
         def look(event: gr.EventData, files: list[str], preset: str, prompt: str, *values: Any) -> tuple[Any, ...]:
             return closer.look(files, str(event._data.get("key")), self._preparation(preset, prompt, values))
 
-        images.cards.look(look, [images.files, *self.asked], closer.shown, **quiet)
+        shown = images.cards.look(look, [images.files, *self.asked], closer.shown, **quiet)
+        shown.then(closer.edit, [images.files, closer.key], closer.editor, **quiet)
         masks = [closer.words, self.settings.parts["masked_loss"]]
         changes = (
             closer.save.click(closer.keep_mask, [images.files, closer.key, closer.editor], masks, **quiet),
