@@ -74,10 +74,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
     from ..diffusion.adapters.shelf import adapters_in
-    from ..diffusion.config import EMBEDDED_SAMPLING
     from ..diffusion.models.pipelines import load_pipeline
     from ..diffusion.sampling.generate import draw_images
-    from ..diffusion.sampling.request import GenerationRequest, random_seed
     from ..diffusion.sampling.resolving import WILDCARDS, by_label, check_prompts, drawing_of
     from ..diffusion.sampling.saving import save_image
 
@@ -90,21 +88,7 @@ def run(args: argparse.Namespace) -> None:
     concepts: Any = _grid_concepts(args, adapters) if args.leakage_grid else ()
     if args.prompt is None and not concepts:
         raise EffiLoRAError("--prompt is missing: say what to generate")
-    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
-    request = GenerationRequest(
-        args.prompt or concepts[0].prompt or concepts[0].triggers[0],
-        args.negative_prompt or "",
-        list(zip(own, (strength for _, strength in adapters), strict=True)),
-        usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
-        usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
-        args.width,
-        args.height,
-        args.num_images,
-        random_seed() if args.seed == -1 else args.seed,
-        args.sampler,
-        args.literal_prompt or bool(concepts),
-        start=_start(args),
-    )
+    request = _request(args, list(zip(own, (strength for _, strength in adapters), strict=True)), concepts)
     request.check()
     check_prompts(request, args.outputs / WILDCARDS)
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
@@ -130,6 +114,28 @@ def run(args: argparse.Namespace) -> None:
         path = args.output if args.num_images == 1 else args.output.with_stem(f"{args.output.stem}-{number}")
         save_image(image, path, one, one.seed, args.model, pipe, files)
         print(path)
+
+
+def _request(args: argparse.Namespace, adapters: list[tuple[str, float]], concepts: Any) -> Any:
+    """What the command line asks for, with names and strengths of its adapters; a grid's prompts are those of the concepts."""
+    from ..diffusion.config import EMBEDDED_SAMPLING
+    from ..diffusion.sampling.request import GenerationRequest, random_seed
+
+    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
+    return GenerationRequest(
+        args.prompt or concepts[0].prompt or concepts[0].triggers[0],
+        args.negative_prompt or "",
+        adapters,
+        usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
+        usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
+        args.width,
+        args.height,
+        args.num_images,
+        random_seed() if args.seed == -1 else args.seed,
+        args.sampler,
+        args.literal_prompt or bool(concepts),
+        start=_start(args),
+    )
 
 
 def _start(args: argparse.Namespace) -> Any:

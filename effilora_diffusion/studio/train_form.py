@@ -70,9 +70,13 @@ def usual_settings(session: Session, preset: str = DEFAULT) -> dict[str, Any]:
 
 
 def followed(session: Session) -> list[Any]:
-    """What every shown field holds for a model that was opened: what suits it, in the order of :func:`shown_fields`."""
-    usual = usual_settings(session)
-    return [shown_value(usual[entry.name]) for entry in shown_fields()]
+    """What every shown field holds for a model that was opened: what suits it, in the order of :func:`shown_fields`.
+
+    A number that it has no value for stays: a field of numbers can't be empty.
+    """
+    usual, kinds = usual_settings(session), get_type_hints(TrainingConfig)
+    values = [(base_type(kinds[entry.name]), usual[entry.name]) for entry in shown_fields()]
+    return [gr.skip() if kind in (int, float) and value is None else shown_value(value) for kind, value in values]
 
 
 def label_of(name: str) -> str:
