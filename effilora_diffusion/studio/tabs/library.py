@@ -306,7 +306,7 @@ class LibraryTab:
     def _wire(self) -> None:
         once: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **IN_ORDER}
         search = [self.query, self.kind, self.opened, self.chosen]
-        self.query.input(self.anew, search, self.listed, trigger_mode="always_last", **once)
+        self.query.change(self.anew, search, self.listed, trigger_mode="always_last", **once)
         self.kind.input(self.anew, search, self.listed, **once)
         self.newer.click(self.turn(-1), self.asked, self.listed, **once)
         self.older.click(self.turn(1), self.asked, self.listed, **once)
