@@ -186,6 +186,7 @@ def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):
     row, words, *_ = slot.chosen("cat")
     assert row["visible"]
     assert "a sks cat" in words
+    assert words.endswith("Checkpoints can be written here: cat @ 4")
     assert not slot.chosen(NONE)[0]["visible"]
     assert not slot.chosen("deleted")[0]["visible"]
     assert slot.fill("", "cat") == "a sks cat"

@@ -128,7 +128,7 @@ def test_the_names_are_the_loopback_s_the_given_and_this_machine_s():
 
 def test_handlers_of_the_page_have_no_name(http, page):
     private = [fn.api_name for fn in page.fns.values() if fn.api_visibility == "private"]
-    assert {"draw", "begin", "remove", "write", "go_on", "end"} <= set(private)
+    assert {"draw", "begin", "remove", "write", "restart", "end"} <= set(private)
     for name in private:
         for path in (
             f"call/{name}",

@@ -181,7 +181,7 @@ def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
 
     page.locator("#grid-settings > button").click()
     one.choose("#grid-y", "checkpoint")
-    expect(page.get_by_label("Values down")).to_have_value("6; 12; final")
+    expect(page.get_by_label("Values down")).to_have_value("6; 12")
     page.locator("#draw-grid").click()
     one.says("#compare-status", "strength across, checkpoint down.")
     expect(page.locator("#grid img")).to_be_visible()
@@ -202,8 +202,12 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
     one = visit()
     page = one.page
     one.tab("Adapters")
-    for file, name in (("effilora", "my friend's cat"), ("pytorch_lora_weights", "plain cat")):
-        shutil.copyfile(served[1] / "cat" / f"{file}.safetensors", tmp_path / f"{name}.safetensors")
+    shutil.copyfile(served[1] / "cat" / "pytorch_lora_weights.safetensors", tmp_path / "plain cat.safetensors")
+    content = load_adapter_file(served[1] / "cat" / "effilora.safetensors")
+    facts = {**content.metadata, "copy": 1}
+    save_adapter_file(
+        tmp_path / "my friend's cat.safetensors", AdapterFile(content.adapter, facts, content.calibration)
+    )
     pair = {"unet.mid_block.attentions.0.to_q.lora_A.weight": torch.ones(4, 77)}
     save_file(
         {**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, tmp_path / "flux.safetensors"
@@ -218,11 +222,17 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
             clear.first.click()
     expect(page.locator("#which input")).to_have_value("plain cat")
     one.says("#card", "plain LoRA, rank 4")
-    one.choose("#which", "my friend-s cat")
+    shutil.copyfile(tmp_path / "plain cat.safetensors", tmp_path / "again.safetensors")
+    page.locator("#adapter-upload input[type=file]").set_input_files(tmp_path / "again.safetensors")
+    one.says("#adapter-status", "This file is here already, as plain cat: nothing was added.")
+    one.fill("#adapter-query", "friend")
+    expect(page.locator("#adapter-cards li")).to_have_count(1)
+    page.locator("#adapter-cards button").click()
+    expect(page.locator("#which input")).to_have_value("my friend-s cat")
     one.says("#card", "EffiLoRA, rank 4, 3 heads, token routing")
     one.says("#card", "of the update missing")
     page.locator("#draw-sample").click()
-    one.says("#adapter-status", "The sample is kept beside the adapter.")
+    one.says("#adapter-status", "The sample image is kept beside the adapter.")
     expect(page.locator("#card-image img")).to_be_visible()
     one.shot("adapters")
     one.choose("#format", "kohya")
@@ -232,9 +242,8 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
         page.locator("#exported a").first.click()
     assert download.value.suggested_filename == "my friend-s cat-kohya.safetensors"
     page.locator("#delete").click()
-    one.says("#adapter-status", "Not deleted: tick the box first")
-    page.get_by_label("Yes, delete it").check()
-    page.locator("#delete").click()
+    one.says("#delete-asked", "Delete the adapter my friend-s cat from the disk?")
+    page.locator("#delete-yes").click()
     one.says("#adapter-status", "my friend-s cat is deleted.")
     one.tab("Generate")
     one.choose("#adapter-1", "plain cat")
@@ -292,7 +301,7 @@ def test_see_what_was_learned(visit):
 def test_every_tab_fits_and_can_be_read(visit, size, dark):
     one = visit(size, dark)
     page = one.page
-    for name in ("Generate", "Compare", "Train", "Runs", "Adapters", "Inspect"):
+    for name in ("Generate", "Compare", "Train", "Runs", "Library", "Adapters", "Inspect"):
         one.tab(name)
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
         one.settle()

@@ -8,8 +8,12 @@ import gradio as gr
 
 from .. import EffiLoRAError
 from ..core.concepts import Concept, contains
+from ..core.reference import Reference
 from .session import LIMITS, Session
 from .words import Markdown, clean, plain_words
+
+MOST_NAMED = 6
+"""Checkpoints that are named at most, the last ones."""
 
 NONE = "none"
 """Stands for no adapter in lists."""
@@ -85,6 +89,15 @@ class AdapterRow:
         except EffiLoRAError:  # deleted in the meantime
             return ()
 
+    def saved(self, name: str | None) -> str:
+        """How the checkpoints of the chosen adapter's run are named; empty if there are none."""
+        try:
+            steps = sorted(self.session.checkpoints(name)) if name and name != NONE else []
+        except EffiLoRAError:  # deleted in the meantime, or a checkpoint itself
+            return ""
+        names = [str(Reference(str(name), step)) for step in steps[-MOST_NAMED:]]
+        return f"  \nCheckpoints can be written here: {', '.join(map(plain_words, names))}" if names else ""
+
     def chosen(self, name: str | None) -> tuple[Any, str, Any, Any]:
         """The row with the trigger prompt, shown if there is one, and the triggers of an adapter that has concepts."""
         trigger, concepts = self.trigger(name), self.concepts(name)
@@ -93,7 +106,8 @@ class AdapterRow:
             words = "Several subjects: each appears where the prompt has its trigger."
         samples = [[clean(word)] for concept in concepts for word in concept.triggers]
         shown = gr.Dataset(samples=samples, visible=bool(samples))
-        return gr.update(visible=bool(trigger or concepts)), words, gr.update(visible=not concepts), shown
+        saved, plain = self.saved(name), gr.update(visible=bool(trigger) and not concepts)
+        return gr.update(visible=bool(trigger or concepts or saved)), f"{words}{saved}", plain, shown
 
     def put_trigger(self, prompt: str, name: str | None, sample: Any) -> Any:
         """The prompt with a trigger: the whole prompt of its subject where nothing is written so far."""

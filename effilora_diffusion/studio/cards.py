@@ -37,7 +37,8 @@ STYLE = """
 .cells caption { text-align: left; font-weight: 600; padding: 4px; }
 .cells th { font-size: 13px; font-weight: 500; text-align: left; vertical-align: top; max-width: 180px; padding: 2px 4px;
   color: var(--body-text-color); }
-.cells td { padding: 0; border: 0; }
+.cells :is(table, tr, th, td) { border: 0 !important; background: none !important; }
+.cells td { padding: 0; }
 .cells img, .cells .missing span { display: block; width: 120px; height: 120px; object-fit: contain; border-radius: 4px; }
 .cells .missing span { border: 1px dashed var(--border-color-primary); background: var(--background-fill-secondary); }
 button.delete { color: #fff !important; background: #b91c1c !important; }

@@ -134,12 +134,11 @@ class Grid:
         for y, down in enumerate(rows.values):
             row = [self._image(one) for one in self.cells if one.place[:2] == (z, y)]
             drawn.append((rows.label(down), row))
-        base = self.base
-        title = (
-            f"{base.prompt}  (seed {base.seed}, {base.num_inference_steps} steps, guidance {base.guidance_scale:g})"
-        )
-        if sheets.name != NOTHING:
-            title = f"{sheets.label(sheets.values[z])}  {title}"
+        varied, base = {axis.name for axis in self.axes}, self.base
+        same = {"seed": f"seed {base.seed}", "steps": f"{base.num_inference_steps} steps",
+                "guidance": f"guidance {base.guidance_scale:g}"}  # fmt: skip
+        facts = [text for setting, text in same.items() if setting not in varied]
+        title = ", ".join(filter(None, [sheets.label(sheets.values[z]), base.prompt, *facts]))
         return labelled_grid(drawn, title, [columns.label(value) for value in columns.values])
 
     def _image(self, one: Cell) -> Image.Image | None:

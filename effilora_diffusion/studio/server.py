@@ -28,7 +28,7 @@ from .tabs.adapters import AdaptersTab
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.inspect import InspectTab
-from .tabs.library import LibraryTab
+from .tabs.library import IN_ORDER, LibraryTab
 from .tabs.runs import RunsTab
 from .tabs.train import TrainTab
 from .train_form import followed
@@ -88,8 +88,9 @@ def make_page(session: Session, shelf: ModelShelf | None = None) -> gr.Blocks:
             "Inspect": (inspect.refresh, inspect.which, [inspect.which, inspect.layers, inspect.training]),
         }
         for label, (refresh, inputs, outputs) in refreshed.items():
+            turn: dict[str, Any] = IN_ORDER if label == "Library" else {"queue": False}
             for trigger in (page.load, shown[label].select):
-                trigger(refresh, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+                trigger(refresh, inputs, outputs, show_progress="hidden", api_visibility="private", **turn)
         shown["Train"].select(train.predict, train.asked, train.takes, queue=False, show_progress="hidden",
                               api_visibility="private")  # fmt: skip
     return page

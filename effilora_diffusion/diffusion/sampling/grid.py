@@ -27,13 +27,16 @@ def labelled_grid(
     gap, left = 6, 190 if any(label for label, _ in rows) else 6
     wrapped = [_wrapped(label, edge // 9).split("\n")[:MOST_LINES] for label in heads or []]
     lines = max(map(len, wrapped), default=0) if any(heads or []) else 0
-    top = gap + LINE * bool(title) + (18 * lines + gap) * bool(lines)
-    canvas = Image.new("RGB", (left + columns * (edge + gap), top + len(rows) * (edge + gap)), PAPER)
+    width = left + columns * (edge + gap)
+    said = _wrapped(title, width // 8).split("\n")[:MOST_LINES] if title else []
+    below = gap + LINE * len(said)
+    top = below + (18 * lines + gap) * bool(lines)
+    canvas = Image.new("RGB", (width, top + len(rows) * (edge + gap)), PAPER)
     pen = ImageDraw.Draw(canvas)
-    if title:
-        pen.text((gap, 7), title[: canvas.width // 8], fill=INK, font=font)
+    for number, text in enumerate(said):
+        pen.text((gap, 7 + LINE * number), text, fill=INK, font=font)
     for column, label in enumerate(wrapped):
-        place = left + column * (edge + gap), gap + LINE * bool(title)
+        place = left + column * (edge + gap), below
         pen.multiline_text(place, "\n".join(label), fill=INK, font=font, spacing=2)
     for row, (name, images) in enumerate(rows):
         y = top + row * (edge + gap)

@@ -318,7 +318,7 @@ class AdaptersTab(DrawingTab):
         hidden: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**hidden, "queue": False, "show_progress": "hidden"}
         cards: list[Any] = [self.found, [self.query, self.which], self.cards.component]
-        self.query.input(
+        self.query.change(
             self.found, [self.query, self.which], self.cards.component, trigger_mode="always_last", **at_once
         )
         self.cards.component.select(self.pick, None, self.which, trigger_mode="always_last", **at_once)

@@ -47,8 +47,9 @@ class GridPart(DrawingTab):
                 choices = list(AXES) if letter == "x" else [NOTHING, *AXES]
                 with gr.Row():
                     axis = gr.Dropdown(choices, value=name, label=label, elem_id=f"grid-{letter}", min_width=120)
-                    words = gr.Textbox(values, label=f"Values {label.lower()}", elem_id=f"grid-{letter}-values",
-                                       min_width=140, visible=name != NOTHING)  # fmt: skip
+                    said = "Values per sheet" if letter == "z" else f"Values {label.lower()}"
+                    words = gr.Textbox(values, label=said, elem_id=f"grid-{letter}-values", min_width=140,
+                                       visible=name != NOTHING)  # fmt: skip
                 self.axes.append((axis, words))
             self.go = gr.Button("Generate the grid", elem_id="draw-grid")
             with gr.Row(equal_height=True):

@@ -21,6 +21,9 @@ from ..words import Markdown, clean, plain_words
 PAGE = 40
 """Images on a page."""
 
+IN_ORDER: dict[str, Any] = {"concurrency_id": "library", "concurrency_limit": 1}
+"""One after the other, so that no list that was asked for earlier replaces a later one."""
+
 MOST_CHOSEN = 1000
 """Images that are deleted at once."""
 
@@ -110,7 +113,8 @@ class LibraryTab:
         if not said:
             images = "1 image" if len(found) == 1 else f"{len(found):,} images"
             said = f"{images}, page {page + 1} of {pages}" if pages > 1 else images
-        newer, older = gr.update(interactive=page > 0), gr.update(interactive=page < pages - 1)
+        newer = gr.update(interactive=page > 0, visible=pages > 1)
+        older = gr.update(interactive=page < pages - 1, visible=pages > 1)
         return cards, page, newer, older, said, *self.chosen_row(chosen)
 
     def _card(self, entry: Entry, note: Note) -> Card:
@@ -300,9 +304,9 @@ class LibraryTab:
         return [self.opened, self.details, self.image, self.facts, self.star, self.tags, self.note]
 
     def _wire(self) -> None:
-        once: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+        once: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **IN_ORDER}
         search = [self.query, self.kind, self.opened, self.chosen]
-        self.query.input(self.anew, search, self.listed, trigger_mode="always_last", **once)
+        self.query.change(self.anew, search, self.listed, trigger_mode="always_last", **once)
         self.kind.input(self.anew, search, self.listed, **once)
         self.newer.click(self.turn(-1), self.asked, self.listed, **once)
         self.older.click(self.turn(1), self.asked, self.listed, **once)
