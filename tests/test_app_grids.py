@@ -202,7 +202,7 @@ def test_a_grid_that_is_stopped_before_its_first_cell_leaves_nothing(tab, sessio
     assert not sheets(session)
     assert not unfinished(session.history)
     assert grid(tab, "strength", "0")["status"] == "strength across."
-    assert tab.stop(VISIT) == "Nothing is being drawn."
+    assert tab.stop(VISIT) == "Nothing is being generated."
 
 
 def test_what_can_t_be_continued_is_said(tab, session):

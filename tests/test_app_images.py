@@ -73,7 +73,7 @@ def test_what_can_not_be_trained_on_blocks_start_and_check_unless_overruled(tab,
     words = (
         "an image can't be trained on (black.png: it is all black): remove or replace it, or tick 'Train with these"
     )
-    _, text = tab.begin(files, [], False, "a sks cat", "dog", "fast", *by_hand(tab.session))
+    *_, text = tab.begin(files, [], False, "a sks cat", "dog", "fast", *by_hand(tab.session))
     assert text.startswith(f"**Not started:** {words}")
     *_, (_, text) = tab.check_first(files, [], False, "a sks cat", "dog", "fast", *by_hand(tab.session))
     assert text.startswith(f"**It would not start:** {words}")
@@ -209,5 +209,5 @@ def test_numbers_that_are_missing_are_named(tab, tmp_path):
     names = [entry.name for entry in shown_fields()]
     advanced = by_hand(tab.session)
     advanced[names.index("rank")] = None
-    _, text = tab.begin(files, [], False, "a sks cat", "dog", "fast", *advanced)
+    *_, text = tab.begin(files, [], False, "a sks cat", "dog", "fast", *advanced)
     assert text == "**Not started:** fill in every number: Rank: size of the adapter is empty (--rank)"

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.guards import FREE_ATTEMPTS
 from effilora_diffusion.studio.server import credentials, serve
@@ -90,9 +91,15 @@ def test_programs_see_how_a_run_stands(client):
     assert client.predict("nobody", api_name="/train_status")["state"] == "new"
 
 
-def test_programs_bring_an_adapter_and_draw_with_it(client, server):
-    for file, name in (("effilora", "a sks cat"), ("pytorch_lora_weights", "adapter")):
-        _, text = client.predict(handle_file(str(server[1] / "cat" / f"{file}.safetensors")), api_name="/add_adapter")
+def test_programs_bring_an_adapter_and_draw_with_it(client, server, tmp_path):
+    content = load_adapter_file(server[1] / "cat" / "effilora.safetensors")
+    another = AdapterFile(content.adapter, {**content.metadata, "steps": 5}, content.calibration)
+    save_adapter_file(tmp_path / "effilora.safetensors", another)
+    _, text = client.predict(handle_file(str(server[1] / "cat" / "effilora.safetensors")), api_name="/add_adapter")
+    assert text == "This file is here already, as cat: nothing was added."
+    plain = server[1] / "cat" / "pytorch_lora_weights.safetensors"
+    for file, name in ((tmp_path / "effilora.safetensors", "a sks cat"), (plain, "adapter")):
+        _, text = client.predict(handle_file(str(file)), api_name="/add_adapter")
         assert text == f"{name} is here."
     names = {entry["name"]: entry["kind"] for entry in client.predict(api_name="/list_adapters")}
     assert (names["a sks cat"], names["adapter"]) == ("effilora", "lora")

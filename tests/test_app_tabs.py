@@ -328,12 +328,12 @@ def test_a_sample_is_drawn_and_shown(session):
 def test_names_of_the_command_line_s_runs_are_taken_as_they_are(session):
     (session.outputs / "cat").rename(session.outputs / "cat v1.0")
     assert [name for _, name in built(RunsTab, session).names()] == ["cat v1.0"]
-    assert "Done" in built(TrainTab, session).look("cat v1.0")[0]
+    assert "Done" in Run(session.outputs, "cat v1.0").status().message
     tab = built(AdaptersTab, session)
     assert "rank 4" in tab.show("cat v1.0")[0]
     assert tab.remove("cat v1.0")[1] == "cat v1.0 is deleted."
     os.utime(session.outputs / "cat v1.0" / "metrics.jsonl", (0, 0))  # not just now
-    assert "deleted" in built(TrainTab, session).look("cat v1.0")[0]
+    assert "deleted" in Run(session.outputs, "cat v1.0").status().message
 
 
 def test_two_adapters_of_one_name_are_told_apart(session):

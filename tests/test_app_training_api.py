@@ -27,7 +27,13 @@ def server(place, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("api") / "outputs"
     shutil.copytree(place / "outputs", outputs)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False, allowed_host=[]
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=outputs,
+        port=None,
+        listen=False,
+        allowed_host=[],
+        models=None,
     )
     page = serve(args, block=False)
     yield page, outputs

@@ -43,7 +43,7 @@ class Closer:
             self.editor = gr.ImageEditor(
                 label="Mask: paint over what is to be learned", type="pil", image_mode="RGBA", sources=(), transforms=(),
                 brush=gr.Brush(default_size=40, colors=[BRUSH], color_mode="fixed"), height=380,
-                layers=gr.LayerOptions(allow_additional_layers=False), elem_id=f"{self.elem}-mask",
+                buttons=["fullscreen"], layers=gr.LayerOptions(allow_additional_layers=False), elem_id=f"{self.elem}-mask",
             )  # fmt: skip
             with gr.Row():
                 self.save = gr.Button("Save mask", size="sm", elem_id=f"{self.elem}-mask-save", min_width=90)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from ..requests import larger, of_lines
 from ..session import LIMITS, Session
 from ..start_form import StartForm
 from ..words import Markdown, plain_words
-from .drawing import DrawingTab, notes_of
+from .drawing import notes_of
+from .following import Facts, FollowingTab
 
 IMAGES = [".png", ".jpg", ".jpeg", ".webp", ".avif"]
 """Files that may say how they were generated."""
@@ -37,16 +37,7 @@ EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow backgroun
 """Prompts to begin with on the embedded base."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a generation says besides its images: how many they will be, values of the form, and words for its end."""
-
-    total: int
-    form: dict[Any, Any]
-    told: str
-
-
-class GenerateTab(DrawingTab):
+class GenerateTab(FollowingTab):
     """Components and handlers of the tab; handlers are plain functions over the :class:`~.studio.Session`."""
 
     def __init__(self, session: Session):
@@ -224,14 +215,14 @@ class GenerateTab(DrawingTab):
             notes = notes_of(drawing for one in asked for drawing in self.session.check(one))
         except Exception as error:
             self.tickets.end(visitor, ticket)
-            yield {**self._idle(), self.status: refusal(error)}
+            yield {**self.idle(), self.status: refusal(error)}
             return
         facts = {component: value(asked[0]) for component, value in told.items()}
         told_at_end = f"seeds from {asked[0].seed}.{notes}"
         work = self._work(asked, visitor, ticket)
         job = Job(work, ticket.stop, Facts(sum(one.num_images for one in asked), facts, told_at_end))
         self.session.jobs.keep(visitor, job)
-        yield from self._follow(job)
+        yield from self.follow_job(job)
 
     def _work(self, asked: list[GenerationRequest], visitor: str, ticket: Ticket) -> Iterator[Progress | Path]:
         """All images, in the thread of their job."""
@@ -240,48 +231,6 @@ class GenerateTab(DrawingTab):
                 yield from () if ticket.stop else self.session.draw(one, ticket.stop)
         finally:
             self.tickets.end(visitor, ticket)
-
-    def _follow(self, job: Job) -> Iterator[dict[Any, Any]]:
-        """Show a generation from where it is to its end; the page may be left and come back meanwhile."""
-        facts: Facts = job.facts
-        yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True),
-               self.gallery: shown(job.files, job.preview), self.status: "Preparing ...",
-               self.chosen: gr.update(visible=False), **facts.form}  # fmt: skip
-        seen: Any = (len(job.files), job.preview)
-        for _ in job.follow():
-            if job.ended:
-                break
-            files, preview, step = list(job.files), job.preview, job.progress
-            found: dict[Any, Any] = {}
-            if step is not None:
-                left = f", {step.seconds:.0f} s left" if step.seconds is not None else ""
-                number = min(len(files) + 1, facts.total)
-                found[self.status] = f"Image {number} of {facts.total}: step {step.step} of {step.steps}{left}"
-            if seen[0] != len(files) or seen[1] is not preview:
-                seen = (len(files), preview)
-                found[self.gallery] = shown(files, preview)
-            yield found or {self.status: gr.skip()}
-        yield self._ended(job)
-
-    def _ended(self, job: Job) -> dict[Any, Any]:
-        files = [file for file in job.files if file.is_file()]  # some may be deleted since
-        if job.error is not None:
-            return {**self._idle(), self.gallery: shown(files), self.status: refusal(job.error)}
-        word = "Stopped" if len(job.files) < job.facts.total else "Done"
-        text = f"{word}: {len(job.files)} of {job.facts.total}, {job.facts.told}"
-        return {**self._idle(), self.gallery: shown(files), self.status: text}
-
-    def come_back(self, visit: gr.Request, key: str) -> Iterator[dict[Any, Any]]:
-        """A page that is loaded shows what it generates, or has generated last."""
-        self.session.jobs.introduce(str(visit.session_hash), key)
-        job = self.session.jobs.of(self.visitor(visit))
-        if job is None:
-            yield {self.status: gr.skip()}
-        else:
-            yield from self._follow(job)
-
-    def _idle(self) -> dict[Any, Any]:
-        return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False)}
 
     # ------------------------------------------------------------------------------------------------ a chosen image
 
@@ -395,11 +344,3 @@ class GenerateTab(DrawingTab):
         )  # fmt: skip
         self.adapters.wire(self.prompt)
         self.adapters.show_after(restored.then, read.then)
-
-
-def shown(files: list[Path], preview: Any = None) -> Any:
-    """The gallery with images, each named by its seed, as large as their number allows."""
-    named: list[Any] = [(str(file), f"Seed {file.stem.rpartition('-')[2]}") for file in files]
-    if preview is not None:
-        named.append((preview, "Preview"))
-    return gr.update(value=named, columns=1 if len(named) <= 1 else 2 if len(named) <= 4 else 3)

@@ -17,6 +17,7 @@ from ..notes import Note, note_of
 from ..queue import refusal, shown_file
 from ..session import Session
 from ..words import Markdown, clean, plain_words
+from .runs import ADDRESS
 
 PAGE = 40
 """Images on a page."""
@@ -268,7 +269,7 @@ class LibraryTab:
         """
         for button, tab, fill, outputs in targets:
             button.click(self.sender(tab, fill, len(outputs)), self.opened, [tabs, self.status, *outputs],
-                         api_visibility="private", show_progress="hidden")  # fmt: skip
+                         js=ADDRESS.format(tab), api_visibility="private", show_progress="hidden")  # fmt: skip
 
     def sender(self, tab: str, fill: Callable[[ImageFacts], list[Any]], count: int) -> Callable[..., list[Any]]:
         """A handler that fills the form of another tab and goes there, or says why not."""
