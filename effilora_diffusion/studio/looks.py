@@ -74,7 +74,12 @@ const mend = () => {
   const facts = document.querySelector("#facts .facts");
   if (facts && facts.dataset.title !== document.title) document.title = facts.dataset.title;
 };
-new MutationObserver(mend).observe(document.documentElement, { childList: true, subtree: true });
+let waits = false;
+new MutationObserver(() => {
+  if (waits) return;
+  waits = true;
+  setTimeout(() => { waits = false; mend(); }, 100);
+}).observe(document.documentElement, { childList: true, subtree: true });
 const tabs = () => [...document.querySelectorAll('[role="tab"]')];
 const named = (tab) => "#" + tab.textContent.trim().toLowerCase();
 const open = () => {
