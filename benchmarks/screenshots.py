@@ -108,7 +108,13 @@ def main() -> None:
             shutil.copytree(outputs / name, Path(folder) / name)
         served = serve(
             argparse.Namespace(
-                mixed_precision="no", model=None, outputs=Path(folder), port=None, listen=False, allowed_host=[]
+                mixed_precision="no",
+                model=None,
+                outputs=Path(folder),
+                port=None,
+                listen=False,
+                allowed_host=[],
+                models=None,
             ),
             block=False,
         )

@@ -245,3 +245,19 @@ def session(place, tmp_path):
 
     shutil.copytree(place / "outputs", tmp_path / "outputs")
     return Session(str(place / "model"), tmp_path / "outputs")
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """Folder of a short run of the example on the embedded base. Read it only."""
+    from effilora_diffusion.diffusion.config import TrainingConfig
+    from effilora_diffusion.diffusion.training.example import example_settings
+    from effilora_diffusion.diffusion.training.trainer import Trainer
+
+    folder = tmp_path_factory.mktemp("example") / "cat"
+    short = {"rank": 4, "heads": 3,
+             "max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
+             "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
+             "validation_inference_steps": 4, "export_distillation_steps": 2, "output_dir": str(folder)}  # fmt: skip
+    Trainer(TrainingConfig(**{**example_settings(), **short})).run()
+    return folder

@@ -16,9 +16,11 @@ from effilora_diffusion import EffiLoRAError, cli
 from effilora_diffusion.diffusion.sampling import stream as live
 from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
+from effilora_diffusion.studio.adapter_row import NONE
+from effilora_diffusion.studio.filling import OWN
 from effilora_diffusion.studio.session import Session
-from effilora_diffusion.studio.tabs.compare import CompareTab, changed, split
-from effilora_diffusion.studio.tabs.generate import NONE, OWN, GenerateTab
+from effilora_diffusion.studio.tabs.compare import CompareTab
+from effilora_diffusion.studio.tabs.generate import GenerateTab
 
 SMALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
 
@@ -154,7 +156,7 @@ def test_the_form_becomes_a_request(tab):
 def test_a_image_fills_the_form_with_what_drew_it(tab, session, tmp_path):
     (file,) = draw(session, seed=11, adapters=[("cat", 0.25)])
     *values, status = tab.read_upload(str(file))
-    assert status == "The form holds that image's settings."
+    assert status == "Settings loaded."
     again = tab.request(*values)
     assert again == GenerationRequest("a sks cat", seed=11, adapters=[("cat", 0.25)], **SMALL)
     assert np.array_equal(pixels(file), pixels(next(e for e in session.draw(again) if not hasattr(e, "step"))))
@@ -172,7 +174,7 @@ def test_a_image_of_the_command_line_fills_the_form(tab, session, place, tmp_pat
              "--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "cli.png")]  # fmt: skip
     assert cli.main(words) == 0
     *values, status = tab.read_upload(str(tmp_path / "cli.png"))
-    assert status == "The form holds that image's settings."
+    assert status == "Settings loaded."
     assert tab.request(*values).adapters == [("dog", 0.5)]
     assert (
         tab.request(*values).guidance_scale == session.defaults()["guidance_scale"]
@@ -184,6 +186,7 @@ def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):
     row, words, *_ = slot.chosen("cat")
     assert row["visible"]
     assert "a sks cat" in words
+    assert words.endswith("Checkpoints can be written here: cat @ 4")
     assert not slot.chosen(NONE)[0]["visible"]
     assert not slot.chosen("deleted")[0]["visible"]
     assert slot.fill("", "cat") == "a sks cat"
@@ -191,29 +194,6 @@ def test_the_trigger_is_shown_and_put_into_the_prompt_once(tab):
     assert slot.put("in the rain", "cat") == "a sks cat, in the rain"
     assert slot.put("a sks cat sleeps", "cat") == gr.skip()
     assert slot.put("a dog", NONE) == gr.skip()
-
-
-def test_axes_of_a_grid_change_one_setting():
-    base = GenerationRequest("a", adapters=[("cat", 1.0)], **SMALL)
-    assert changed(base, "strength", "0.5").adapters == [("cat", 0.5)]
-    assert changed(base, "steps", "7").num_inference_steps == 7
-    assert changed(base, "prompt", "b").prompt == "b"
-    assert changed(base, "adapter", NONE).adapters == []
-    assert split(" 0; 0.5 ;;1") == ["0", "0.5", "1"]
-    assert changed(base, "checkpoint", "4").adapters == [("cat @ 4", 1.0)]
-    assert changed(base, "checkpoint", "final").adapters == [("cat", 1.0)]
-    assert split("1-5 (2); 9") == ["1", "3", "5", "9"]
-    assert split("0-1 [5]") == ["0", "0.25", "0.5", "0.75", "1"]
-    assert split("-1-1 (+0.5)") == ["-1", "-0.5", "0", "0.5", "1"]
-    assert split("a cat (grey)") == ["a cat (grey)"]
-    for text in ("1-1000 (1)", "1-2 (0)", "5-1 (1)", "1.2.3-4 (1)"):
-        with pytest.raises(EffiLoRAError, match="range"):
-            split(text)
-    for axis, value in (("steps", "many"), ("strength", "strong"), ("size", "1"), ("checkpoint", "first")):
-        with pytest.raises(EffiLoRAError):
-            changed(base, axis, value)
-    with pytest.raises(EffiLoRAError, match="no values"):
-        split(" ; ")
 
 
 @pytest.fixture
@@ -227,73 +207,27 @@ def compare(session):
 VISIT = argparse.Namespace(session_hash="visitor")
 
 
-def test_a_grid_is_one_image_with_every_pair(compare):
-    values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
-    *_, (_, update, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
-    assert status == "strength across, seed down."
-    width, height = Image.open(update["value"]).size
-    assert width > 2 * 128
-    assert height > 3 * 128
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "strength", "0", *values)
-    assert "two different settings" in status
-    *_, (slider, grid, status, *_) = compare.compare(VISIT, "", *values[1:])  # no prompt: the adapter's own
+def test_base_and_adapter_are_compared_on_one_seed(compare):
+    values = ("cat", 1.0, 0, 2, 3.0, 32, 32)
+    *_, (slider, *hidden, status, _, _) = compare.compare(VISIT, "", *values)  # no prompt: the adapter's own
     assert "Right: cat at 1" in status
+    assert not any(part["visible"] for part in hidden)
     sides = slider["value"]
-    *_, (_, _, status, *_) = compare.compare(VISIT, "a <lora:gone:1>", *values[1:])
-    assert "no adapter named gone" in status
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "prompt", "a; a <lora:gone:1>", "seed", "0", *values)
-    assert status.startswith("prompt across, seed down. **There is no adapter named gone")
-    assert not grid["visible"]
     assert read_parameters(sides[1])["prompt"] == "a sks cat"
     assert not np.array_equal(pixels(sides[0]), pixels(sides[1]))
-
-
-def test_checkpoints_are_an_axis(compare, session, place, tmp_path):
-    options = {"learning_rate": 0.2, "max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 0}
-    trainer(place / "model", make_subject(tmp_path / "s", 2), session.outputs / "dog", **options).run()
-    assert sorted(session.checkpoints("dog")) == [2, 4]
-    assert compare.suggest("checkpoint", "dog", "") == "2; 4; final"
-    early, late, final = (pixels(draw(session, adapters=[(name, 1.0)])[0]) for name in ("dog @ 2", "dog @ 4", "dog"))
-    assert not np.array_equal(early, late)
-    assert np.array_equal(late, final)
-    values = ("a sks cat", "dog", 1.0, 0, 2, 3.0, 32)
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0.5; 1", "checkpoint", "2; final", *values)
-    assert status == "strength across, checkpoint down."
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0.5", "checkpoint", "3", *values)
-    assert "no checkpoint of step 3; there are [2, 4]" in status
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "checkpoint", "2", "adapter", "dog; cat", *values)
-    assert "cat has no checkpoint of step 2" in status  # said before anything is drawn
-    none = compare.suggest("adapter", "dog", "")
-    assert none.startswith("none; ")
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "adapter", none, "strength", "0.5; 1", *values)
-    assert status == "adapter across, strength down."
-    *_, (_, _, status, *_) = compare.draw_grid(
-        VISIT, "strength", "0; 1", "adapter", "dog", *("a sks cat", NONE, *values[2:])
-    )
-    assert status == "strength across, adapter down."
-
-
-def test_a_grid_can_be_stopped_while_it_waits_and_while_it_draws(compare, session):
-    values = ("a sks cat", "cat", 1.0, 0, 2, 3.0, 32)
-    compare.announce(VISIT)
-    compare.stop(VISIT)
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
-    assert "stopped" in status
-    drawing = compare.draw_grid(VISIT, "strength", "0; 1", "seed", "0; 1; 2", *values)
-    next(drawing)
-    compare.stop(VISIT)
-    assert "stopped" in list(drawing)[-1][2]
-    *_, (_, _, status, *_) = compare.draw_grid(VISIT, "strength", "0", "seed", "0", *values)
-    assert status == "strength across, seed down."
-    assert compare.stop(VISIT) == "Nothing is being drawn."
+    *_, (*_, status, _, _) = compare.compare(VISIT, "a <lora:gone:1>", *values)
+    assert "no adapter named gone" in status
+    for changed, said in (((NONE, 1.0), "choose an adapter"), (("cat", None), "Strength is empty")):
+        *_, (*_, status, _, _) = compare.compare(VISIT, "a cat", *changed, *values[2:])
+        assert said in status
 
 
 def test_stop_ends_all_drawings_of_the_visitor_and_of_nobody_else(compare, tab):
     other = argparse.Namespace(session_hash="another")
     assert tab.announce(VISIT)[0] == "Waiting for the model."
     running = compare.tickets.begin("visitor")
-    assert "one other drawing" in compare.announce(VISIT)[0]  # a second one, while the first runs
-    assert "2 other drawings" in tab.announce(other)[0]
+    assert "one other request" in compare.announce(VISIT)[0]  # a second one, while the first runs
+    assert "2 other requests" in tab.announce(other)[0]
     assert compare.stop(VISIT) == "Stopping ..."
     waiting = compare.tickets.begin("visitor")
     assert running.stop
@@ -305,9 +239,9 @@ def test_stop_ends_all_drawings_of_the_visitor_and_of_nobody_else(compare, tab):
     compare.tickets.end("another", compare.tickets._open["another"][0])
     assert tab.announce(VISIT)[0] == "Waiting for the model."  # nobody is before
     words, go, halt = tab.failed(VISIT)
-    assert "Not drawn" in words
+    assert "Not generated" in words
     assert (go["interactive"], halt["interactive"]) == (True, False)
-    assert tab.stop(VISIT) == "Nothing is being drawn."
+    assert tab.stop(VISIT) == "Nothing is being generated."
 
 
 def test_drawings_that_never_began_are_forgotten(tab, monkeypatch):
@@ -321,7 +255,7 @@ def test_a_fault_leaves_the_buttons_usable(tab, session, monkeypatch):
     *_, last = tab.draw(VISIT, *form())
     assert last[tab.go]["interactive"]
     assert not last[tab.halt]["interactive"]
-    assert "Not drawn" in last[tab.status]
+    assert "Not generated" in last[tab.status]
     assert tab.tickets._open == {}
 
 

@@ -14,8 +14,9 @@ from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.adapter_row import NONE
 from effilora_diffusion.studio.fields import seed_of, whole
+from effilora_diffusion.studio.filling import OWN
 from effilora_diffusion.studio.session import Session
-from effilora_diffusion.studio.tabs.generate import OWN, GenerateTab
+from effilora_diffusion.studio.tabs.generate import GenerateTab
 
 VISIT = argparse.Namespace(session_hash="visitor")
 FIELDS = (
@@ -74,7 +75,7 @@ def filled(tab, values):
 )  # fmt: skip
 def test_nothing_that_is_filled_in_is_changed_silently(tab, field, value, said):
     status, images = drawn(tab, **{field: value})
-    assert status.startswith("**Not drawn:**")
+    assert status.startswith("**Not generated:**")
     assert said.replace("__", "&#95;&#95;") in status.replace("\\", "")
     assert not images
 
@@ -100,7 +101,7 @@ def test_the_ui_and_the_command_line_draw_the_same_of_everything(tab, session, p
     (session.wildcards / "pet.txt").write_text("(cat:1.3)\ndog\nmouse\n")
     prompt = "a {red|blue} __pet__ <lora:Cat:0.5> <lora:gone>"
     status, images = drawn(tab, prompt=prompt, sampler="Euler a", count=3, seed="30", negative="[grey]")
-    assert "**There is no adapter named gone: drawn without it.**" in status
+    assert "**There is no adapter named gone: generated without it.**" in status
     assert len({facts["prompt"] for facts in images}) > 1
     for facts in images:
         assert facts["template"] == prompt

@@ -23,7 +23,7 @@ PROXY = "studio.example.com"
 def page(place, tmp_path_factory):
     args = argparse.Namespace(
         mixed_precision="no", model=str(place / "model"), outputs=tmp_path_factory.mktemp("guarded") / "outputs",
-        port=None, listen=False, allowed_host=[PROXY],
+        port=None, listen=False, allowed_host=[PROXY], models=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "MOST_SESSIONS", SESSIONS)
@@ -93,7 +93,7 @@ def test_what_another_site_asks_for_is_refused_uploads_too(http, page, origin):
     files = {"files": ("evil.safetensors", b"x")}
     assert http.post("/gradio_api/upload", headers=headers, files=files).status_code == 403
     assert set(page.upload_file_set) == before
-    body = call_of(page, "suggest", "seed", "", "")
+    body = call_of(page, "suggested", "seed", "", "")
     for path in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
         assert http.post(path, headers=headers, json=body).status_code == 403
     assert http.get("/config", headers=headers).status_code == 403
@@ -101,14 +101,14 @@ def test_what_another_site_asks_for_is_refused_uploads_too(http, page, origin):
 
 
 def test_behind_a_proxy_the_origin_is_the_given_name(http, page):
-    body = call_of(page, "suggest", "seed", "", "")
+    body = call_of(page, "suggested", "seed", "", "")
     for host, origin in (
         (PROXY, f"https://{PROXY}"),
         (None, f"https://{PROXY}:8443"),
         (f"{PROXY}:81", f"http://{PROXY}:81"),
     ):
         headers = {"Origin": origin, **({"Host": host} if host else {})}
-        assert http.post("/gradio_api/run/predict", headers=headers, json=body).json()["data"] == ["0; 1"]
+        assert http.post("/gradio_api/run/predict", headers=headers, json=body).json()["data"][0]["value"] == "0; 1"
 
 
 def test_the_names_are_the_loopback_s_the_given_and_this_machine_s():
@@ -128,7 +128,7 @@ def test_the_names_are_the_loopback_s_the_given_and_this_machine_s():
 
 def test_handlers_of_the_page_have_no_name(http, page):
     private = [fn.api_name for fn in page.fns.values() if fn.api_visibility == "private"]
-    assert {"draw", "begin", "remove", "write", "go_on", "end"} <= set(private)
+    assert {"draw", "begin", "remove", "write", "restart", "end"} <= set(private)
     for name in private:
         for path in (
             f"call/{name}",
@@ -144,7 +144,7 @@ def test_handlers_of_the_page_have_no_name(http, page):
 
 
 def test_a_number_calls_them_from_the_page_only(http, page):
-    body = call_of(page, "suggest", "seed", "", "")
+    body = call_of(page, "suggested", "seed", "", "")
     listing = {"fn_index": index_of(page, "list_adapters"), "data": [], "session_hash": "program"}
     for path in (
         "/gradio_api/run/predict",
@@ -157,11 +157,11 @@ def test_a_number_calls_them_from_the_page_only(http, page):
         assert http.post(path, json={**body, "fn_index": 10**6}, headers=own(page)).status_code == 404, path
         assert http.post(path, json=listing).status_code == 200, path
     assert http.post("/gradio_api/run/predict", json={"data": []}, headers=own(page)).status_code == 404
-    assert http.post("/gradio_api/run/predict", json=body, headers=own(page)).json()["data"] == ["0; 1"]
+    assert http.post("/gradio_api/run/predict", json=body, headers=own(page)).json()["data"][0]["value"] == "0; 1"
 
 
 def test_calls_have_a_length(http, page):
-    body = call_of(page, "suggest", "seed", "", "x" * MOST_BYTES)
+    body = call_of(page, "suggested", "seed", "", "x" * MOST_BYTES)
     for path in ("/gradio_api/run/predict", "/gradio_api/queue/join"):
         assert http.post(path, json=body, headers=own(page)).status_code == 413
         assert http.post(path, content=b"[" * 10**5, headers=own(page)).status_code in (400, 422)
@@ -169,8 +169,8 @@ def test_calls_have_a_length(http, page):
 
 def test_only_so_many_visitors_are_kept_in_memory(http, page):
     for visitor in [*[f"v{number}" for number in range(3 * SESSIONS)], "v5", f"v{3 * SESSIONS - 2}"]:
-        body = call_of(page, "suggest", "seed", "", "", visitor=visitor)
-        assert http.post("/gradio_api/run/predict", json=body, headers=own(page)).json()["data"] == ["0; 1"]
+        body = call_of(page, "suggested", "seed", "", "", visitor=visitor)
+        assert http.post("/gradio_api/run/predict", json=body, headers=own(page)).json()["data"][0]["value"] == "0; 1"
     kept = list(page.app.state_holder.session_data)
     assert len(kept) == SESSIONS
     assert kept[-2:] == ["v5", f"v{3 * SESSIONS - 2}"]  # the idle ones went

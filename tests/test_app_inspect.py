@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_families import FAMILIES, build
 
 from effilora_diffusion.core import load_adapter_file
+from effilora_diffusion.diffusion.sampling.metadata import read_parameters
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.server import make_page
 from effilora_diffusion.studio.session import Session
@@ -40,6 +41,8 @@ def test_every_head_is_drawn_alone_on_the_same_seeds(tab, session):
     *_, (update, text, *_) = tab.draw_heads(VISIT, "cat", "", 3)
     assert text == "a sks cat: what each head of cat adds by itself."
     assert len(session.drawn()) == before  # grids are no history
+    assert read_parameters(update["value"])["grid"] == {"kind": "heads"}
+    assert not tab.without_heads()[0]["visible"]  # with another adapter
     with Image.open(update["value"]) as grid:
         assert grid.width > 5 * 128  # base, all, three heads
     drawn = [np.asarray(session.image(GenerationRequest("a sks cat", "", adapters, 2, 2.0, 32, 32, seed=3)))

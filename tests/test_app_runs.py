@@ -189,7 +189,7 @@ def test_a_trainer_that_the_system_kills_is_told_from_one_that_fails(settings, t
     os.kill(trainer_of(run), signal.SIGKILL)
     status = wait(run)
     assert status.state == "failed"
-    assert "lack of memory" in status.message
+    assert "Training was killed, probably out of memory." in status.message
     assert "no checkpoint yet" in status.message
 
 

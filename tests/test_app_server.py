@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from effilora_diffusion import EffiLoRAError
+from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.sampling.request import GenerationRequest
 from effilora_diffusion.studio.guards import FREE_ATTEMPTS
 from effilora_diffusion.studio.server import credentials, serve
@@ -34,7 +35,13 @@ def server(place, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("served") / "outputs"
     shutil.copytree(place / "outputs", outputs)
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=outputs, port=None, listen=False, allowed_host=[]
+        mixed_precision="no",
+        model=str(place / "model"),
+        outputs=outputs,
+        port=None,
+        listen=False,
+        allowed_host=[],
+        models=None,
     )
     page = serve(args, block=False)
     yield page, outputs
@@ -80,12 +87,19 @@ def test_programs_see_how_a_run_stands(client):
     found = client.predict("cat", api_name="/train_status")
     assert (found["state"], found["step"], found["steps"]) == ("done", 4, 4)
     assert found["loss"] > 0
+    assert (found["phase"], found["place"]) == (None, None)
     assert client.predict("nobody", api_name="/train_status")["state"] == "new"
 
 
-def test_programs_bring_an_adapter_and_draw_with_it(client, server):
-    for file, name in (("effilora", "a sks cat"), ("pytorch_lora_weights", "adapter")):
-        _, text = client.predict(handle_file(str(server[1] / "cat" / f"{file}.safetensors")), api_name="/add_adapter")
+def test_programs_bring_an_adapter_and_draw_with_it(client, server, tmp_path):
+    content = load_adapter_file(server[1] / "cat" / "effilora.safetensors")
+    another = AdapterFile(content.adapter, {**content.metadata, "steps": 5}, content.calibration)
+    save_adapter_file(tmp_path / "effilora.safetensors", another)
+    _, text = client.predict(handle_file(str(server[1] / "cat" / "effilora.safetensors")), api_name="/add_adapter")
+    assert text == "This file is here already, as cat: nothing was added."
+    plain = server[1] / "cat" / "pytorch_lora_weights.safetensors"
+    for file, name in ((tmp_path / "effilora.safetensors", "a sks cat"), (plain, "adapter")):
+        _, text = client.predict(handle_file(str(file)), api_name="/add_adapter")
         assert text == f"{name} is here."
     names = {entry["name"]: entry["kind"] for entry in client.predict(api_name="/list_adapters")}
     assert (names["a sks cat"], names["adapter"]) == ("effilora", "lora")
@@ -100,7 +114,7 @@ def test_programs_bring_an_adapter_and_draw_with_it(client, server):
 
 BAD = [
     {"prompt": ""}, {"prompt": " \n\t"}, {"prompt": "x" * 5000}, {"prompt": None}, {"prompt": "a", "negative_prompt": "y" * 9999},
-    {"steps": 0}, {"steps": -3}, {"steps": 10**6}, {"steps": "many"}, {"steps": None}, {"steps": [1]}, {"steps": 1e400},
+    {"steps": 0}, {"steps": -3}, {"steps": 10**6}, {"steps": "many"}, {"steps": ""}, {"steps": [1]}, {"steps": 1e400},
     {"width": 0}, {"width": 7}, {"width": -64}, {"width": 10**9}, {"width": "wide"}, {"height": 33}, {"height": 4096},
     {"height": {}},
     {"seed": -2}, {"seed": 2**63}, {"seed": 10**40}, {"seed": "seed"}, {"seed": 1.5}, {"seed": "1; import os"},
@@ -271,6 +285,7 @@ def test_the_page_is_for_this_machine_alone(server, place, monkeypatch):
         port=None,
         listen=True,
         allowed_host=[],
+        models=None,
     )
     with pytest.raises(EffiLoRAError, match="--listen needs credentials"):
         serve(args, block=False)
@@ -285,6 +300,7 @@ def test_credentials_are_asked_for(place, tmp_path, monkeypatch):
         port=None,
         listen=False,
         allowed_host=[],
+        models=None,
     )
     page = serve(args, block=False)
     try:

@@ -7,11 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
-import pandas as pd
 import pytest
 import torch
 from app_forms import built, by_hand, image_size
-from helpers import make_subject, trainer
+from helpers import edit_json, make_subject, trainer
 from safetensors.torch import load_file, save_file
 from tiny_families import build
 
@@ -19,11 +18,14 @@ from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter
 from effilora_diffusion.core.run_folder import trim_log
 from effilora_diffusion.diffusion.config import TrainingConfig
 from effilora_diffusion.studio.adapter_row import AdapterRow
+from effilora_diffusion.studio.brought import key_of
+from effilora_diffusion.studio.runs import Run
 from effilora_diffusion.studio.server import make_page
 from effilora_diffusion.studio.session import Session
 from effilora_diffusion.studio.tabs.adapters import AdaptersTab
 from effilora_diffusion.studio.tabs.inspect import InspectTab
-from effilora_diffusion.studio.tabs.train import TrainTab, captions_of
+from effilora_diffusion.studio.tabs.runs import RunsTab
+from effilora_diffusion.studio.tabs.train import TrainTab
 from effilora_diffusion.studio.train_form import (
     PRESET_FIELDS,
     component_of,
@@ -36,44 +38,24 @@ from effilora_diffusion.studio.train_form import (
 # ------------------------------------------------------------------------------------------------------------ train
 
 
-def test_every_image_is_checked_at_once_with_its_reason(session, tmp_path):
-    tab = built(TrainTab, session)
-    folder = make_subject(tmp_path / "p", 2, size=(300, 300))
-    (folder / "bad.png").write_bytes(b"no image")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "twice.png").write_bytes((folder / "0.png").read_bytes())
-    rows = tab.check([str(path) for path in sorted(folder.iterdir())], None)
-    assert [row[0] for row in rows] == ["0.png", "1.png", "bad.png", "empty.png", "twice.png"]
-    assert [row[1].startswith("good, 300 x 300") for row in rows] == [True, True, False, False, True]
-    assert "empty" in rows[3][1]
-    assert "the same file as 0.png" in rows[4][1]
-    assert str(tmp_path) not in str(rows)
-
-
 def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in sorted(make_subject(tmp_path / "p", 2).iterdir())]
-    rows = [["0.png", "good", "a red one"], ["1.png", "good", ""]]
+    cards = [{"key": key_of(Path(files[0])), "caption": "a red one"}, {"key": key_of(Path(files[1])), "caption": " "}]
     hand = {"max_train_steps": 3, "num_validation_images": 1, "validation_inference_steps": 1, "train_batch_size": 1,
             "export_distillation_steps": 1}  # fmt: skip
     advanced = by_hand(session, **hand)
-    update, text = tab.begin(files, rows, "a sks cat", "new cat", "fast", *advanced)
-    assert text == "Starting ..."
-    assert update["value"] == "new cat"
+    name, button, text = tab.begin(files, cards, False, "a sks cat", "new cat", "fast", *advanced)
+    assert (name, button["visible"], text) == ("new cat", True, "new cat is being trained.")
     data = session.outputs / "datasets" / "new cat"
     assert (data / "000-0.txt").read_text() == "a red one"
     assert not (data / "001-1.txt").exists()
-    end = time.monotonic() + 600
-    while "Done" not in tab.look("new cat")[0]:
-        assert time.monotonic() < end, tab.look("new cat")[0]
+    run, end = Run(session.outputs, "new cat"), time.monotonic() + 600
+    while run.status().state != "done":
+        assert time.monotonic() < end, run.status()
         time.sleep(0.2)
-    text, curve, sample, layers, report = tab.look("new cat")
-    assert "step 3 of 3" in text
-    assert list(curve["step"][curve["curve"] == "every step"]) == [1, 2, 3]
-    newest = sorted((session.outputs / "new cat" / "samples").glob("*.png"))[-1]
-    assert Path(sample).read_bytes() == newest.read_bytes()
-    assert layers == ""  # the Reducer was off
-    assert "steps       3, batch size" in report["value"]
+    assert [line["step"] for line in run.status().metrics] == [1, 2, 3]
+    assert "steps       3, batch size" in run.report()
     assert "new cat" in session.adapters()
 
 
@@ -81,16 +63,16 @@ def test_a_run_is_started_with_its_own_images_and_captions(session, tmp_path):
     ("change", "word"),
     [
         ({"files": None}, "no images"),
-        ({"prompt": " "}, "prompt is missing"),
+        ({"prompt": " "}, "trigger prompt is missing"),
         ({"name": "../x"}, "name"),
-        ({"name": ""}, "no name yet"),
+        ({"name": ""}, "enter a name"),
         ({"files": ["x"] * 201}, "201 images"),
         ({"preset": "fastest"}, "preset"),
         ({"name": "cat"}, "finished run"),
         ({"resolution": 33}, "--resolution"),
         ({"learning_rate": -1.0}, "--learning_rate"),
-        ({"max_train_steps": "many"}, "--max_train_steps must be a whole number"),
-        ({"snr_gamma": "strong"}, "--snr_gamma must be a number"),
+        ({"max_train_steps": "many"}, "fill in every number: Steps must be a whole number"),
+        ({"snr_gamma": "strong"}, "fill in every number: Min-SNR gamma must be a number"),
     ],
 )
 def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
@@ -98,7 +80,7 @@ def test_what_can_t_be_trained_is_said(session, tmp_path, change, word):
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     form = {"files": files, "prompt": "a cat", "name": "dog", "preset": "fast", **change}
     advanced = by_hand(session, **change)
-    _, text = tab.begin(form["files"], [], form["prompt"], form["name"], form["preset"], *advanced)
+    *_, text = tab.begin(form["files"], [], False, form["prompt"], form["name"], form["preset"], *advanced)
     assert text.startswith("**Not started:**")
     assert word in text
     assert (session.outputs / "cat" / "effilora.safetensors").exists()
@@ -138,18 +120,6 @@ def test_every_value_can_be_chosen_by_hand(tmp_path):
     TrainingConfig(**found)
 
 
-def test_captions_follow_their_images(session, tmp_path):
-    tab = built(TrainTab, session)
-    files = [str(path) for path in sorted(make_subject(tmp_path / "p", 3).iterdir())]
-    rows = tab.check(files, None)
-    rows[0][2], rows[2][2] = "the first", "the last"
-    assert [row[2] for row in tab.check(files[1:], pd.DataFrame(rows))] == ["", "the last"]  # kept when a file goes
-    table = pd.DataFrame([[None, None, None], ["2.png", "good", "the last"], ["1.png", "good", float("nan")]])
-    assert captions_of(table) == {"2.png": "the last"}
-    tab._keep(files, table, tmp_path / "data")  # the first row was deleted, one was added
-    assert {path.name: path.read_text() for path in (tmp_path / "data").glob("*.txt")} == {"002-2.txt": "the last"}
-
-
 def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
@@ -158,13 +128,14 @@ def test_a_refused_start_touches_nothing_that_is_there(session, place, tmp_path)
     trainer(place / "model", data, session.outputs / "half", **options).run()
     (session.outputs / "half" / "effilora.safetensors").unlink()  # as a run that was stopped before its end
     trim_log(session.outputs / "half" / "metrics.jsonl", 3)
+    edit_json(session.outputs / "half" / ".run.json", finished=False)
     (session.uploads / "dog.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes())
     before = {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()}
     for name, word in (("cat", "finished run"), ("half", "unfinished run"), ("dog", "an adapter named dog"),
                        ("class images", "reserved"), ("history", "reserved")):  # fmt: skip
-        _, text = tab.begin(files, [], "a cat", name, "fast", *by_hand(session))
+        *_, text = tab.begin(files, [], False, "a cat", name, "fast", *by_hand(session))
         assert word in text, name
-        *_, (_, text) = tab.check_first(files, [], "a cat", name, "fast", *by_hand(session))
+        *_, (_, text) = tab.check_first(files, [], False, "a cat", name, "fast", *by_hand(session))
         assert word in text, name
     assert {path: path.stat().st_mtime_ns for path in session.outputs.rglob("*") if path.is_file()} == before
 
@@ -173,63 +144,26 @@ def test_a_run_is_checked_before_it_is_trained(session, tmp_path):
     tab = built(TrainTab, session)
     files = [str(path) for path in make_subject(tmp_path / "p", 2).iterdir()]
     before = sorted(session.outputs.iterdir())
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session, rank=2))
+    *_, (report, text) = tab.check_first(files, [], False, "a sks cat", "new", "fast", *by_hand(session, rank=2))
     assert text == "Nothing is in the way."
-    assert "images      2, 1 distinct caption, at" in report["value"]
+    assert '<th scope="row">Images</th><td>2, 1 distinct caption, at' in report["value"]
     assert "rank 2, 1 head" in report["value"]
     (tmp_path / "p" / "0.png").write_bytes(b"none")
     (tmp_path / "p" / "1.png").write_bytes(b"none")
-    *_, (report, text) = tab.check_first(files, [], "a sks cat", "new", "fast", *by_hand(session))
+    *_, (report, text) = tab.check_first(files, [], False, "a sks cat", "new", "fast", *by_hand(session))
     assert text.startswith("**It would not start:**")
     assert not report["visible"]
     assert sorted(session.outputs.iterdir()) == before
 
 
-def test_an_open_page_is_sent_a_run_only_when_it_moves(session):
-    tab = built(TrainTab, session)
-    *first, seen = tab.watch("cat", None)
-    assert "step 4 of 4" in first[0]
-    assert image_size(first[2])[0] > 100
-    *again, same = tab.watch("cat", seen)
-    assert same == seen
-    assert again == [gr.skip()] * len(tab.shown)
-    shutil.rmtree(session.outputs / "cat" / "samples")
-    *moved, _ = tab.watch("cat", seen)
-    assert moved[2] is None  # no image of before, or of another run, is left
-    assert tab.watch(None, seen)[0] == "No run yet."
-
-
 def test_a_image_that_pages_load_is_not_written_again(session, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    train, adapters = built(TrainTab, session), built(AdaptersTab, session)
-    for component, look in (
-        (train.sample, lambda: train.look("cat")[2]),
-        (adapters.image, lambda: adapters.show("cat")[1]["value"]),
-    ):
-        served = Path(component.postprocess(look()).path)
-        served.write_bytes(served.read_bytes() + b"mark")  # else a page could get half of it
-        assert Path(component.postprocess(look()).path) == served
-        assert served.read_bytes().endswith(b"mark")
-
-
-def test_a_run_s_active_layers_are_shown(session, place, tmp_path):
-    options = {"max_train_steps": 8, "reducer": "importance", "reducer_warmup": 2, "reducer_interval": 2}
-    trainer(place / "model", make_subject(tmp_path / "s", 2), session.outputs / "dog", **options).run()
-    (session.outputs / "dog" / "run.json").write_text("{}")
-    figure = built(TrainTab, session).look("dog")[3]
-    assert "Layers trained over time" in figure
-    assert "Importance over time" in figure
-
-
-def test_runs_that_are_not_there_are_told_so(session):
-    tab = built(TrainTab, session)
-    assert tab.look(None)[0] == "No run yet."
-    assert "Nothing has been trained" in tab.look("dog")[0]
-    assert "not running" in tab.end("dog")
-    assert "Not resumed" in tab.go_on("dog")
-    for name in ("../cat", "/etc"):
-        assert "name" in tab.look(name)[0]
-        assert "Not stopped" in tab.end(name)
+    image = built(AdaptersTab, session).image
+    look = built(AdaptersTab, session).show
+    served = Path(image.postprocess(look("cat")[1]["value"]).path)
+    served.write_bytes(served.read_bytes() + b"mark")  # else a page could get half of it
+    assert Path(image.postprocess(look("cat")[1]["value"]).path) == served
+    assert served.read_bytes().endswith(b"mark")
 
 
 # --------------------------------------------------------------------------------------------------------- adapters
@@ -244,10 +178,50 @@ def test_the_card_says_what_an_adapter_is(session):
     assert "no adapter named" in tab.show("../../etc/passwd")[0]
 
 
+def another(source, target):
+    """An adapter file with the same weights that says something else of itself."""
+    content = load_adapter_file(source)
+    save_adapter_file(target, AdapterFile(content.adapter, {**content.metadata, "copy": 1}, content.calibration))
+
+
+def test_the_same_file_is_added_once(session, tmp_path):
+    tab = built(AdaptersTab, session)
+    for name in ("first", "second"):
+        shutil.copyfile(session.outputs / "cat" / "pytorch_lora_weights.safetensors", tmp_path / f"{name}.safetensors")
+    assert tab.bring(str(tmp_path / "first.safetensors"))[1] == "first is here."
+    update, text = tab.bring(str(tmp_path / "second.safetensors"))
+    assert text == "This file is here already, as first: nothing was added."
+    assert update["value"] == "first"
+    assert set(session.adapters()) == {"first", "cat"}
+
+
+def test_cards_have_what_is_noted_and_are_found_by_it(session):
+    tab = built(AdaptersTab, session)
+    (session.uploads / "plain.safetensors").write_bytes(
+        (session.outputs / "cat" / "pytorch_lora_weights.safetensors").read_bytes()
+    )
+    cards = tab.found("", "cat")
+    assert 'data-name="cat" aria-pressed="true"><img src="gradio_api/file=' in cards
+    assert 'alt="Sample image of cat"' in cards
+    assert "EffiLoRA, rank 4, model, " in cards
+    assert 'data-name="plain" aria-pressed="false"><span class="no-image"' in cards
+    before = (session.outputs / "cat" / "effilora.safetensors").read_bytes()
+    assert tab.save_note("cat", "pets, <b>", "my friend's") == "Tags and note saved."
+    assert (session.outputs / "cat" / "effilora.safetensors").read_bytes() == before
+    assert built(AdaptersTab, session).noted("cat") == ("pets, <b>", "my friend's")
+    for query, found in (("pets sks", ["cat"]), ("friend", ["cat"]), ("rank", ["plain", "cat"]), ("lora", ["plain", "cat"]),
+                         ("dog", [])):  # fmt: skip
+        assert [one.name for one in tab.shelf.find(query)] == found, query
+    assert "<b>" not in tab.found("", None)
+    assert "no adapter named" in tab.save_note("../cat", "", "")
+    tab.remove("cat")
+    assert tab.shelf.notes.all() == {}
+
+
 def test_an_adapter_is_brought_used_exported_and_deleted(session, tmp_path):
     tab = built(AdaptersTab, session)
     file = tmp_path / "my <b>fine<b> cat.safetensors"
-    shutil.copyfile(session.outputs / "cat" / "effilora.safetensors", file)
+    another(session.outputs / "cat" / "effilora.safetensors", file)
     update, text = tab.bring(str(file))
     name = update["value"]
     assert text == f"{name} is here."
@@ -261,8 +235,10 @@ def test_an_adapter_is_brought_used_exported_and_deleted(session, tmp_path):
     assert not shown["visible"]
     assert (session.exports / f"{name}-merged" / "model_index.json").is_file()
     assert "Not exported" in tab.write(name, "pickle")[1]
-    assert "Not deleted" in tab.remove(name, False)[2]
-    assert tab.remove(name, True)[2] == f"{name} is deleted."
+    assert tab.ask(name) == (name, f"Delete the adapter {name} from the disk? It can't be undone.")
+    assert "no adapter named" in tab.ask("../cat")[1]
+    assert tab.remove(name)[1] == f"{name} is deleted."
+    assert "Not deleted" in tab.remove(name)[1]
     assert name not in session.adapters()
     assert "cat" in session.adapters()
 
@@ -316,8 +292,9 @@ def test_files_that_can_t_be_used_are_refused_in_words(session, place, tmp_path)
 def test_files_that_lie_among_the_adapters_damaged_break_nothing(session):
     (session.uploads / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     tab = built(AdaptersTab, session)
-    _, card, _ = tab.refresh(None)
+    _, card, *_, cards = tab.refresh(None)
     assert "not a readable safetensors file" in card
+    assert "damaged: it can&#x27;t be read" in cards
     assert "Not exported" in tab.write("cut", "diffusers")[1]
     make_page(session)
 
@@ -343,20 +320,20 @@ def test_a_sample_is_drawn_and_shown(session):
     tab = built(AdaptersTab, session)
     before = tab.show("cat")[1]["value"]
     *_, (_, image, text, *_) = tab.draw_sample(SimpleNamespace(session_hash="visitor"), "cat")
-    assert text == "The sample is kept beside the adapter."
+    assert text == "The sample image is kept beside the adapter."
     assert image_size(image["value"]) != image_size(before)  # the new one, not the run's
     assert (session.outputs / "cat" / "sample.png").exists()
 
 
 def test_names_of_the_command_line_s_runs_are_taken_as_they_are(session):
     (session.outputs / "cat").rename(session.outputs / "cat v1.0")
-    assert built(TrainTab, session).runs() == ["cat v1.0"]
-    assert "Done" in built(TrainTab, session).look("cat v1.0")[0]
+    assert [name for _, name in built(RunsTab, session).names()] == ["cat v1.0"]
+    assert "Done" in Run(session.outputs, "cat v1.0").status().message
     tab = built(AdaptersTab, session)
     assert "rank 4" in tab.show("cat v1.0")[0]
-    assert tab.remove("cat v1.0", True)[2] == "cat v1.0 is deleted."
+    assert tab.remove("cat v1.0")[1] == "cat v1.0 is deleted."
     os.utime(session.outputs / "cat v1.0" / "metrics.jsonl", (0, 0))  # not just now
-    assert "deleted" in built(TrainTab, session).look("cat v1.0")[0]
+    assert "deleted" in Run(session.outputs, "cat v1.0").status().message
 
 
 def test_two_adapters_of_one_name_are_told_apart(session):

@@ -18,7 +18,7 @@ from effilora_diffusion.studio.server import make_page, serve
 from effilora_diffusion.studio.tabs.adapters import AdaptersTab
 from effilora_diffusion.studio.tabs.generate import GenerateTab
 from effilora_diffusion.studio.tabs.inspect import InspectTab
-from effilora_diffusion.studio.tabs.train import TrainTab
+from effilora_diffusion.studio.tabs.runs import RunsTab
 from effilora_diffusion.studio.words import clean, one_line, plain_words
 
 ODD = {
@@ -99,7 +99,9 @@ def test_odd_metadata_end_no_request_and_reach_no_terminal(session, capfd):
             card, row.chosen(name)[1], str(row.fill("", name)) if name != "address" and name != "markup" else ""
         )
         assert "How much each layer changes" in inspect.show(name)[0]
-        assert adapters.bring(str(session.uploads / f"{name}.safetensors"))[1].startswith(f"{name} 2 is here."), name
+        said = adapters.bring(str(session.uploads / f"{name}.safetensors"))[1]
+        assert said == f"This file is here already, as {name}: nothing was added."
+    assert adapters.found("", None).count("<img") == 1  # the sample of the run
     make_page(session)
     assert "\x1b[31m" not in "".join(capfd.readouterr())
 
@@ -107,7 +109,8 @@ def test_odd_metadata_end_no_request_and_reach_no_terminal(session, capfd):
 def test_odd_metadata_end_no_call(place, tmp_path):
     shutil.copytree(place / "outputs", tmp_path / "outputs")
     args = argparse.Namespace(
-        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None, listen=False, allowed_host=[]
+        mixed_precision="no", model=str(place / "model"), outputs=tmp_path / "outputs", port=None,
+        listen=False, allowed_host=[], models=None
     )  # fmt: skip
     page = serve(args, block=False)
     try:
@@ -165,7 +168,7 @@ def test_no_component_makes_formulas(session):
 
 
 def test_errors_on_the_page_name_no_folder_of_the_server(session, tmp_path):
-    adapters, train = built(AdaptersTab, session), built(TrainTab, session)
+    adapters, runs = built(AdaptersTab, session), built(RunsTab, session)
     (tmp_path / "cut.safetensors").write_bytes((session.outputs / "cat" / "effilora.safetensors").read_bytes()[:-100])
     text = adapters.bring(str(tmp_path / "cut.safetensors"))[1]
     assert text.startswith("**Not taken:** cut.safetensors")
@@ -176,11 +179,11 @@ def test_errors_on_the_page_name_no_folder_of_the_server(session, tmp_path):
     (folder / "training.log").write_text(f"error: {tmp_path}/images/a.png is damaged \x1b[31m\n")
     assert Run(session.outputs, "failed").status().message == "Training failed: a.png is damaged [31m"
     (session.outputs / "cat" / "effilora.safetensors").write_bytes(b"damaged")
-    for said in (text, train.look("failed")[0], train.look("cat")[0], adapters.show("cat")[0]):
+    for said in (text, runs.look("failed")[0], runs.look("cat")[0], adapters.show("cat")[0]):
         assert str(tmp_path) not in said
         assert "damaged" in said or "readable" in said
     (session.outputs / "\udcff").mkdir()
     (session.outputs / "\udcff" / "metrics.jsonl").touch()
     shutil.copyfile(session.uploads.parent / "cat" / "config.yaml", session.uploads / "a\x1bb.safetensors")
-    assert "\udcff" not in train.runs()
+    assert "\udcff" not in [name for _, name in runs.names()]
     assert "a\x1bb" not in session.adapters()

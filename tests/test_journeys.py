@@ -1,12 +1,8 @@
 """What people do with the web UI, from the first click to what they see, on the embedded base."""
 
-import json
-import os
 import re
 import shutil
-import signal
 
-import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
@@ -18,8 +14,6 @@ from visits import browser, served, settle, visit  # noqa: F401 (fixtures)
 from effilora_diffusion import cli
 from effilora_diffusion.core import AdapterFile, load_adapter_file, save_adapter_file
 from effilora_diffusion.diffusion.sampling.metadata import read_parameters
-from effilora_diffusion.diffusion.training.example import example_settings
-from effilora_diffusion.studio.runs import Run
 
 LOOKS = [("desktop", False), ("desktop", True), ("phone", False), ("phone", True)]
 
@@ -88,7 +82,7 @@ def test_draw_with_an_adapter_take_a_seed_again_and_read_it_back(visit, served, 
     page.locator("#history > button").click()
     expect(page.locator("#history .grid-wrap img, #history .thumbnail-item img")).not_to_have_count(0)
     page.locator("#history input[type=file]").set_input_files(again)
-    one.says("#status", "The form holds that image's settings.")
+    one.says("#status", "Settings loaded.")
     expect(page.locator("#prompt textarea")).to_have_value("an emoji of sks cat")
     expect(page.locator("#seed input")).to_have_value(str(seeds[1]))
     expect(page.locator("#adapter-1 input")).to_have_value("cat")
@@ -132,7 +126,7 @@ def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
     busy.page.locator("#draw").click()
     busy.says("#status", "Image 1 of 1")
     waiting.page.locator("#draw").click()
-    waiting.says("#status", "one other drawing is in the queue")
+    waiting.says("#status", "one other request is in the queue")
     waiting.page.locator("#stop").click()
     waiting.says("#status", "Stopping")
     busy.page.locator("#stop").click()
@@ -145,7 +139,7 @@ def test_a_second_visitor_is_told_of_the_queue_and_can_leave_it(visit):
 def test_mistakes_are_said_beside_the_images(visit):
     one = visit()
     one.page.locator("#draw").click()
-    one.says("#status", "Not drawn: the prompt is empty")
+    one.says("#status", "Not generated: the prompt is empty")
     expect(one.page.locator("#draw")).to_be_enabled()
     one.fill("#prompt", "a noto emoji of fox")
     one.page.locator("#settings > button").click()
@@ -159,13 +153,13 @@ def test_mistakes_are_said_beside_the_images(visit):
         before = field.input_value()
         field.fill(value)
         one.page.locator("#draw").click()
-        expect(one.page.locator("#status")).to_contain_text(re.compile(f"Not drawn: {said}"))
+        expect(one.page.locator("#status")).to_contain_text(re.compile(f"Not generated: {said}"))
         field.fill(before)
     one.choose("#adapter-1", "cat")
-    one.page.get_by_role("button", name="More adapters").click()
+    one.page.get_by_role("button", name="Add adapter").click()
     one.choose("#adapter-2", "cat")
     one.page.locator("#draw").click()
-    one.says("#status", "Not drawn: the same adapter is chosen twice")
+    one.says("#status", "Not generated: the same adapter is chosen twice")
 
 
 # ---------------------------------------------------------------------------------------------------------- compare
@@ -187,7 +181,7 @@ def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
 
     page.locator("#grid-settings > button").click()
     one.choose("#grid-y", "checkpoint")
-    expect(page.get_by_label("Values down")).to_have_value("6; 12; final")
+    expect(page.get_by_label("Values down")).to_have_value("6; 12")
     page.locator("#draw-grid").click()
     one.says("#compare-status", "strength across, checkpoint down.")
     expect(page.locator("#grid img")).to_be_visible()
@@ -201,82 +195,6 @@ def test_compare_an_adapter_with_the_base_and_draw_a_grid(visit, served):
 # ------------------------------------------------------------------------------------------------------------ train
 
 
-def test_train_the_example_reload_and_use_it(visit, served):
-    one = visit()
-    page = one.page
-    one.tab("Train")
-    page.locator("#train-example").click()
-    expect(page.locator("#train-table")).to_contain_text("good")
-    expect(page.locator("#train-prompt textarea, #train-prompt input").first).to_have_value("an emoji of sks cat")
-    one.fill("#train-name", "my cat")
-    page.locator("#train-advanced > button").click()
-    settings = {"max_train_steps": "30", "validation_inference_steps": "4", "num_validation_images": "1",
-                "train_batch_size": "2", "export_distillation_steps": "2"}  # fmt: skip
-    for name, value in settings.items():
-        one.fill(f"#train-{name}", value)
-    page.locator("#train-advanced > button").click()
-    page.locator("#train-check").click()
-    one.says("#train-note", "Nothing is in the way.")
-    expect(page.locator("#train-checked textarea")).to_have_value(re.compile(r"steps +30, batch size 2"))
-    page.locator("#train-start").click()
-    one.says("#train-status", "Training.")
-    page.reload()
-    second = visit(dark=True)
-    for each in (one, second):
-        each.tab("Train")
-        expect(each.page.locator("#train-run input")).to_have_value("my cat")
-        expect(each.page.locator("#train-status")).to_contain_text(re.compile(r"step \d+ of 30, loss"))
-    one.says("#train-status", "Done: the adapter my cat can be used.")
-    expect(page.locator("#train-sample img")).to_be_visible()
-    one.shot("train")
-    second.says("#train-status", "step 30 of 30")
-    one.tab("Generate")
-    one.choose("#adapter-1", "my cat")
-    few_steps(page, count=1)
-    page.locator("#draw").click()
-    one.says("#status", "Done: 1 of 1")
-    assert read_parameters(newest(served, 1)[0])["adapters"][0]["file"] == "my cat"
-
-
-def test_a_run_is_stopped_resumed_and_a_crash_is_told(visit, served):
-    settings = {**example_settings(), "with_prior_preservation": False, "class_data_dir": None, "max_train_steps": 400,
-                "num_validation_images": 0, "checkpointing_steps": 5}  # fmt: skip
-    run = Run(served[1], "long run")
-    run.start(settings)
-    one = visit()
-    page = one.page
-    one.tab("Train")
-    one.choose("#train-run", "long run")
-    expect(page.locator("#train-status")).to_contain_text(re.compile(r"step [1-9]\d* of 400"))
-    page.locator("#train-stop").click()
-    one.says("#train-note", "Stopping after this step")
-    one.says("#train-status", "Stopped; its checkpoint is written.")
-    reached = run.status().step
-    page.locator("#train-resume").click()
-    one.says("#train-status", "Training.")
-    expect(page.locator("#train-status")).to_contain_text(re.compile(rf"step (?!{reached} )\d+ of 400"))
-    run_group = json.loads((run.folder / "run.json").read_text())["pid"]
-    os.killpg(os.getpgid(run_group), signal.SIGKILL)
-    one.says("#train-status", "The training process was killed.")
-    shutil.rmtree(run.folder)
-
-
-def test_bad_images_are_named_before_training(visit, tmp_path):
-    one = visit()
-    one.tab("Train")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "black.png")
-    one.page.locator("#train-files input[type=file]").set_input_files(
-        [tmp_path / "broken.png", tmp_path / "black.png"]
-    )
-    row = one.page.locator("#train-table [role=row]", has_text="broken.png").first
-    expect(row).to_contain_text("bad: it starts like a PNG but its header is damaged")
-    expect(one.page.locator("#train-table [role=row]", has_text="black.png").first).to_contain_text("good, 64 x 64")
-    one.page.locator("#train-start").click()
-    one.says("#train-note", "Not started:")
-    one.shot("bad-images")
-
-
 # --------------------------------------------------------------------------------------------------------- adapters
 
 
@@ -284,8 +202,12 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
     one = visit()
     page = one.page
     one.tab("Adapters")
-    for file, name in (("effilora", "my friend's cat"), ("pytorch_lora_weights", "plain cat")):
-        shutil.copyfile(served[1] / "cat" / f"{file}.safetensors", tmp_path / f"{name}.safetensors")
+    shutil.copyfile(served[1] / "cat" / "pytorch_lora_weights.safetensors", tmp_path / "plain cat.safetensors")
+    content = load_adapter_file(served[1] / "cat" / "effilora.safetensors")
+    facts = {**content.metadata, "copy": 1}
+    save_adapter_file(
+        tmp_path / "my friend's cat.safetensors", AdapterFile(content.adapter, facts, content.calibration)
+    )
     pair = {"unet.mid_block.attentions.0.to_q.lora_A.weight": torch.ones(4, 77)}
     save_file(
         {**pair, "unet.mid_block.attentions.0.to_q.lora_B.weight": torch.ones(77, 4)}, tmp_path / "flux.safetensors"
@@ -300,11 +222,17 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
             clear.first.click()
     expect(page.locator("#which input")).to_have_value("plain cat")
     one.says("#card", "plain LoRA, rank 4")
-    one.choose("#which", "my friend-s cat")
+    shutil.copyfile(tmp_path / "plain cat.safetensors", tmp_path / "again.safetensors")
+    page.locator("#adapter-upload input[type=file]").set_input_files(tmp_path / "again.safetensors")
+    one.says("#adapter-status", "This file is here already, as plain cat: nothing was added.")
+    one.fill("#adapter-query", "friend")
+    expect(page.locator("#adapter-cards li")).to_have_count(1)
+    page.locator("#adapter-cards button").click()
+    expect(page.locator("#which input")).to_have_value("my friend-s cat")
     one.says("#card", "EffiLoRA, rank 4, 3 heads, token routing")
     one.says("#card", "of the update missing")
     page.locator("#draw-sample").click()
-    one.says("#adapter-status", "The sample is kept beside the adapter.")
+    one.says("#adapter-status", "The sample image is kept beside the adapter.")
     expect(page.locator("#card-image img")).to_be_visible()
     one.shot("adapters")
     one.choose("#format", "kohya")
@@ -314,9 +242,8 @@ def test_bring_good_and_bad_adapters_export_and_delete(visit, served, tmp_path):
         page.locator("#exported a").first.click()
     assert download.value.suggested_filename == "my friend-s cat-kohya.safetensors"
     page.locator("#delete").click()
-    one.says("#adapter-status", "Not deleted: tick the box first")
-    page.get_by_label("Yes, delete it").check()
-    page.locator("#delete").click()
+    one.says("#delete-asked", "Delete the adapter my friend-s cat from the disk?")
+    page.locator("#delete-yes").click()
     one.says("#adapter-status", "my friend-s cat is deleted.")
     one.tab("Generate")
     one.choose("#adapter-1", "plain cat")
@@ -374,7 +301,7 @@ def test_see_what_was_learned(visit):
 def test_every_tab_fits_and_can_be_read(visit, size, dark):
     one = visit(size, dark)
     page = one.page
-    for name in ("Generate", "Compare", "Train", "Adapters", "Inspect"):
+    for name in ("Generate", "Compare", "Train", "Runs", "Library", "Adapters", "Inspect"):
         one.tab(name)
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
         one.settle()

@@ -7,11 +7,12 @@ from helpers import files_in, image, make_subject, metrics, settings, trainer
 
 from effilora_diffusion.cli.train import parse_arguments
 from effilora_diffusion.core import EffiLoRAError
-from effilora_diffusion.core.image_io import glance_at_image, inspect_image
+from effilora_diffusion.core.image_io import glance_at_image
 from effilora_diffusion.diffusion.caption_options import PLAIN, CaptionStyle
 from effilora_diffusion.diffusion.data import folder as folders
 from effilora_diffusion.diffusion.data.buckets import BucketOrder
 from effilora_diffusion.diffusion.data.folder import report_problems, scan_images
+from effilora_diffusion.diffusion.data.image_check import check_image
 from effilora_diffusion.diffusion.dataset_config import read_dataset_config
 from effilora_diffusion.diffusion.training.main import report_only
 from effilora_diffusion.diffusion.training.trainer import Trainer
@@ -114,7 +115,7 @@ def test_many_images_are_indexed_by_their_headers_with_the_same_result(tmp_path,
     image(8, (90, 70)).save(tmp_path / "w.webp")
     whole = scan_images(tmp_path, "x")
     decoded = []
-    monkeypatch.setattr(folders, "inspect_image", lambda path: decoded.append(path) or inspect_image(path))
+    monkeypatch.setattr(folders, "check_image", lambda path, edge: decoded.append(path) or check_image(path, edge))
     monkeypatch.setattr(folders, "MOST_DECODED", 3)
     assert scan_images(tmp_path, "x") == whole
     assert decoded == []

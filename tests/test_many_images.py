@@ -6,7 +6,7 @@ from effilora_diffusion.diffusion.data import folder
 
 def test_many_images_are_indexed_by_their_headers_and_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "MOST_DECODED", 10)
-    monkeypatch.setattr(folder, "inspect_image", None)  # nothing is decoded
+    monkeypatch.setattr(folder, "check_image", None)  # nothing is decoded
     make_images(tmp_path / "images", 40)
     assert index(tmp_path / "images")["images"] == 40
     monkeypatch.setattr("effilora_diffusion.diffusion.data.text_states.AHEAD_ON_CPU", 4)

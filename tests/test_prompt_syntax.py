@@ -159,7 +159,7 @@ def test_a_drawing_has_its_own_words_adapters_and_notes():
     assert found.request == GenerationRequest(
         "a x", adapters=[("Cat", 0.5)], seed=7, template="a {x|x} <lora:cat:0.5> <lora:gone:1>"
     )
-    assert found.notes == ["There is no adapter named gone: drawn without it."]
+    assert found.notes == ["There is no adapter named gone: generated without it."]
     literal = drawn(pipe, "a {x|x} <lora:cat:0.5>", literal=True)
     assert literal.request.prompt == "a {x|x} <lora:cat:0.5>"
     with pytest.raises(EffiLoRAError, match="twice"):

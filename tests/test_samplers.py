@@ -80,7 +80,7 @@ def test_a_pipeline_of_two_encoders_draws_with_other_samplers():
 
 def test_names_that_a_model_does_not_have_are_refused():
     for model, name in (("flux", "DDIM"), ("sd15", "best"), ("flux-schnell", "DPM++ 2M"), ("z-image", "UniPC")):
-        with pytest.raises(EffiLoRAError, match="can't be drawn with the sampler"):
+        with pytest.raises(EffiLoRAError, match="can't generate with the sampler"):
             draw_images(quiet(model), ["a"], [0], sampler=name, **options(model))
     assert make_scheduler(build("sd15"), "euler A").__class__.__name__ == "EulerAncestralDiscreteScheduler"
 

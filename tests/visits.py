@@ -9,9 +9,6 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from effilora_diffusion.diffusion.config import TrainingConfig
-from effilora_diffusion.diffusion.training.example import example_settings
-from effilora_diffusion.diffusion.training.trainer import Trainer
 from effilora_diffusion.studio.server import serve
 
 PATIENCE = 600_000
@@ -57,7 +54,7 @@ class Visit:
 
     def open(self, url):
         self.page.goto(url)
-        expect(self.page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(self.page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
         expect(self.page.locator("#adapter-1 input")).to_have_value("none")
 
     def tab(self, name):
@@ -106,17 +103,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tmp_path_factory, short_run):
     """The page on the embedded base, with a short run named ``cat``; yields its address and the outputs folder."""
     outputs = tmp_path_factory.mktemp("browser") / "outputs"
-    short = {"rank": 4, "heads": 3,
-             "max_train_steps": 12, "with_prior_preservation": False, "reducer": "importance", "reducer_warmup": 2,
-             "reducer_interval": 3, "checkpointing_steps": 6, "num_validation_images": 1, "class_data_dir": None,
-             "validation_inference_steps": 4, "export_distillation_steps": 2, "output_dir": str(outputs / "cat")}  # fmt: skip
-    Trainer(TrainingConfig(**{**example_settings(), **short})).run()
+    shutil.copytree(short_run, outputs / "cat")
     page = serve(
         argparse.Namespace(
-            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[]
+            mixed_precision="no", model=None, outputs=outputs, port=None, listen=False, allowed_host=[], models=None
         ),
         block=False,
     )

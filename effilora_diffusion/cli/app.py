@@ -13,6 +13,7 @@ from ..diffusion.config import PRECISIONS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``effilora app``."""
     parser.add_argument("--model", help="model folder, hub id or .safetensors checkpoint (default: the embedded base)")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folder of models to choose from in the page")
     parser.add_argument("--mixed_precision", choices=tuple(PRECISIONS), default="no", help="type of the weights")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of runs, adapters and images")
     parser.add_argument("--port", type=int, default=7860)

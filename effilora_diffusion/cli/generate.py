@@ -1,4 +1,4 @@
-"""``effilora generate``: draw images with adapters."""
+"""``effilora generate``: images with adapters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from ..core.reference import adapter_file
 from ..diffusion.config import PRECISIONS
 from ..diffusion.sampling.sampler_names import NAMES
 from .arguments import parse_adapter
+
+STRENGTH = 0.6
+"""Of an image to begin with, where none is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:STRENGTH]",
         help="native file, training folder (RUN@STEP: its checkpoint) or plain LoRA; may be given several times",
     )
-    parser.add_argument("--prompt", help="what to draw; needed but for --leakage_grid")
+    parser.add_argument("--prompt", help="what to generate; needed but for --leakage_grid")
     parser.add_argument(
         "--leakage_grid",
         action="store_true",
@@ -55,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--image", type=Path, help="begin with this image: image to image")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help=f"with --image: how much of it is replaced, above 0 and at most 1 ({STRENGTH:g})",
+    )
+    parser.add_argument("--mask_image", type=Path, help="with --image: change it only where this image is white")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
 
 
@@ -64,11 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
     from ..diffusion.adapters.shelf import adapters_in
-    from ..diffusion.config import EMBEDDED_SAMPLING
     from ..diffusion.models.pipelines import load_pipeline
     from ..diffusion.sampling.generate import draw_images
-    from ..diffusion.sampling.request import GenerationRequest, random_seed
-    from ..diffusion.sampling.resolving import WILDCARDS, check_prompts
+    from ..diffusion.sampling.resolving import WILDCARDS, by_label, check_prompts, drawing_of
     from ..diffusion.sampling.saving import save_image
 
     if args.output.suffix.lower() != ".png":
@@ -79,21 +87,8 @@ def run(args: argparse.Namespace) -> None:
         _check_for_images(path)
     concepts: Any = _grid_concepts(args, adapters) if args.leakage_grid else ()
     if args.prompt is None and not concepts:
-        raise EffiLoRAError("--prompt is missing: say what to draw")
-    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
-    request = GenerationRequest(
-        args.prompt or concepts[0].prompt or concepts[0].triggers[0],
-        args.negative_prompt or "",
-        list(zip(own, (strength for _, strength in adapters), strict=True)),
-        usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
-        usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
-        args.width,
-        args.height,
-        args.num_images,
-        random_seed() if args.seed == -1 else args.seed,
-        args.sampler,
-        args.literal_prompt or bool(concepts),
-    )
+        raise EffiLoRAError("--prompt is missing: say what to generate")
+    request = _request(args, list(zip(own, (strength for _, strength in adapters), strict=True)), concepts)
     request.check()
     check_prompts(request, args.outputs / WILDCARDS)
     pipe = load_pipeline(args.model, getattr(torch, PRECISIONS[args.mixed_precision]), args.single_file_config)
@@ -103,7 +98,14 @@ def run(args: argparse.Namespace) -> None:
         _draw_grid(args.output, ActiveAdapters(pipe), concepts, AdapterRef(adapters[0][0], adapters[0][1]), request)
         return
     shelf = adapters_in(args.outputs.resolve())
-    drawings = _drawings(args, request, pipe, list(shelf))
+    find = by_label(list(shelf))
+    drawings = [drawing_of(request, seed, pipe, find, args.outputs / WILDCARDS) for seed in request.seeds()]
+    for drawing in drawings:
+        drawing.request.check()  # what a prompt's choices and LoRAs have made of it
+    for note in dict.fromkeys(note for drawing in drawings for note in drawing.notes):
+        print(note, file=sys.stderr)
+    if args.seed == -1:
+        print(f"seed {request.seed}", file=sys.stderr)
     active = ActiveAdapters(pipe)
     for number, one in enumerate((drawing.request for drawing in drawings), 1):
         files = {label: own.get(label) or shelf[label] for label, _ in one.adapters}
@@ -114,20 +116,41 @@ def run(args: argparse.Namespace) -> None:
         print(path)
 
 
-def _drawings(args: argparse.Namespace, request: Any, pipe: Any, labels: list[str]) -> list[Any]:
-    """The images of a request, each as its prompts have made it; what could not be done is told."""
-    from ..diffusion.sampling.resolving import WILDCARDS, by_label, drawing_of
+def _request(args: argparse.Namespace, adapters: list[tuple[str, float]], concepts: Any) -> Any:
+    """What the command line asks for, with names and strengths of its adapters; a grid's prompts are those of the concepts."""
+    from ..diffusion.config import EMBEDDED_SAMPLING
+    from ..diffusion.sampling.request import GenerationRequest, random_seed
 
-    drawings = [
-        drawing_of(request, seed, pipe, by_label(labels), args.outputs / WILDCARDS) for seed in request.seeds()
-    ]
-    for drawing in drawings:
-        drawing.request.check()  # what a prompt's choices and LoRAs have made of it
-    for note in dict.fromkeys(note for drawing in drawings for note in drawing.notes):
-        print(note, file=sys.stderr)
-    if args.seed == -1:
-        print(f"seed {request.seed}", file=sys.stderr)
-    return drawings
+    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
+    return GenerationRequest(
+        args.prompt or concepts[0].prompt or concepts[0].triggers[0],
+        args.negative_prompt or "",
+        adapters,
+        usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
+        usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
+        args.width,
+        args.height,
+        args.num_images,
+        random_seed() if args.seed == -1 else args.seed,
+        args.sampler,
+        args.literal_prompt or bool(concepts),
+        start=_start(args),
+    )
+
+
+def _start(args: argparse.Namespace) -> Any:
+    """The image to begin with; ``None`` without ``--image``."""
+    from ..core.image_io import load_image
+    from ..diffusion.sampling.start import StartImage
+
+    if args.image is None:
+        if args.strength is not None or args.mask_image is not None:
+            raise EffiLoRAError("--strength and --mask_image say what becomes of an --image: give one")
+        return None
+    if args.leakage_grid:
+        raise EffiLoRAError("--leakage_grid begins with no image: leave --image out")
+    mask = None if args.mask_image is None else load_image(args.mask_image, (0, 0, 0)).convert("L")
+    return StartImage(load_image(args.image), STRENGTH if args.strength is None else args.strength, mask)
 
 
 def _by_name(paths: list[Path]) -> dict[str, Path]:
@@ -159,7 +182,7 @@ def _grid_concepts(args: argparse.Namespace, adapters: list[tuple[Path, float]])
     from ..diffusion.sampling.leakage import shown_concepts
 
     if args.prompt is not None or args.num_images != 1:
-        raise EffiLoRAError("--leakage_grid draws prompts of its own, once each: leave --prompt and --num_images out")
+        raise EffiLoRAError("--leakage_grid has prompts of its own, once each: leave --prompt and --num_images out")
     if len(adapters) != 1:
         raise EffiLoRAError("--leakage_grid shows one adapter: give one --adapter")
     path = adapters[0][0]

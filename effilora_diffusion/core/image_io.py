@@ -28,6 +28,9 @@ MAX_BYTES = 1 << 30
 MAX_GLANCED = 1 << 26
 """The largest one that is read whole to see whether it is."""
 
+EXTREME = 4
+"""Times that an image may be as long as it is wide, or the other way round, before that is odd."""
+
 _HALVED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Modes that Pillow can reduce."""
 
@@ -133,19 +136,24 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], list[str]]:
     Raises:
         ImageError: as for `load_image`.
     """
+    _, size, remarks = decode_image(path)
+    return size, remarks + size_remarks(size)
+
+
+def decode_image(path: Path) -> tuple[Image.Image, tuple[int, int], list[str]]:
+    """As :func:`load_image`, with the image's own width and height and what is odd about its file."""
     path = Path(path)
-    _, size, turned = _decode(path, (255, 255, 255))
+    image, size, turned = _decode(path, (255, 255, 255))
     remarks = [] if turned else ["its EXIF data cannot be read, so it was not rotated"]
-    remarks += _file_remarks(path)
-    return size, remarks + _size_remarks(size)
+    return image, size, remarks + _file_remarks(path)
 
 
-def _size_remarks(size: tuple[int, int]) -> list[str]:
+def size_remarks(size: tuple[int, int]) -> list[str]:
     """What is odd about an image of ``size`` (width, height)."""
     width, height = size
     short, long = sorted(size)
     remarks = [f"very small ({width}x{height} pixels)"] if short < 64 else []
-    if long > 4 * short:
+    if long > EXTREME * short:
         remarks.append(f"extreme aspect ratio ({width}x{height} pixels): a square crop shows little of it")
     return remarks
 
@@ -173,7 +181,7 @@ def glance_at_image(path: Path) -> tuple[tuple[int, int], list[str], str] | None
             if not plain or not _is_whole(content, image.format):
                 return None
     size = size[::-1] if _TURNS.get(turn) in _SIDEWAYS else size
-    return size, _size_remarks(size), hashlib.sha256(content).hexdigest()
+    return size, size_remarks(size), hashlib.sha256(content).hexdigest()
 
 
 def _is_whole(content: bytes, kind: str | None) -> bool:

@@ -21,6 +21,7 @@ from .concepts import Concept
 from .errors import EffiLoRAError
 from .files import ADAPTER_FILE
 from .names import is_inside
+from .phases import PHASE_FILE
 from .writing import TEMPORARY, write_text, writing
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -289,8 +290,8 @@ class RunFolder:
                 self._restore()
                 if self._opened and not self.used:  # what it has written is of no use without a single step
                     self.remove()
-                (self.path / OWNER_FILE).unlink(missing_ok=True)
-                (self.path / LOCK_FILE).unlink(missing_ok=True)  # while it is held, so that nobody else holds it
+                for name in (PHASE_FILE, OWNER_FILE, LOCK_FILE):  # while it is held, so that nobody else holds it
+                    (self.path / name).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 

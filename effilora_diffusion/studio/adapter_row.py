@@ -8,8 +8,12 @@ import gradio as gr
 
 from .. import EffiLoRAError
 from ..core.concepts import Concept, contains
+from ..core.reference import Reference
 from .session import LIMITS, Session
 from .words import Markdown, clean, plain_words
+
+MOST_NAMED = 6
+"""Checkpoints that are named at most, the last ones."""
 
 NONE = "none"
 """Stands for no adapter in lists."""
@@ -22,31 +26,33 @@ class AdapterRow:
         self.session, self.number = session, number
 
     def build(self) -> None:
-        """Lay the row out."""
-        with gr.Group():
-            with gr.Row():
+        """Lay the row out; of several only the first is shown."""
+        with gr.Column(visible=self.number == 1, elem_id=f"adapter-row-{self.number}") as self.box:
+            with gr.Group(), gr.Row():
                 self.choice = gr.Dropdown(
-                    [NONE, *self.session.adapters()], value=NONE, label=f"Adapter {self.number}", scale=3, min_width=140,
+                    [NONE, *self.session.fitting()], value=NONE, label=f"Adapter {self.number}", scale=4, min_width=120,
                     elem_id=f"adapter-{self.number}", allow_custom_value=True,
                 )  # fmt: skip
-                self.active = gr.Checkbox(True, label="On", scale=1, min_width=70, elem_id=f"on-{self.number}")
-            self.strength = gr.Slider(
-                -LIMITS.strength,
-                LIMITS.strength,
-                1,
-                step=0.05,
-                label=f"Strength {self.number}",
-                elem_id=f"strength-{self.number}",
-            )
-        with gr.Row(visible=False) as self.row:
-            self.words = Markdown("", elem_classes="trigger")
-            self.insert = gr.Button(
-                "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
-            )
-        self.triggers = gr.Dataset(
-            components=[gr.Textbox(visible=False)], samples=[], label="Triggers: click one to put it into the prompt",
-            visible=False, elem_id=f"triggers-{self.number}", samples_per_page=64,
-        )  # fmt: skip
+                self.strength = gr.Slider(
+                    -LIMITS.strength,
+                    LIMITS.strength,
+                    1,
+                    step=0.05,
+                    label=f"Strength {self.number}",
+                    elem_id=f"strength-{self.number}",
+                    scale=4,
+                    min_width=120,
+                )
+                self.active = gr.Checkbox(True, label="On", scale=1, min_width=56, elem_id=f"on-{self.number}")
+            with gr.Row(visible=False) as self.row:
+                self.words = Markdown("", elem_classes="trigger")
+                self.insert = gr.Button(
+                    "Put it into the prompt", size="sm", min_width=150, elem_id=f"insert-{self.number}"
+                )
+            self.triggers = gr.Dataset(
+                components=[gr.Textbox(visible=False)], samples=[], visible=False, samples_per_page=64,
+                label="Triggers: click one to put it into the prompt", elem_id=f"triggers-{self.number}",
+            )  # fmt: skip
 
     @property
     def parts(self) -> list[Any]:
@@ -83,15 +89,25 @@ class AdapterRow:
         except EffiLoRAError:  # deleted in the meantime
             return ()
 
+    def saved(self, name: str | None) -> str:
+        """How the checkpoints of the chosen adapter's run are named; empty if there are none."""
+        try:
+            steps = sorted(self.session.checkpoints(name)) if name and name != NONE else []
+        except EffiLoRAError:  # deleted in the meantime, or a checkpoint itself
+            return ""
+        names = [str(Reference(str(name), step)) for step in steps[-MOST_NAMED:]]
+        return f"  \nCheckpoints can be written here: {', '.join(map(plain_words, names))}" if names else ""
+
     def chosen(self, name: str | None) -> tuple[Any, str, Any, Any]:
         """The row with the trigger prompt, shown if there is one, and the triggers of an adapter that has concepts."""
         trigger, concepts = self.trigger(name), self.concepts(name)
         words = f"Trained with: **{plain_words(trigger)}**" if trigger else ""
         if concepts:
-            words = "Several subjects: each is drawn where the prompt has its trigger."
+            words = "Several subjects: each appears where the prompt has its trigger."
         samples = [[clean(word)] for concept in concepts for word in concept.triggers]
         shown = gr.Dataset(samples=samples, visible=bool(samples))
-        return gr.update(visible=bool(trigger or concepts)), words, gr.update(visible=not concepts), shown
+        saved, plain = self.saved(name), gr.update(visible=bool(trigger) and not concepts)
+        return gr.update(visible=bool(trigger or concepts or saved)), f"{words}{saved}", plain, shown
 
     def put_trigger(self, prompt: str, name: str | None, sample: Any) -> Any:
         """The prompt with a trigger: the whole prompt of its subject where nothing is written so far."""

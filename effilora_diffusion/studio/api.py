@@ -8,26 +8,26 @@ from typing import Any
 import gradio as gr
 
 from .. import EffiLoRAError
-from ..core import is_native, load_adapter_file
-from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.sampling.request import GenerationRequest
 from ..diffusion.sampling.sampler_names import known_name
 from .fields import seed_of, whole
 from .queue import MODEL_QUEUE
-from .runs import Run
 from .session import Session
-from .words import clean, one_line
+from .shelf import adapter_facts
+from .training_api import add_training_endpoints
+from .words import one_line
 
 
 def add_endpoints(session: Session) -> None:
-    """Add ``/generate``, ``/list_adapters`` and ``/train_status`` to the page that is being built."""
-    defaults = session.defaults()
+    """Add ``/generate``, ``/list_adapters`` and the endpoints of trainings to the page that is being built."""
 
-    def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int = defaults["steps"],
-                 guidance_scale: float = defaults["guidance_scale"], negative_prompt: str = "",
-                 width: int = defaults["edge"], height: int = defaults["edge"], sampler: str = "",
-                 literal: bool = False) -> gr.FileData:  # fmt: skip
-        """Draw one image; returns the PNG, which carries its parameters."""
+    def generate(prompt: str, adapter: str = "", strength: float = 1.0, seed: int = 0, steps: int | None = None,
+                 guidance_scale: float | None = None, negative_prompt: str = "", width: int | None = None,
+                 height: int | None = None, sampler: str = "", literal: bool = False) -> gr.FileData:  # fmt: skip
+        """Generate one image, by default with the open model's own settings; returns the PNG, which carries its parameters."""
+        own = session.defaults()
+        steps, guidance_scale = _given(steps, own["steps"]), _given(guidance_scale, own["guidance_scale"])
+        width, height = _given(width, own["edge"]), _given(height, own["edge"])
         try:
             chosen = [(str(adapter), float(strength))] if adapter else []
             wanted = GenerationRequest(
@@ -45,38 +45,15 @@ def add_endpoints(session: Session) -> None:
         found = []
         for name, path in session.adapters().items():
             try:
-                found.append({"name": name, **_facts(path), "checkpoints": sorted(session.checkpoints(name))})
+                found.append({"name": name, **adapter_facts(path), "checkpoints": sorted(session.checkpoints(name))})
             except (EffiLoRAError, OSError):
                 continue
         return found
 
-    def train_status(name: str) -> dict[str, Any]:
-        """A training run: state (new, running, done, stopped, failed, deleted, elsewhere), message, step, steps, loss."""
-        try:
-            status = Run(session.outputs, name).status()
-        except Exception as error:
-            raise gr.Error(one_line(error), print_exception=False) from error
-        last = status.metrics[-1] if status.metrics else {}
-        facts = {"state": status.state, "message": status.message, "step": status.step, "steps": status.steps}
-        return {**facts, "loss": last.get("loss"), "active_layers": last.get("active_layers")}
-
     gr.api(generate, api_name="generate", **MODEL_QUEUE)
     gr.api(list_adapters, api_name="list_adapters")
-    gr.api(train_status, api_name="train_status")
+    add_training_endpoints(session)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """What a list says of one file."""
-    if is_native(path):
-        content = load_adapter_file(path)
-        own: dict[str, Any] = {
-            "kind": "effilora",
-            "rank": content.adapter.config.rank,
-            "heads": content.adapter.config.heads,
-        }
-        named = content.metadata
-    else:
-        named = describe_plain(path)
-        own = {"kind": "lora", "rank": max(named["ranks"], default=None), "heads": 1}
-    stated = {key: named.get(key) for key in ("trigger_prompt", "base_model")}
-    return {**own, **{key: None if value is None else clean(value) for key, value in stated.items()}}
+def _given(value: Any, usual: Any) -> Any:
+    return usual if value is None else value

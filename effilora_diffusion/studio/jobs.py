@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,19 @@ GRACE = 60.0
 """Seconds that a generation goes on while no page follows it."""
 
 MOST = 256
-"""Ended generations that are kept for pages that come back."""
+"""Ended generations that are kept for pages that come back, and loads of pages that are known."""
+
+KEY = re.compile(r"[0-9a-f]{32}")
+
+KEY_SCRIPT = """() => {
+  let key = sessionStorage.getItem("effilora page");
+  if (!key) {
+    key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (one) => one.toString(16).padStart(2, "0")).join("");
+    sessionStorage.setItem("effilora page", key);
+  }
+  return key;
+}"""
+"""A tab's key, which stays when the page is loaded again; ``crypto.randomUUID`` is only there on secure addresses."""
 
 
 class Job:
@@ -90,10 +103,25 @@ class Job:
 
 
 class Jobs:
-    """Each page's last generation, by the key that a page keeps over a reload."""
+    """Each page's last generation, by the key that a page keeps over a reload.
+
+    Gradio gives every load of a page a name of its own; a page introduces itself with its key, see :data:`KEY_SCRIPT`.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, Job] = {}
+        self._keys: dict[str, str] = {}
+
+    def introduce(self, session_hash: str, key: Any) -> None:
+        """Remember which page this load is of; what is no key is ignored."""
+        if isinstance(key, str) and KEY.fullmatch(key):
+            self._keys[session_hash] = key
+            for other in list(self._keys)[:-MOST]:
+                self._keys.pop(other, None)
+
+    def visitor(self, session_hash: str) -> str:
+        """The page's key, or Gradio's name for one that has not introduced itself."""
+        return self._keys.get(session_hash, session_hash)
 
     def keep(self, key: str, job: Job) -> None:
         """Remember ``job`` as the page's last one."""

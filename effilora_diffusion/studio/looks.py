@@ -6,34 +6,47 @@ from typing import Any
 
 import gradio as gr
 
-ERRORS = '[id$="status"] p:has(> strong:first-child), [id$="note"] p:has(> strong:first-child)'
-"""What could not be done: every such text begins in bold, with "Not"."""
-
-STYLE = f"""
-.gradio-container {{ width: 100% !important; max-width: 1480px !important; margin: 0 auto !important; }}
-#title h1 {{ font-size: 20px; letter-spacing: -.01em; margin: 0; }}
-#slider {{ max-width: 460px; }}
-[id$="status"] p {{ font-variant-numeric: tabular-nums; }}
-{ERRORS} {{
-  border-left: 4px solid #b91c1c; background: #fef2f2; color: #7f1d1d; padding: 8px 12px; border-radius: 6px;
-}}
-.subject-note {{ padding: 4px 12px; background: var(--block-background-fill); }}
-.trigger {{ align-self: center; padding-left: 4px; font-size: 14px; }}
-textarea[readonly], textarea:disabled {{ font-family: var(--font-mono); font-size: 13px; }}
-:is(button, input, textarea, select, a, summary, [role="tab"], [tabindex="0"]):focus-visible {{
+STYLE = """
+.gradio-container { width: 100% !important; max-width: 1480px !important; margin: 0 auto !important; }
+#title h1 { font-size: 20px; letter-spacing: -.01em; margin: 0; }
+#bar { align-items: center; gap: 8px 20px; }
+#bar > #title { flex: 0 0 auto; width: auto; min-width: 0; }
+#bar > #model { flex: 1 1 220px; max-width: 420px; }
+#bar > #facts { flex: 2 1 260px; }
+#facts .facts { display: flex; flex-wrap: wrap; gap: 2px 18px; font-variant-numeric: tabular-nums; font-size: 14px; }
+#images .grid-container { align-items: center; }
+#images .grid-wrap { max-height: none !important; overflow: visible; }
+#images .thumbnail-lg, #images .gallery-item { aspect-ratio: auto !important; height: auto !important; }
+#images .grid-wrap img { width: 100%; height: auto !important; max-height: 78vh; object-fit: contain; }
+#images .preview { min-height: 60vh; }
+#acting p, #other-adapters p { font-size: 14px; }
+:is(#tokens, #other-adapters, #no-start, #model-status):not(:has(p)) { display: none; }
+#slider { max-width: 460px; }
+[id$="status"] p { font-variant-numeric: tabular-nums; }
+.refused, .refused strong { color: var(--error-text-color); }
+.refused {
+  border-left: 4px solid var(--error-border-color); background: var(--error-background-fill); padding: 8px 12px;
+  border-radius: 6px;
+}
+.subject-note { padding: 4px 12px; background: var(--block-background-fill); }
+.trigger { align-self: center; padding-left: 4px; font-size: 14px; }
+textarea[readonly], textarea:disabled { font-family: var(--font-mono); font-size: 13px; }
+:is(button, input, textarea, select, a, summary, [role="tab"], [tabindex="0"]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px;
-}}
-input[type="range"]:focus-visible {{ outline-offset: 6px; border-radius: 4px; }}
-@media (max-width: 480px) {{
-  .tab-container button {{ padding: 6px 7px !important; font-size: 13px !important; }}
-}}
+}
+input[type="range"]:focus-visible { outline-offset: 6px; border-radius: 4px; }
+@media (max-width: 640px) {
+  #bar > #title { display: none; }
+  #actions { position: sticky; bottom: 0; z-index: 20; padding: 6px 0; background: var(--body-background-fill); }
+}
+@media (max-width: 480px) {
+  .tab-container button { padding: 6px 7px !important; font-size: 13px !important; }
+}
 """
 
-HEAD = (
-    """<style>
+HEAD = """<style>
 @media (max-width: 480px) { .gradio-container .app { padding: 10px !important; } }
 .dark .tab-container button[aria-selected="true"] { color: var(--primary-300) !important; }
-DARK_ERRORS { background: #450a0a; color: #fecaca; border-color: #f87171; }
 </style>
 <script>
 document.addEventListener("keydown", (event) => {
@@ -51,12 +64,22 @@ document.addEventListener("click", (event) => {
 });
 const mend = () => {
   for (const found of document.querySelectorAll("div[aria-label]:not([role])")) found.setAttribute("role", "group");
-  for (const found of document.querySelectorAll('[id$="status"]:not([aria-live]), [id$="note"]:not([aria-live])')) {
+  for (const found of document.querySelectorAll(':is([id$="status"], [id$="note"], #acting):not([aria-live])')) {
     found.setAttribute("role", "status");
     found.setAttribute("aria-live", "polite");
   }
+  for (const found of document.querySelectorAll('[id$="status"] p, [id$="note"] p'))
+    found.classList.toggle("refused", found.firstChild?.nodeName === "STRONG");
+  for (const found of document.querySelectorAll('#images img[alt^="Seed"]')) found.alt = `Generated image, ${found.alt}`;
+  const facts = document.querySelector("#facts .facts");
+  if (facts && facts.dataset.title !== document.title) document.title = facts.dataset.title;
 };
-new MutationObserver(mend).observe(document.documentElement, { childList: true, subtree: true });
+let waits = false;
+new MutationObserver(() => {
+  if (waits) return;
+  waits = true;
+  setTimeout(() => { waits = false; mend(); }, 100);
+}).observe(document.documentElement, { childList: true, subtree: true });
 const tabs = () => [...document.querySelectorAll('[role="tab"]')];
 const named = (tab) => "#" + tab.textContent.trim().toLowerCase();
 const open = () => {
@@ -71,11 +94,12 @@ document.addEventListener("click", (event) => {
 addEventListener("popstate", open);
 const first = setInterval(() => { if (open()) clearInterval(first); }, 50);
 </script>"""
-).replace("DARK_ERRORS", ", ".join(f".dark {one}" for one in ERRORS.split(", ")))
 """What ``css`` of Gradio can't reach (the page's frame on phones, the dark mode), and what only scripts do:
 Ctrl+Enter (or Cmd+Enter) presses the visible tab's main button; on phones the images are below the form, and a click on
 the button goes there. Gradio labels plain ``div`` elements, which screen readers pass over unless they have a role, and reads
-no change of a text out. Every tab has an address: it opens there, and the browser's Back goes to the tab before."""
+no change of a text out; images are named by their captions, which must not be read twice. What could not be done begins in
+bold, and looks like it. The page's title says what runs. Every tab has an address: it opens there, and the browser's Back
+goes to the tab before."""
 
 PLAIN: dict[str, Any] = {
     "block_title_background_fill": "none",
@@ -114,6 +138,12 @@ COLOURS: dict[str, Any] = {
     "input_background_fill_dark": "*neutral_950",
     "input_border_color": "*neutral_300",
     "input_border_color_dark": "*neutral_700",
+    "error_background_fill": "#fef2f2",
+    "error_background_fill_dark": "#450a0a",
+    "error_border_color": "#b91c1c",
+    "error_border_color_dark": "#f87171",
+    "error_text_color": "#7f1d1d",
+    "error_text_color_dark": "#fecaca",
     "input_border_width": "1px",
     "input_shadow": "none",
     "input_placeholder_color": "*neutral_500",
@@ -132,6 +162,14 @@ COLOURS: dict[str, Any] = {
     "button_border_width": "1px",
     "button_large_radius": "8px",
     "button_small_radius": "6px",
+    "button_cancel_background_fill": "#b91c1c",
+    "button_cancel_background_fill_hover": "#991b1b",
+    "button_cancel_background_fill_dark": "#b91c1c",
+    "button_cancel_background_fill_hover_dark": "#991b1b",
+    "button_cancel_border_color": "#b91c1c",
+    "button_cancel_border_color_dark": "#b91c1c",
+    "button_cancel_text_color": "white",
+    "button_cancel_text_color_dark": "white",
     "checkbox_label_background_fill_selected": "*primary_700",
     "checkbox_label_text_color_selected": "white",
     "checkbox_background_color_selected": "*primary_800",

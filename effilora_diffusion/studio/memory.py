@@ -26,23 +26,35 @@ def fits(part: Any, value: Any) -> bool:
     return not isinstance(part, gr.Slider) or part.minimum <= value <= part.maximum
 
 
+def parsed(text: Any) -> Any:
+    """What a browser has kept as JSON; ``None`` for anything else, and for more than a form can hold."""
+    if not isinstance(text, str) or not 0 < len(text) <= MOST_LETTERS:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def kept_captions(text: Any) -> dict[str, str]:
+    """Captions by their images' keys, as a browser has kept them."""
+    found = parsed(text)
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
 def restored(parts: Sequence[Any], text: Any, accepts: Callable[[Any, Any], bool] = fits) -> list[Any]:
     """What ``parts`` should hold by the ``text`` that a browser has kept; what does not fit stays as the page has it."""
-    kept: Any = None
-    if isinstance(text, str) and 0 < len(text) <= MOST_LETTERS:
-        try:
-            kept = json.loads(text)
-        except (ValueError, RecursionError):
-            kept = None
+    kept = parsed(text)
     if not isinstance(kept, list) or len(kept) != len(parts):
         return [gr.skip()] * len(parts)
     return [value if accepts(part, value) else gr.skip() for part, value in zip(parts, kept, strict=True)]
 
 
-def remember(page: gr.Blocks, name: str, parts: Sequence[Any], accepts: Callable[[Any, Any], bool] = fits) -> None:
+def remember(page: gr.Blocks, name: str, parts: Sequence[Any], accepts: Callable[[Any, Any], bool] = fits) -> Any:
     """Keep the values of ``parts`` in the visitor's browser under ``name``, and put them back when ``page`` opens.
 
-    Nothing is sent to the server while somebody fills the form in.
+    Nothing is sent to the server while somebody fills the form in. Returns the event that puts them back.
     """
     key = json.dumps(f"effilora {name}")
     private: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -53,4 +65,4 @@ def remember(page: gr.Blocks, name: str, parts: Sequence[Any], accepts: Callable
     def restore(text: str) -> list[Any]:
         return restored(parts, text, accepts)
 
-    page.load(restore, kept, list(parts), js=f"() => localStorage.getItem({key}) || ''", **private)
+    return page.load(restore, kept, list(parts), js=f"() => localStorage.getItem({key}) || ''", **private)

@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import EffiLoRAError
 from ..core.assets import asset
 from ..diffusion.config import TrainingConfig
+from ..diffusion.data.images import Preparation
 from ..diffusion.presets import PRESETS
+from ..diffusion.training.build import preparation
 from ..diffusion.training.dry_run import DryRunReport, size_text
-from ..diffusion.training.plan import Budget, Planner
+from ..diffusion.training.plan import GIGA, Budget, Planner
 from ..diffusion.training.processes import start
 from .queue import refusal
 from .runs import Run, list_runs
 from .session import Session
 from .train_form import run_settings
+from .words import plain_words
 
 SAME_STEP = (
     *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
@@ -26,6 +30,24 @@ SAME_STEP = (
 """Settings of which a step's time depends most."""
 
 LEAST_STEPS = 5
+
+WORDS = "a photo of sks dog"
+"""The trigger prompt while none is written."""
+
+MEMORY: dict[str, int | None] = {
+    "as the preset says": None,
+    **{f"{size} GB": size for size in (6, 8, 10, 12, 16, 24, 32, 48, 80)},
+}
+"""Graphics cards by their memory in gigabytes."""
+
+FOR_LIBRARIES = 1.0
+"""Gigabytes that are left for what the dry run does not count."""
+
+FITTED = (
+    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision"),
+    *("rank", "heads", "routing"),
+)
+"""Settings that are changed to fit a memory, and no others."""
 
 
 class Prediction:
@@ -43,7 +65,7 @@ class Prediction:
         said = f"**{preset}**: {PRESETS[preset].gives}. Costs: {PRESETS[preset].costs}."
         if self.session.model and Path(self.session.model).is_file():  # which has no configuration to predict from
             return said
-        words = prompt if str(prompt or "").strip() else "a photo of sks dog"
+        words = prompt if str(prompt or "").strip() else WORDS
         try:
             settings = run_settings(self.session, words, preset, asset("example_subject"), list(advanced))
             figures = self._figures(settings)
@@ -51,12 +73,48 @@ class Prediction:
             return f"{said}\n\n{refusal(error, 'With these settings it would not start')}"
         return f"{said}\n\n{figures}{self._time(settings)}"
 
+    def fitted(
+        self, preset: str, prompt: str, advanced: Sequence[Any], gigabytes: int | None
+    ) -> tuple[str, dict[str, Any]]:
+        """The settings of the form that change to fit a memory, and what to say of it; none without a limit."""
+        if gigabytes is None:
+            return self.text(preset, prompt, advanced), {}
+        limit = gigabytes - FOR_LIBRARIES
+        try:
+            if self.session.model and Path(self.session.model).is_file():
+                raise EffiLoRAError("a model of a single file has no configuration to predict its memory from")
+            settings = run_settings(
+                self.session, str(prompt or "").strip() or WORDS, preset, asset("example_subject"), list(advanced)
+            )
+            with self.lock:
+                named = [name for name in settings if name not in FITTED]
+                plan = Planner(start(), named, Budget(memory=limit * GIGA), lambda text: None).plan(
+                    TrainingConfig(**settings)
+                )
+        except Exception as error:
+            return refusal(error, f"Not fitted to {gigabytes} GB"), {}
+        changed = {name: getattr(plan.config, name) for name in FITTED if getattr(plan.config, name) != settings[name]}
+        why = plain_words("; ".join(plan.reduced), 600) or "nothing had to be changed"
+        said = f"**{gigabytes} GB**, of which {FOR_LIBRARIES:g} GB is left for libraries: {why}."
+        return f"{said} It will take {plan.report.memory}.", changed
+
+    def preparation(self, settings: dict[str, Any]) -> Preparation:
+        """How the trainer would cut images with ``settings``; squares where the model has no configuration to ask."""
+        config = TrainingConfig(**settings)
+        if self.session.model and Path(self.session.model).is_file():
+            return Preparation(config.resolution, config.center_crop, interpolation=config.image_interpolation_mode)
+        with self.lock:
+            return preparation(config, self._planner().family(config))
+
+    def _planner(self) -> Planner:
+        if self.planner is None:
+            self.planner = Planner(start(), (), Budget(), lambda text: None)
+        return self.planner
+
     def _figures(self, settings: dict[str, Any]) -> str:
         with self.lock:
-            if self.planner is None:
-                self.planner = Planner(start(), (), Budget(), lambda text: None)
             if self.last is None or self.last[0] != repr(settings):
-                self.last = repr(settings), self.planner.predict(TrainingConfig(**settings))
+                self.last = repr(settings), self._planner().predict(TrainingConfig(**settings))
             report = self.last[1]
         return (
             f"{report.counts['stored']:,} parameters, file {size_text(report.file)}, plain LoRA {size_text(report.plain)}, "

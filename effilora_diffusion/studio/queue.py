@@ -35,7 +35,7 @@ def shown_file(component: gr.Image, path: Path) -> str | None:
     return component.move_resource_to_block_cache(path)
 
 
-def refusal(error: Exception, what: str = "Not drawn") -> str:
+def refusal(error: Exception, what: str = "Not generated") -> str:
     """What the page says of an error; those that are no user's mistake go to the server's log as well."""
     if not isinstance(error, EffiLoRAError):
         logger.error("%s", what, exc_info=error)
@@ -61,8 +61,14 @@ class Tickets:
         """Take a place in the queue; returns what to tell the visitor, who can stop from now on."""
         before = self._count()
         self._open.setdefault(visitor, []).append(Ticket())
-        drawings = "one other drawing is" if before == 1 else f"{before} other drawings are"
-        return f"Waiting for the model: {drawings} in the queue." if before else "Waiting for the model."
+        others = "one other request is" if before == 1 else f"{before} other requests are"
+        return f"Waiting for the model: {others} in the queue." if before else "Waiting for the model."
+
+    def counts(self) -> tuple[int, int]:
+        """How many drawings run, and how many wait."""
+        total = self._count()
+        running = sum(ticket.drawn for tickets in list(self._open.values()) for ticket in list(tickets))
+        return running, total - running
 
     def _count(self) -> int:
         now = time.monotonic()

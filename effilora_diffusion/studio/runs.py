@@ -37,6 +37,7 @@ from ..core.run_folder import (
     checkpoints,
     holder,
 )
+from ..core.scores import read_log
 from ..core.writing import write_text, writing
 from ..diffusion.config import TrainingConfig
 from ..diffusion.training.checkpoints import IMAGE_RUN
@@ -53,7 +54,9 @@ STARTING_PATIENCE = 120
 PATIENCE = 1800
 """Seconds that a check before training may take: large models load slowly."""
 
-REPORT_LINE = re.compile(r"(?:(?:model|images|concepts|class|adapter|steps|memory) {2,}| {12})\S|note: \S")
+REPORT_LINE = re.compile(
+    r"(?:(?:model|images|held out|buckets|masks|concepts|class|adapter|text|steps|memory|note|skipped) {2,}| {12})\S|note: \S"
+)
 """Lines of the report before a run, and of what is worth knowing about it."""
 
 MOST_LINES = 20
@@ -97,9 +100,11 @@ class Run:
         if self.running:
             raise EffiLoRAError(f"{self.name} is being trained already")
         if (self.folder / ADAPTER_FILE).exists():
-            raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete its adapter")
+            raise EffiLoRAError(f"there is a finished run named {self.name}: give another name, or delete it in Runs")
         if RunFolder(self.folder, IMAGE_RUN).used and self._verdict()[0] != "deleted":
-            raise EffiLoRAError(f"there is an unfinished run named {self.name}: resume it, or give another name")
+            raise EffiLoRAError(
+                f"there is an unfinished run named {self.name}: resume or delete it in Runs, or give another name"
+            )
 
     def start(self, settings: dict[str, Any], resume: bool = False) -> None:
         """Start the trainer with ``settings`` of :class:`TrainingConfig`; with ``resume`` go on where it stopped.
@@ -204,15 +209,27 @@ class Run:
     def status(self) -> Status:
         """The state of the run as its files tell it; success only if the adapter's file loads."""
         state, message = self._verdict()
-        metrics = self._metrics()
-        try:
-            steps = int(self.settings().get("max_train_steps") or 0)
-        except (EffiLoRAError, TypeError, ValueError):
-            steps = 0
+        metrics, steps = self._metrics(), self._planned()
         samples = sorted((self.folder / SAMPLES_FOLDER).glob("step-*.png"))
         step = int(metrics[-1]["step"]) if metrics else 0
         said = clean(without_folders(message), 600)
         return Status(state, said, step, steps, metrics, samples[-1] if samples else None)
+
+    def _planned(self) -> int:
+        """Optimizer steps of the whole run; 0 where they are not known."""
+        try:
+            return int(self.settings().get("max_train_steps") or 0)
+        except (EffiLoRAError, TypeError, ValueError):
+            return 0
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it could go on from a checkpoint: it is neither trained now, nor finished."""
+        return (
+            bool(checkpoints(self.folder))
+            and not self.running
+            and self._verdict()[0] in ("stopped", "failed", "elsewhere")
+        )
 
     def _verdict(self) -> tuple[str, str]:
         if self.running:
@@ -226,14 +243,19 @@ class Run:
         if code in STOPPED or (code is None and state["asked"]):
             if checkpoints(self.folder):
                 return "stopped", "Stopped; its checkpoint is written. Resume goes on there."
-            return "stopped", "Stopped before its first step: start it again."
+            return "stopped", "Stopped before its first step: nothing was learned, and its name is free."
         if code is None:
-            return "failed", f"The training process was killed. {self._way_on()}"
+            return "failed", f"Training was killed. {self._way_on()}"
         if code == KILLED:
-            return "failed", f"The system killed the training, mostly for lack of memory. {self._way_on()}"
+            return "failed", f"Training was killed, probably out of memory. {self._way_on()}"
         if code != 0:
             return "failed", f"Training failed: {self._last_words()}"
         return self._verdict_of_adapter("")
+
+    def ended(self) -> str:
+        """How what was started here has ended by its exit code: done, stopped or failed; empty if nobody knows."""
+        code = None if self._left_behind() else self._exit_code()
+        return "" if code is None else "done" if code == 0 else "stopped" if code in STOPPED else "failed"
 
     def _exit_code(self) -> int | None:
         """What the trainer ended with; ``None`` if nobody was left to write it down."""
@@ -259,9 +281,8 @@ class Run:
         """Of a run that was started by the command line, and is not being trained."""
         if not (self.folder / METRICS_FILE).exists():
             return "new", "Nothing has been trained under this name."
-        metrics = self._metrics()
-        planned = self.settings().get("max_train_steps") if (self.folder / CONFIG_FILE).exists() else None
-        ended = bool(metrics) and metrics[-1]["step"] == planned
+        metrics, planned = self._metrics(), self._planned()
+        ended = RunFolder(self.folder, IMAGE_RUN).finished or (bool(metrics) and metrics[-1]["step"] == planned)
         if not (self.folder / ADAPTER_FILE).exists() and not ended:
             return "elsewhere", "Started by the command line, and not finished so far."
         return self._verdict_of_adapter(" It was trained by the command line.")
@@ -279,17 +300,7 @@ class Run:
         return last_words(_text(self.folder / LOG_FILE))
 
     def _metrics(self) -> list[dict[str, Any]]:
-        try:
-            lines = (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # a line that is being written
-                continue
-        return found
+        return read_log(self.folder / METRICS_FILE)
 
 
 @functools.lru_cache(maxsize=256)
@@ -318,11 +329,16 @@ def starting(outputs: Path) -> Iterator[None]:
         raise EffiLoRAError("another training is just being started: try again") from error
 
 
+def running_run(outputs: Path) -> str | None:
+    """The run in ``outputs`` that is being trained, started here or by the command line."""
+    folders = sorted(_folders_with(outputs, STATE_FILE, LOCK_FILE))
+    return next((folder.name for folder in folders if Run(outputs, folder.name).running), None)
+
+
 def check_idle(outputs: Path) -> None:
-    """Raise :class:`EffiLoRAError` if a run in ``outputs`` is being trained, started here or by the command line."""
-    for folder in _folders_with(outputs, STATE_FILE, LOCK_FILE):
-        if Run(outputs, folder.name).running:
-            raise EffiLoRAError(f"{folder.name} is being trained already: stop it, or wait for its end")
+    """Raise :class:`EffiLoRAError` if a run in ``outputs`` is being trained."""
+    if (name := running_run(outputs)) is not None:
+        raise EffiLoRAError(f"{name} is being trained already: stop it, or wait for its end")
 
 
 def _folders_with(outputs: Path, *names: str) -> set[Path]:

@@ -17,22 +17,24 @@ from PIL import Image
 from .. import EffiLoRAError
 from ..core import is_native, load_adapter_file
 from ..core.concepts import Concept
+from ..core.errors import is_out_of_memory
 from ..core.files import ADAPTER_FILE
-from ..core.fingerprint import base_fingerprint
-from ..core.load import host_model
 from ..core.reference import Reference, checkpoint_adapters, parse_reference
 from ..diffusion.adapters.active_adapters import ActiveAdapters, AdapterRef
 from ..diffusion.adapters.lora_files import describe_plain
 from ..diffusion.adapters.shelf import BROUGHT, adapters_in
-from ..diffusion.models import Family, family_class
-from ..diffusion.models.pipelines import load_pipeline
-from ..diffusion.sampling.request import GenerationRequest, Limits, sampling_defaults
+from ..diffusion.models import Family
+from ..diffusion.sampling.request import GenerationRequest, Limits
 from ..diffusion.sampling.resolving import WILDCARDS, Drawing, by_label, drawing_of
-from ..diffusion.sampling.samplers import make_scheduler, own_sampler, sampler_names
+from ..diffusion.sampling.samplers import make_scheduler
 from ..diffusion.sampling.saving import save_image
+from ..diffusion.sampling.start import task_pipeline
 from ..diffusion.sampling.stream import Progress, Stop, draw_live, settle
 from ..diffusion.sampling.tokens import TokenCounter
+from .jobs import Jobs
+from .open_model import OpenModel
 from .queue import Tickets
+from .start_images import StartImages
 from .words import clean, is_text
 
 LIMITS = Limits(
@@ -58,18 +60,75 @@ class Session:
     """
 
     def __init__(self, model: str | None = None, outputs: Path = Path("outputs"), dtype: str = "float32"):
-        self.model, self.outputs = model, outputs.resolve()
-        self.lock, self.tickets = threading.Lock(), Tickets()
-        self.pipe: Any = load_pipeline(model, getattr(torch, dtype))
-        self.base = base_fingerprint(host_model(self.pipe))
-        self.active = ActiveAdapters(self.pipe)
-        self.family: type[Family] = family_class(self.pipe) or Family
-        self.samplers, self.own_sampler = sampler_names(self.pipe), own_sampler(self.pipe)
-        self.tokens = TokenCounter(self.pipe)
-        if torch.cuda.is_available():
-            self.pipe.enable_model_cpu_offload()  # as `effilora generate` does: parts visit the GPU when they are needed
+        self.outputs, self.dtype = outputs.resolve(), getattr(torch, dtype)
+        self.lock, self.tickets, self.jobs = threading.Lock(), Tickets(), Jobs()
+        self.opened = OpenModel(model, self.dtype)
+        self.doing = ""
         for folder in (self.history, self.uploads):
             folder.mkdir(parents=True, exist_ok=True)
+        self.starts = StartImages(self.history)
+
+    def open(self, model: str | None) -> None:
+        """Open another model, once nothing is generated.
+
+        The new one is loaded before the old one is let go: what can't be opened leaves the old one in place, also where that
+        could not be loaded a second time. For the time of loading there is memory for both.
+
+        Raises:
+            EffiLoRAError: it can't be opened, and why.
+        """
+        with self.holding():
+            self.doing = "opening a model"
+            try:
+                opened = OpenModel(model, self.dtype)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise EffiLoRAError(
+                        "there is not enough memory for it beside the open model: start again with --model"
+                    ) from error
+                raise
+            before, self.opened = self.opened, opened
+            before.close()
+
+    @property
+    def model(self) -> str | None:
+        """Folder, hub id or single file of the open model; ``None``: the embedded base."""
+        return self.opened.model
+
+    @property
+    def pipe(self) -> Any:
+        """The open model's pipeline."""
+        return self.opened.pipe
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The open model's fingerprint."""
+        return self.opened.base
+
+    @property
+    def active(self) -> ActiveAdapters:
+        """The adapters on the open model."""
+        return self.opened.active
+
+    @property
+    def family(self) -> type[Family]:
+        """The open model's family."""
+        return self.opened.family
+
+    @property
+    def samplers(self) -> list[str]:
+        """The samplers that the open model can generate with, besides its own."""
+        return self.opened.samplers
+
+    @property
+    def own_sampler(self) -> str | None:
+        """The name of the open model's own sampler."""
+        return self.opened.own_sampler
+
+    @property
+    def tokens(self) -> TokenCounter:
+        """What counts the tokens of prompts for the open model."""
+        return self.opened.tokens
 
     @property
     def history(self) -> Path:
@@ -88,11 +147,15 @@ class Session:
 
     def defaults(self) -> dict[str, Any]:
         """Steps, guidance and edge that suit the model."""
-        return sampling_defaults(self.pipe, self.model)
+        return self.opened.defaults
 
     def adapters(self) -> dict[str, Path]:
         """Adapters by name, see :func:`~..diffusion.adapters.shelf.adapters_in`; those whose names can be shown."""
         return {name: file for name, file in adapters_in(self.outputs).items() if is_text(name)}
+
+    def fitting(self) -> dict[str, Path]:
+        """Those of :meth:`adapters` whose layers are the open model's."""
+        return {name: file for name, file in self.adapters().items() if self.opened.fits(file)}
 
     @property
     def wildcards(self) -> Path:
@@ -110,6 +173,8 @@ class Session:
         request.check(limits)
         if request.sampler is not None:
             make_scheduler(self.pipe, request.sampler)
+        if request.start is not None and request.start.task not in self.opened.tasks:
+            task_pipeline(self.pipe, request.start.task)  # says why
         drawings = [drawing_of(request, seed, self.pipe, self.find, self.wildcards) for seed in request.seeds(LIMITS)]
         for drawing in drawings:
             drawing.request.check(limits)
@@ -129,7 +194,10 @@ class Session:
         """The pipeline for oneself, once whatever was drawn with it has left it."""
         with self.lock:
             settle(self.pipe)
-            yield
+            try:
+                yield
+            finally:
+                self.doing = ""
 
     def concepts_of(self, name: str) -> tuple[Concept, ...]:
         """The concepts that an adapter tells apart; none of one with another routing, and where a single head acts."""
@@ -204,16 +272,26 @@ class Session:
             raise EffiLoRAError("stopped")
         return drawn[0]
 
+    def image_to(self, path: Path, request: GenerationRequest, stop: Stop | None = None) -> None:
+        """A single image as a file with its parameters, outside the history. A stop is an :class:`EffiLoRAError`."""
+        images = [(step.image, drawn) for step, drawn in self._drawing(request, stop, 0) if step.image is not None]
+        if not images:
+            raise EffiLoRAError("stopped")
+        self._keep(*images[0], path)
+
     def _drawing(
         self, request: GenerationRequest, stop: Stop | None, preview_every: int
     ) -> Iterator[tuple[Progress, GenerationRequest]]:
         """Every step, and what is drawn in it."""
-        drawings, stop = self.check(request), Stop() if stop is None else stop
+        self.check(request)
+        stop = Stop() if stop is None else stop
         with self.holding():
+            drawings = self.check(request)  # another model may have been opened in the meantime
             for index, one in enumerate(drawing.request for drawing in drawings):
                 self.active.use([self.wanted(name, strength) for name, strength in one.adapters])
                 for progress in draw_live(self.pipe, one.prompt, [one.seed], stop, preview_every, **one.options()):
                     progress.index, progress.count = index, len(drawings)
+                    self.doing = f"generating: step {progress.step} of {progress.steps}"
                     yield progress, one
                 if stop:
                     return
@@ -233,9 +311,11 @@ class Session:
             literal=True,
         )
 
-    def _keep(self, image: Image.Image, request: GenerationRequest) -> Path:
-        """Write an image with its parameters into the history."""
-        path = self.new_file(str(request.seed))
+    def _keep(self, image: Image.Image, request: GenerationRequest, path: Path | None = None) -> Path:
+        """Write an image with its parameters into the history, or to ``path``, and what it began with beside."""
+        if request.start is not None:
+            self.starts.keep(request.start)
+        path = path or self.new_file(str(request.seed))
         files = {name: self.wanted(name).path for name, _ in request.adapters}
         save_image(image, path, request, request.seed, self.model, self.pipe, files)
         return path

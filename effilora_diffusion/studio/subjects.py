@@ -13,9 +13,9 @@ import gradio as gr
 
 from .. import EffiLoRAError
 from ..core.concepts import check_concepts, contains
-from ..core.image_io import ImageError, inspect_image
 from ..diffusion.concepts_list import check_entries
 from ..diffusion.data.folder import scan_images
+from .brought import NAMED, look_at, sort_out
 from .session import Session
 from .words import Markdown, plain_words
 
@@ -141,21 +141,19 @@ def steps_for(steps: int, subjects: int) -> int:
     return math.ceil(steps * max(1.0, subjects / ENOUGH))
 
 
-def images_note(files: Sequence[str] | None) -> str:
-    """What is to be said of the images that were dropped for one subject."""
+def images_note(files: Sequence[str] | None) -> tuple[str, Any]:
+    """What is to be said of the images that were dropped for one subject, and whether they need to be overruled."""
     if not files:
-        return ""
-    bad = []
-    for path in map(Path, files):
-        try:
-            inspect_image(path)
-        except ImageError as error:
-            bad.append(f"{plain_words(path.name, 80)} ({plain_words(error.reason, 120)})")
-        except OSError as error:
-            bad.append(f"{plain_words(path.name, 80)} (can't be read: {error.strerror})")
-    good = len(files) - len(bad)
+        return "", gr.skip()
+    seen = look_at(sort_out(files).images)
+    bad = [f"{one.name} ({one.faults[0]})" for one in seen if one.faults]
+    good = len(seen) - len(bad)
     words = f"{good} image{'s' if good != 1 else ''} can be used."
-    return f"{words} **Not used:** {'; '.join(bad[:5])}" if bad else words
+    if not bad:
+        return words, gr.skip()
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    named = "; ".join(plain_words(one, 200) for one in bad[:NAMED])
+    return f"{words} **Can't be trained on:** {named}{more}", gr.update(visible=True)
 
 
 class SubjectsForm:
@@ -204,8 +202,8 @@ class SubjectsForm:
         wanted = min(MOST_SUBJECTS, max(2, int(count) + change))
         return [wanted, *[gr.update(visible=number < wanted) for number in range(MOST_SUBJECTS)]]
 
-    def wire(self) -> None:
-        """Connect the buttons and the notes under the images."""
+    def wire(self, anyway: Any) -> None:
+        """Connect the buttons and the notes under the images; ``anyway`` is the box that overrules these."""
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         for button, change in ((self.more, 1), (self.fewer, -1)):
             button.click(
@@ -213,4 +211,4 @@ class SubjectsForm:
             )
         for index, note in enumerate(self.notes):
             files = self.parts[FIELDS * index]
-            files.change(images_note, files, note, **hidden)
+            files.change(images_note, files, [note, anyway], **hidden)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import Field, dataclass
+from dataclasses import Field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,19 +15,40 @@ from ..diffusion.presets import DEFAULT, PRESETS, preset_settings
 from ..diffusion.training.example import example_settings
 from .session import Session
 from .subjects import steps_for
-from .words import Markdown
 
 PRESET_FIELDS = {"max_train_steps": "the preset's", "validation_steps": "a quarter of the steps",
                  "checkpointing_steps": "a quarter of the steps", "validation_prompt": "the prompt"}  # fmt: skip
 """Settings that are empty in the form, and what they are unless something is written there."""
 
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run learns from: ``keep`` copies it into a folder and checks it, ``settings`` are the run's with that folder."""
-
-    keep: Callable[[Path], None]
-    settings: Callable[[Path], dict[str, Any]]
+LABELS = {
+    "max_train_steps": "Steps",
+    "train_batch_size": "Images per step",
+    "gradient_accumulation_steps": "Steps in parts: batches per step",
+    "rank": "Rank: size of the adapter",
+    "with_prior_preservation": "Keep what the model knows of the class",
+    "class_prompt": "Class prompts, one a line",
+    "resolution": "Resolution in pixels",
+    "use_aspect_ratio_buckets": "Keep aspect ratios",
+    "center_crop": "Crop the centre",
+    "random_flip": "Mirror images at random",
+    "masked_loss": "Learn only what masks show",
+    "mixed_precision": "Precision of the model",
+    "gradient_checkpointing": "Save memory, train slower",
+    "quantization": "Quantise the model",
+    "checkpointing_steps": "Steps between checkpoints",
+    "checkpoints_total_limit": "Checkpoints to keep",
+    "validation_prompt": "Sample prompts, one a line",
+    "num_validation_images": "Sample images per prompt",
+    "validation_steps": "Steps between samples",
+    "lora_alpha": "LoRA alpha",
+    "lora_dropout": "LoRA dropout",
+    "use_ema": "Moving average of the weights (EMA)",
+    "allow_tf32": "Allow TF32",
+    "adam_beta1": "AdamW's beta 1",
+    "adam_beta2": "AdamW's beta 2",
+    "snr_gamma": "Min-SNR gamma",
+}
+"""Plain names of settings; others are called by theirs."""
 
 
 def shown_fields() -> list[Field[Any]]:
@@ -49,25 +69,30 @@ def usual_settings(session: Session, preset: str = DEFAULT) -> dict[str, Any]:
     return {name: None if name in PRESET_FIELDS else value for name, value in found.items()}
 
 
-def build_advanced(session: Session) -> list[Any]:
-    """Lay out the advanced section, a heading per group; returns the components in the order of :func:`shown_fields`."""
-    usual, group, made = usual_settings(session), None, []
-    for entry in shown_fields():
-        if entry.metadata["group"] != group:
-            group = entry.metadata["group"]
-            Markdown(f"### {group}")
-        made.append(component_of(entry, usual[entry.name]))
-    return made
+def followed(session: Session) -> list[Any]:
+    """What every shown field holds for a model that was opened: what suits it, in the order of :func:`shown_fields`.
+
+    A number that it has no value for stays: a field of numbers can't be empty.
+    """
+    usual, kinds = usual_settings(session), get_type_hints(TrainingConfig)
+    values = [(base_type(kinds[entry.name]), usual[entry.name]) for entry in shown_fields()]
+    return [gr.skip() if kind in (int, float) and value is None else shown_value(value) for kind, value in values]
 
 
-def component_of(entry: Field[Any], usual: Any) -> Any:
+def label_of(name: str) -> str:
+    """A setting's name in plain English."""
+    return LABELS.get(name) or name.replace("_", " ").capitalize()
+
+
+def component_of(entry: Field[Any], usual: Any, kind_of_part: str | None = None) -> Any:
     """The component that shows a setting, made from its type, choices, help text and ``usual`` value."""
     kind = base_type(get_type_hints(TrainingConfig)[entry.name])
     rest = f"; empty: {PRESET_FIELDS[entry.name]}" if entry.name in PRESET_FIELDS else ""
     common: dict[str, Any] = {
-        "label": entry.name,
-        "info": entry.metadata["help"] + rest,
+        "label": label_of(entry.name),
+        "info": f"{entry.metadata['help']}{rest} (--{entry.name})",
         "elem_id": f"train-{entry.name}",
+        "elem_classes": kind_of_part,
     }
     if kind is bool:
         return gr.Checkbox(usual, **common)
@@ -99,14 +124,18 @@ def from_component(entry: Field[Any], value: Any, usual: Any) -> Any:
     is_list = str(get_type_hints(TrainingConfig)[entry.name]).startswith("list")
     if is_list and (value or usual is not None):
         return [line.strip() for line in str(value or "").splitlines() if line.strip()]
-    if value is None or value == "":
-        return usual
     kind = base_type(get_type_hints(TrainingConfig)[entry.name])
+    wanted = "a whole number" if kind is int else "a number"
+    if value is None or value == "":
+        if kind in (int, float) and usual is not None:
+            raise EffiLoRAError(f"fill in every number: {label_of(entry.name)} is empty (--{entry.name})")
+        return usual
     try:
         return kind(value)
     except (ValueError, OverflowError) as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise EffiLoRAError(f"--{entry.name} must be {wanted}, not {value!r}") from error
+        raise EffiLoRAError(
+            f"fill in every number: {label_of(entry.name)} must be {wanted}, not {value!r} (--{entry.name})"
+        ) from error
 
 
 def run_settings(

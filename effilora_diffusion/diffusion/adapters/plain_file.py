@@ -88,7 +88,7 @@ def _check_names(header: Header) -> dict[str, int]:
         raise EffiLoRAError(f"holds {len(header.shapes)} tensors, {MOST_TENSORS} at most can be used")
     ranks = {}
     for name, shape in header.shapes.items():
-        parts = _split(name)
+        parts = split_factor(name)
         if not NAME.fullmatch(name) or (parts is None and not OTHER_PART.fullmatch(name)):
             raise EffiLoRAError(f"holds {name[:80]!r}, which is no part of a LoRA: export it as LoRA")
         is_alpha = name.endswith(".alpha")
@@ -113,7 +113,7 @@ def _check_names(header: Header) -> dict[str, int]:
 _DOWN = {up: down for down, up in PAIRS.items()}
 
 
-def _split(name: str) -> tuple[str, str, str] | None:
+def split_factor(name: str) -> tuple[str, str, str] | None:
     """A factor's name before its mark, the mark, and what follows; ``None`` for what is no factor."""
     for mark in (*PAIRS, *_DOWN):
         stem, found, end = name.rpartition(mark)
@@ -137,7 +137,7 @@ def _strengths(header: Header, ranks: dict[str, int]) -> dict[str, float]:
     for name in header.shapes:
         component, _, rest = name.partition(".")
         own = {key.removeprefix(f"{component}."): value for key, value in stated.items() if isinstance(key, str)}
-        parts = _split(name)
+        parts = split_factor(name)
         if parts is not None and parts[1] in _DOWN:
             rank = ranks[parts[0]]
             module = rest[: len(parts[0]) - len(component) - 1].rstrip(".")

@@ -35,6 +35,13 @@ def follow_prompts(pipe: Any) -> None:
         host_of(model).cleanups.append(_Unfollow(pipe))
 
 
+def follow_as(other: Any, pipe: Any) -> None:
+    """Let another pipeline of the same parts follow its prompts, where ``pipe`` does."""
+    if _is_following(type(pipe)):
+        kind: Any = type(other)
+        other.__class__ = _following_class(kind)
+
+
 def _is_following(kind: type) -> bool:
     return "_effilora_base" in vars(kind)
 

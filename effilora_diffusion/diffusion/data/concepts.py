@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.concepts import Concept, check_concepts, contains
 from ...core.errors import EffiLoRAError
+from ...core.phases import Tell, nobody
 from ...core.text_io import printable
 from ..caption_options import PLAIN
 from ..concepts_list import ConceptData
@@ -21,14 +22,18 @@ from .images import Preparation
 from .latents import ExampleSource, Row
 
 
-def scan_concepts(entries: Sequence[ConceptData], say: Callable[[str], None]) -> list[list[Example]]:
-    """The checked images of every entry; what is odd about them is said. Raises as :func:`.scan_images`."""
+def scan_concepts(entries: Sequence[ConceptData], say: Callable[[str], None], edge: int = 0) -> list[list[Example]]:
+    """The checked images of every entry; what is odd about them, at a training ``edge``, is said.
+
+    Raises as :func:`.scan_images`.
+    """
     found = []
     for entry in entries:
         examples: list[Example] = []
         for subset in entry.subsets or (Subset(entry.instance_data_dir, entry.instance_prompt),):
             folder = Path(subset.image_dir)
-            scanned, problems = scan_images(folder, subset.prompt or entry.instance_prompt, subset.caption_extension)
+            prompt, own_edge = subset.prompt or entry.instance_prompt, subset.resolution or edge
+            scanned, problems = scan_images(folder, prompt, subset.caption_extension, own_edge)
             if problems:
                 say(report_problems(problems, folder))
             examples += (_of_subset(example, subset) for example in scanned)
@@ -129,11 +134,13 @@ class ConceptSource:
         """All sizes of the concepts' images."""
         return sorted({size for source in self.sources for size in source.sizes})
 
-    def fill(self, everything: bool = False, sizes: Iterable[Size] = (), rows: range | None = None) -> None:
+    def fill(
+        self, everything: bool = False, sizes: Iterable[Size] = (), rows: range | None = None, tell: Tell = nobody
+    ) -> None:
         """:meth:`.ExampleSource.fill` of every concept."""
         for number, source in enumerate(self.sources):
             own = None if rows is None else range(self._before(rows.start, number), self._before(rows.stop, number))
-            source.fill(everything, sizes, own)
+            source.fill(everything, sizes, own, tell)
 
     def _before(self, position: int, number: int) -> int:
         """Rows of a concept before ``position``, in whole turns."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import EffiLoRAError
-from ...core.image_io import ImageError, glance_at_image, hash_file, inspect_image, load_image
+from ...core.image_io import ImageError, glance_at_image, load_image
 from ...core.text_io import printable
 from ..caption_options import PLAIN, CaptionStyle
 from .caption_files import (
@@ -18,6 +18,7 @@ from .caption_files import (
     read_caption_files,
     same_name,
 )
+from .image_check import Copies, ImageCheck, check_image, size_faults
 from .images import prepare_image
 
 __all__ = [
@@ -113,7 +114,7 @@ class _Folder:
 
 
 def scan_images(
-    folder: Path, default_caption: str | None, caption_extension: str | None = None
+    folder: Path, default_caption: str | None, caption_extension: str | None = None, edge: int = 0
 ) -> tuple[list[Example], list[Problem]]:
     """Look at every image in a folder and its sub-folders once and pair it with its captions.
 
@@ -127,6 +128,7 @@ def scan_images(
         folder: the folder.
         default_caption: of images without one.
         caption_extension: suffix of the files with one image's captions, instead of both.
+        edge: of the training images in pixels, for notes on images that are too small for it; 0: not known.
 
     Raises:
         EffiLoRAError: the folder is missing, empty or without a usable image, a caption source cannot be read, or an
@@ -142,20 +144,20 @@ def scan_images(
 
     examples: list[Example] = []
     problems = _unmatched(folders)
-    first_with: dict[str, Path] = {}
+    copies = Copies()
     for path, home in candidates:
         try:
-            size, remarks, digest = _inspect(path, len(candidates) > MOST_DECODED)
+            found = _inspect(path, len(candidates) > MOST_DECODED, edge)
         except ImageError as error:
             problems.append(Problem(path, error.reason, fatal=True))
             continue
         captions, source, remark = _captions(path, home, lists, default_caption)
-        first = first_with.setdefault(digest, path)
-        if first is not path:
-            remarks.append(f"the same file as '{printable(first.relative_to(folder))}', so it counts twice")
-        remarks += [remark] if remark else []
-        problems += [Problem(path, reason, fatal=False) for reason in remarks]
-        examples.append(Example(path, captions[0], digest, size, source, others=captions[1:], repeats=home.repeats))
+        again = copies.add(str(path.relative_to(folder)), found)
+        said = (*found.remarks, *found.faults, again, remark)
+        problems += [Problem(path, reason, fatal=False) for reason in said if reason]
+        examples.append(
+            Example(path, captions[0], found.sha256, found.size, source, others=captions[1:], repeats=home.repeats)
+        )
     problems.sort(key=lambda problem: problem.path.parts)
     if not examples:
         raise EffiLoRAError(_nothing_left(folder, problems))
@@ -190,6 +192,14 @@ def is_unrelated(path: Path) -> bool:
 def is_mask(path: Path) -> bool:
     """Whether a file is named as the mask of an image beside it."""
     return path.stem.casefold().endswith(MASK_ENDINGS)
+
+
+def mask_stem(path: Path) -> str:
+    """The stem of the image that a mask is named after."""
+    stem = path.stem
+    for ending in MASK_ENDINGS:
+        stem = stem[: -len(ending)] if stem.lower().endswith(ending) else stem
+    return stem
 
 
 def _walk(root: Path, suffix: str | None) -> list[_Folder]:
@@ -241,12 +251,13 @@ def _list_folder(folder: Path) -> list[Path]:
     return [path for path in entries if not path.name.startswith(".")]
 
 
-def _inspect(path: Path, quick: bool) -> tuple[tuple[int, int], list[str], str]:
-    """Return an image's size in pixels, remarks on it, and the SHA-256 of the file; decode it unless ``quick``."""
+def _inspect(path: Path, quick: bool, edge: int) -> ImageCheck:
+    """What is to be said of an image; decode it unless ``quick``."""
     if quick and (found := glance_at_image(path)) is not None:
-        return found
-    size, remarks = inspect_image(path)
-    return size, remarks, hash_file(path)
+        size, remarks, digest = found
+        faults = size_faults(size, edge)
+        return ImageCheck(size, [] if faults else remarks, faults, digest)
+    return check_image(path, edge)
 
 
 def _captions(

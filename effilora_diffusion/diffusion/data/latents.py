@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.phases import LATENTS, Tell, counted, nobody
 from ...core.rng import draw_normal, draw_uniform
 from ..models import IMAGE, Conditions, Family
 from .buckets import BucketOrder, Size
@@ -74,24 +75,26 @@ class ExampleSource:
         self._moments: dict[tuple[str, int, bool, Size], Tensor] = {}
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
-    def fill(self, everything: bool = False, sizes: Iterable[Size] = (), rows: range | None = None) -> None:
+    def fill(
+        self, everything: bool = False, sizes: Iterable[Size] = (), rows: range | None = None, tell: Tell = nobody
+    ) -> None:
         """Encode captions and one crop of up to ``AHEAD_ON_CPU`` images; with ``everything`` all crops of all, mirrored too.
 
         Captions are those of ``rows``, by default of an epoch. Those that are not kept are encoded again when they are drawn;
         after ``everything`` the autoencoder is not needed any more. Images are encoded in the ``sizes`` that their rows will be
         asked for, or else in that of their bucket. Of what is kept on disk, all of it, each process encodes its share.
         """
-        self.texts.prepare(range(self.order.count) if rows is None else rows)
+        self.texts.prepare(range(self.order.count) if rows is None else rows, tell)
         latents, mine = self.caches.latents, self.caches.mine
         sizes = list(sizes) if everything else list(sizes)[:1]
-        views = (
+        views = [
             view
             for own, members in self.order.members.items()
             for index in (dict.fromkeys(members) if everything or latents is not None else members[:AHEAD_ON_CPU])
             for size in (sizes if self.preparation.buckets is None and sizes else [own])
             for view in self._views(self.examples[index], size, everything)
-        )
-        for number, view in enumerate(views):
+        ]
+        for number, view in enumerate(counted(tell, LATENTS, views)):
             if latents is None or (mine(number) and self._key(view) not in latents):
                 self._latents_of(view)
             if latents is None or mine(number):

@@ -16,7 +16,7 @@ from ...core.errors import EffiLoRAError
 from ...core.image_io import LARGE_PIXELS, ImageError, has_transparency, load_image
 from ...core.text_io import printable
 from .buckets import Size
-from .folder import MASK_ENDINGS, Example, is_mask
+from .folder import MASK_ENDINGS, Example, is_mask, mask_stem
 from .images import cut_out
 
 ALPHA = "alpha"
@@ -106,10 +106,7 @@ def _by_stem(folder: Path, marked: bool) -> dict[str, Path]:
     for path in _files(folder):
         if marked and not is_mask(path):
             continue
-        stem = path.stem
-        for ending in MASK_ENDINGS:
-            stem = stem[: -len(ending)] if stem.lower().endswith(ending) else stem
-        found.setdefault(stem, path)
+        found.setdefault(mask_stem(path), path)
     return found
 
 

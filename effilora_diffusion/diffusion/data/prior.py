@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ...core.errors import EffiLoRAError
+from ...core.phases import CLASS_IMAGES, Tell, nobody
 from ...core.rng import counter_seed
 from ...core.run_folder import LOCK_FILE
 from ...core.writing import write_text, writing
@@ -92,7 +93,11 @@ def without_images(examples: list[Example], prompts: list[str]) -> list[Example]
 
 
 def class_examples(
-    wanted: ClassFolder, sampler: Sampler, say: Callable[[str], None], accelerator: Accelerator | None = None
+    wanted: ClassFolder,
+    sampler: Sampler,
+    say: Callable[[str], None],
+    accelerator: Accelerator | None = None,
+    tell: Tell = nobody,
 ) -> list[Example]:
     """As many class images as wanted: the user's own by name, then drawn ones by number, the missing ones drawn now.
 
@@ -122,7 +127,7 @@ def class_examples(
             batches = batches[accelerator.process_index :: accelerator.num_processes]
         if batches:
             with sampler.family.sampling():
-                _draw(wanted, sampler, batches, missing)
+                _draw(wanted, sampler, batches, missing, tell)
         if accelerator is not None and not alone:
             accelerator.wait_for_everyone()
     examples, problems = wanted.scan()
@@ -154,9 +159,11 @@ def _claimed(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def _draw(wanted: ClassFolder, sampler: Sampler, batches: list[int], missing: list[int]) -> None:
+def _draw(wanted: ClassFolder, sampler: Sampler, batches: list[int], missing: list[int], tell: Tell) -> None:
     """Draw whole batches and write the missing images of each at once, its caption before an image if there are several."""
+    here = wanted.count - len(missing)
     for batch in batches:
+        tell(CLASS_IMAGES, here, wanted.count)
         start = batch * sampler.batch_size
         indices = range(start, min(start + sampler.batch_size, max(missing) + 1))
         facts = [wanted.facts(index, sampler.resolution) for index in indices]
@@ -168,3 +175,4 @@ def _draw(wanted: ClassFolder, sampler: Sampler, batches: list[int], missing: li
                 if len(wanted.prompts) > 1:
                     write_text(wanted.path / f"{name}.txt", fact["prompt"])
                 save_png(image, wanted.path / f"{name}.png", fact)
+                here += 1

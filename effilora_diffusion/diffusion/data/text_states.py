@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+from ...core.phases import EMBEDDINGS, Tell, counted, nobody
 from ..models import Conditions, Family
 from .cache import Caches
 
@@ -45,16 +46,17 @@ class TextStates:
     def __len__(self) -> int:
         return len(self._states) + len(self._beside)
 
-    def prepare(self, rows: range) -> None:
+    def prepare(self, rows: range, tell: Tell = nobody) -> None:
         """Encode the captions of ``rows`` from the first one on, as many as are kept; for the disk all of them."""
         if self.caches.texts is not None:
             captions = dict.fromkeys(self.caption(position) for position in rows)
             mine = [caption for number, caption in enumerate(captions) if self.caches.mine(number)]
             missing = [caption for caption in mine if {"prompt": caption} not in self.caches.texts]
             with self._encoders() if missing else nullcontext():
-                for caption in missing:
+                for caption in counted(tell, EMBEDDINGS, missing):
                     self.caches.texts.save({"prompt": caption}, self.family.encode_prompt(caption))
             return
+        tell(EMBEDDINGS)  # how many there are to be is known once memory is full
         self._reached, self._end = rows.start, rows.stop
         self._stretch(rows.start, self._ahead)
 

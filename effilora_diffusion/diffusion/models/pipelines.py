@@ -140,6 +140,21 @@ def reason_for(name: str, error: Exception, options: dict[str, Any]) -> str:
     return f"the model {name!r} can't be loaded: {first}"
 
 
+def single_file_kind(path: Path) -> type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline] | None:
+    """The pipeline of a whole checkpoint, by the names of its tensors; ``None`` for other files of tensors.
+
+    Raises :class:`EffiLoRAError` for what is no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+    except SafetensorError as error:
+        raise EffiLoRAError(f"{path} is damaged or no safetensors file: {error}") from error
+    if any(key.startswith("conditioner.embedders.") for key in keys):
+        return StableDiffusionXLPipeline
+    return StableDiffusionPipeline if any(key.startswith("cond_stage_model.") for key in keys) else None
+
+
 def _load_single_file(
     path: Path, dtype: torch.dtype, config: str | None, options: dict[str, Any]
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
@@ -150,18 +165,10 @@ def _load_single_file(
         raise EffiLoRAError(
             f"{path} is not a .safetensors file: other checkpoint files may run code, so none is opened"
         )
-    try:
-        with safe_open(path, "pt") as file:
-            keys = set(file.keys())
-    except SafetensorError as error:
-        raise EffiLoRAError(f"{path} is damaged or no safetensors file: {error}") from error
-    kind: type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]
-    if any(key.startswith("conditioner.embedders.") for key in keys):
-        kind = StableDiffusionXLPipeline
-    elif any(key.startswith("cond_stage_model.") for key in keys):
-        kind = StableDiffusionPipeline
+    kind = single_file_kind(path)
+    if kind is StableDiffusionPipeline:
         options["safety_checker"] = None
-    else:
+    if kind is None:
         raise EffiLoRAError(
             f"{path} is no whole Stable Diffusion 1.x, 2.x or XL checkpoint (it lacks their text encoder): "
             "for other models give the diffusers folder or hub id"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -73,25 +73,46 @@ def shown(value: float) -> str:
     return f"{value:.2g}"
 
 
-def chart(title: str, curves: Sequence[Curve], note: str = "", mark: tuple[float, str] | None = None) -> str:
-    """A figure with axes, a legend where there are several curves, and a vertical ``mark`` at a step; empty without points."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from ``low`` to ``high``, both positive, evenly on a logarithmic scale."""
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(found) >= 3:
+            return found
+    return [value for value in ticks(low, high) if value > 0]
+
+
+def chart(
+    title: str, curves: Sequence[Curve], note: str = "", mark: tuple[float, str] | None = None, log: bool = False
+) -> str:
+    """A figure with axes, a legend where there are several curves, and a vertical ``mark`` at a step; empty without points.
+
+    ``log``: the values are on a logarithmic scale, without those that are not positive.
+    """
+    scale = math.log10 if log else float
     curves = [
         Curve(one.name, points, one.colour, one.faint, one.dots)
         for one in curves
-        if (points := [point for point in thinned(one.points) if math.isfinite(point[1])])
+        if (
+            points := [
+                point for point in thinned(one.points) if math.isfinite(point[1]) and not (log and point[1] <= 0)
+            ]
+        )
     ]
     if not curves:
         return ""
     left, right = _range([step for one in curves for step, _ in one.points])
-    low, high = _vertical(curves)
+    low, high = _vertical(curves, scale)
 
     def x(step: float) -> float:
         return 100 * (step - left) / (right - left)
 
     def y(value: float) -> float:
-        return 100 * (1 - (min(max(value, low), high) - low) / (high - low))
+        return 100 * (1 - (min(max(scale(value), low), high) - low) / (high - low))
 
-    across, up = [step for step in ticks(left, right, 5) if step == int(step)], ticks(low, high)
+    across = [step for step in ticks(left, right, 5) if step == int(step)]
+    up = log_ticks(10**low, 10**high) if log else ticks(low, high)
     grid = "".join(f'<line class="grid" x1="0" x2="100" y1="{y(v):.2f}" y2="{y(v):.2f}"/>' for v in up)
     if mark is not None and left <= mark[0] <= right:
         grid += f'<line class="mark" x1="{x(mark[0]):.2f}" x2="{x(mark[0]):.2f}" y1="0" y2="100"/>'
@@ -138,11 +159,11 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 1, high + 1)
 
 
-def _vertical(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The range of values that is shown: of faint curves without their outermost fiftieth, which would flatten the rest."""
+def _vertical(curves: Sequence[Curve], scale: Callable[[float], float]) -> tuple[float, float]:
+    """The range of values to show: of faint curves without their outermost fiftieth, which would flatten the rest."""
     values: list[float] = []
     for one in curves:
-        found = sorted(value for _, value in one.points)
+        found = sorted(scale(value) for _, value in one.points)
         cut = len(found) // 50 if one.faint else 0
         values += found[cut : len(found) - cut]
     low, high = _range(values)

@@ -106,11 +106,15 @@ def read_run(folder: Path, finished: bool = False) -> Run:
         raise EffiLoRAError(f"{folder / CONFIG_FILE} is no YAML that a run has written") from error
     if not isinstance(settings, dict):
         raise EffiLoRAError(f"{folder / CONFIG_FILE} holds no settings")
-    found = {int(match[1]): path for path in sorted((folder / SAMPLES_FOLDER).glob("step-*.png"))
-             if (match := SAMPLE.fullmatch(path.name))}  # fmt: skip
     ended = finished or RunFolder(folder, ANY).finished
     metrics, scores = read_log(folder / METRICS_FILE), read_scores(folder)
-    return Run(folder, settings, metrics, scores, found, ended, _facts(folder) if ended else {})
+    return Run(folder, settings, metrics, scores, samples_of(folder), ended, _facts(folder) if ended else {})
+
+
+def samples_of(folder: Path) -> dict[int, Path]:
+    """The validation grids of the run in ``folder``, by step."""
+    files = sorted((folder / SAMPLES_FOLDER).glob("step-*.png"))
+    return {int(match[1]): path for path in files if (match := SAMPLE.fullmatch(path.name))}
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -35,13 +35,19 @@ SAID_ELSEWHERE = (
 """Settings that change nothing here, or that others say again; ``Clip skip`` where it is 1."""
 
 
-def infotext(facts: Mapping[str, Any], hashes: Mapping[str, str] | None = None, version: str = "") -> str:
+def infotext(
+    facts: Mapping[str, Any],
+    hashes: Mapping[str, str] | None = None,
+    version: str = "",
+    more: Mapping[str, Any] | None = None,
+) -> str:
     """Parameters as A1111 writes them.
 
     Args:
         facts: of an image, see :meth:`~.request.GenerationRequest.parameters`; settings that are ``None`` are left out.
         hashes: the first 12 digits of SHA-256 over the tensors of the plain LoRAs among the adapters, by label.
         version: of the program that has drawn the image.
+        more: settings besides those, by A1111's names.
 
     Example:
         >>> print(infotext({"prompt": "a cat", "seed": 1, "width": 64, "height": 64, "num_inference_steps": 20}))
@@ -65,6 +71,7 @@ def infotext(facts: Mapping[str, Any], hashes: Mapping[str, str] | None = None, 
         "Size": f"{facts['width']}x{facts['height']}",
         "Model": _model_name(facts.get("model")),
         "Lora hashes": ", ".join(f"{label}: {value}" for label, value in (hashes or {}).items()) or None,
+        **(more or {}),
         "Version": version or None,
     }
     settings = ", ".join(f"{key}: {_quoted(value)}" for key, value in named.items() if value is not None)

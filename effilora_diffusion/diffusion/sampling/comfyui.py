@@ -169,7 +169,7 @@ class _Graph:
         sizes = [(self.value(node, "width"), self.value(node, "height")) for node in latents[1:]]
         width, height = next((pair for pair in sizes if all(isinstance(edge, int) for edge in pair)), (None, None))
         if any("LoadImage" in node["class_type"] for node in latents):
-            notes.append("the image that it was drawn over")
+            notes.append("the image that it began with")
         guidance = self.guidance(source, self.value(source, "cfg"))
         seed = self.value(sampler, "seed", "noise_seed") if noise is None else self.value(noise, "noise_seed")
         return {

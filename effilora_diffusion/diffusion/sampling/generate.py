@@ -17,6 +17,7 @@ from ..models.long_prompts import chunk_count, reading
 from ..models.weighted_prompts import BREAK, Fragment
 from .prompt_syntax import fragments, plain
 from .samplers import drawing_with
+from .start import StartImage, beginning_with, kept_outside
 
 
 def draw_images(
@@ -29,6 +30,7 @@ def draw_images(
     batch_size: int = 4,
     literal: bool = True,
     sampler: str | None = None,
+    start: StartImage | None = None,
     **arguments: Any,
 ) -> list[Image.Image]:
     """One image per (prompt, seed), each from a generator of its own, so that batching changes nothing but speed.
@@ -36,12 +38,14 @@ def draw_images(
     Prompts of any length are read where a family reads chunks; those of as many chunks are drawn together.
     ``None`` leaves the pipeline's own default. ``arguments`` are any others of the pipeline, as ``width`` and ``height`` in
     pixels. Not ``literal``: prompts have weights (:func:`~.prompt_syntax.fragments`), which families without chunks leave out.
-    ``sampler``: one of :func:`~.samplers.sampler_names`.
+    ``sampler``: one of :func:`~.samplers.sampler_names`. ``start``: an image to begin with.
     """
     family = family_class(pipe) or Family
     options: dict[str, Any] = {"num_inference_steps": steps, **arguments}
     options = {name: value for name, value in options.items() if value is not None}
     options |= family.sampling_options(guidance_scale, negative_prompt)
+    if start is not None:
+        start = start.sized(*_size(start, family, options))
     if {"width", "height"} & options.keys() and "use_resolution_binning" in signature(pipe.__call__).parameters:
         options["use_resolution_binning"] = False  # else the image is drawn in another size and scaled
     negative = options.pop("negative_prompt", None)
@@ -55,14 +59,23 @@ def draw_images(
     further = [negative] if negative else []
     counts = [chunk_count(pipe, [prompt, *further], book) if family.chunked else 1 for prompt in prompts]
     images: list[Image.Image] = []
-    for start, stop in _batches(counts, batch_size):
-        part = prompts[start:stop]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start:stop]]
+    for first, stop in _batches(counts, batch_size):
+        part = prompts[first:stop]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first:stop]]
         if negative:
             options["negative_prompt"] = [negative] * len(part)
-        with torch.no_grad(), reading(pipe, counts[start], book), drawing_with(pipe, sampler, generators):
-            images += pipe(prompt=part, generator=generators, **options).images
-    return images
+        with torch.no_grad(), drawing_with(pipe, sampler, generators):
+            runner, given = (pipe, options) if start is None else beginning_with(pipe, start, options)
+            with reading(runner, counts[first], book):
+                images += runner(prompt=part, generator=generators, **given).images
+    return images if start is None else [kept_outside(image, start) for image in images]
+
+
+def _size(start: StartImage, family: type[Family], options: dict[str, Any]) -> tuple[int, int]:
+    """The size that is asked for; else that of the image, cut to what the family takes."""
+    multiple = family.size_multiple
+    own = [max(multiple, edge - edge % multiple) for edge in start.image.size]
+    return options.get("width") or own[0], options.get("height") or own[1]
 
 
 def _plain_words(pipe: Any, prompts: list[str], book: dict[str, list[Fragment]]) -> list[str]:

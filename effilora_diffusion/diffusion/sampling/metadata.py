@@ -43,7 +43,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
     """The parameters in an image that :func:`~.png.save_png` wrote; raises :class:`EffiLoRAError` if there are none."""
     found = _ours(_texts(path)[0])
     if found is None:
-        raise EffiLoRAError("this image carries no parameters of ours: only images drawn here do, saved as they are")
+        raise EffiLoRAError(
+            "this image carries no parameters of ours: only images generated here do, saved as they are"
+        )
     return found
 
 

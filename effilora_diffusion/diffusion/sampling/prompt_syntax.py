@@ -213,7 +213,7 @@ def without_networks(text: str) -> Resolved:
     if left != text:
         left = re.sub(r"[ \t]+(?=[ \t,]|$)", "", left).strip(" \t\n,")
     if EDITING.search(WEIGHT.sub(")", left)):  # [(red:1.4) cat] is a weight within brackets
-        notes.append("Words that change during the steps, as in [a:b:0.5] or [a|b], are not supported: all are drawn.")
+        notes.append("Words that change during the steps, as in [a:b:0.5] or [a|b], are not supported: all are taken.")
     return Resolved(left, adapters, notes)
 
 

@@ -16,6 +16,7 @@ from ..config import EMBEDDED_SAMPLING
 from ..models.pipelines import EMBEDDED_BASE
 from .prompt_syntax import has_syntax
 from .sampler_names import NAMES, known_name
+from .start import StartImage
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class GenerationRequest:
         sampler: one of :data:`~.sampler_names.NAMES`.
         literal: whether prompts are taken word for word, without weights, choices, wildcards and LoRAs.
         template: the prompt as it was written, where wildcards or LoRAs of it were put in.
+        start: an image to begin with, for image to image and inpainting.
     """
 
     prompt: str
@@ -62,15 +64,18 @@ class GenerationRequest:
     sampler: str | None = None
     literal: bool = False
     template: str | None = None
+    start: StartImage | None = None
 
     def check(self, limits: Limits = Limits()) -> None:
         """Raise :class:`EffiLoRAError` for what can't be drawn within ``limits``; one sentence."""
         if not self.prompt.strip():
-            raise EffiLoRAError("the prompt is empty: say what to draw")
+            raise EffiLoRAError("the prompt is empty: say what to generate")
         if max(len(self.prompt), len(self.negative_prompt)) > limits.prompt:
             raise EffiLoRAError(f"a prompt may have {limits.prompt:g} characters at most")
         if self.sampler is not None and self.sampler not in NAMES:
             raise EffiLoRAError(f"there is no sampler {self.sampler[:40]!r}: choose one of {', '.join(NAMES)}")
+        if self.start is not None:
+            self.start.check(self.num_inference_steps)
         edge = limits.least_edge, limits.edge
         for name, value, (least, most) in (
             ("num_inference_steps", self.num_inference_steps, (1, limits.steps)),
@@ -109,6 +114,7 @@ class GenerationRequest:
             "height": self.height,
             "literal": self.literal,
             "sampler": self.sampler,
+            "start": self.start,
         }
 
     def parameters(self, image: Image.Image, seed: int, model: str | None) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class GenerationRequest:
             "sampler": self.sampler,
             "literal": self.literal,
             **({} if self.template is None else {"template": self.template}),
+            **({} if self.start is None else self.start.parameters()),
         }
 
     @classmethod

@@ -58,7 +58,7 @@ def drawing_of(
     for name, strength in prompt.adapters:
         label = find(name)
         if label is None:
-            notes.append(f"There is no adapter named {name[:80]}: drawn without it.")
+            notes.append(f"There is no adapter named {name[:80]}: generated without it.")
         else:
             adapters.append((label, strength))
     if len({label for label, _ in adapters}) < len(adapters):
@@ -66,7 +66,7 @@ def drawing_of(
     family = family_class(pipe) or Family
     weighted = any(weight != 1 for text in (prompt.text, negative.text) for _, weight in fragments(text))
     if weighted and not family.chunked:
-        notes.append(f"{family_title(pipe)} models have no weights for words: the words are drawn without them.")
+        notes.append(f"{family_title(pipe)} models have no weights for words: the words are taken without them.")
     changed = prompt.text != request.prompt
     return Drawing(
         replace(

@@ -107,9 +107,9 @@ def make_scheduler(pipe: Any, name: str) -> Any:
     named, possible = known_name(name), sampler_names(pipe)
     if named not in possible:
         raise EffiLoRAError(
-            f"this model can't be drawn with the sampler {name[:40]!r}: leave it out, or choose one of {', '.join(possible)}"
+            f"this model can't generate with the sampler {name[:40]!r}: leave it out, or choose one of {', '.join(possible)}"
             if possible
-            else f"this model can only be drawn with its own sampler, not with {name[:40]!r}: leave it out"
+            else f"this model can only generate with its own sampler, not with {name[:40]!r}: leave it out"
         )
     own = pipe.scheduler
     flow = is_flow(own)

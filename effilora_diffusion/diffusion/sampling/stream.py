@@ -96,14 +96,14 @@ def _draw_one(
 ) -> Iterator[Progress]:
     """One image, drawn in a thread of its own, as pipelines only come back when they are done."""
     events: queue.Queue[Progress | BaseException | None] = queue.Queue()
-    began = time.monotonic()
+    began, size = time.monotonic(), (options.get("height"), options.get("width"))
 
     def at_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         steps = getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
         left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
         preview = None
         if preview_every and (step + 1) % preview_every == 0 and step + 1 < steps:
-            preview = preview_of(pipe, tensors["latents"])
+            preview = preview_of(pipe, tensors["latents"], size)
         events.put(Progress(0, 0, step + 1, steps, left, preview))
         if stop:
             raise _Stopped
@@ -143,9 +143,15 @@ def settle(pipe: Any) -> None:
 
 
 @torch.no_grad()
-def preview_of(pipe: Any, latents: Tensor) -> Image.Image | None:
-    """A small rough image of unfinished latents ``(1, c, h, w)``; ``None`` for packed ones and other autoencoders."""
+def preview_of(pipe: Any, latents: Tensor, size: tuple[int | None, int | None] = (None, None)) -> Image.Image | None:
+    """A small rough image of unfinished latents ``(1, c, h, w)``, or packed ones that the pipeline itself can unpack.
+
+    ``size``: height and width of the image in pixels, which packed latents do not tell; ``None`` is returned where they are
+    missing, for those of other pipelines, and for other autoencoders.
+    """
     vae = pipe.vae
+    if latents.ndim == 3 and all(size) and hasattr(pipe, "_unpack_latents") and hasattr(pipe, "vae_scale_factor"):
+        latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     if not isinstance(vae, AutoencoderKL) or latents.ndim != 4:
         return None
     edge = max(latents.shape[-2:])

@@ -118,7 +118,7 @@ def build(
     entries = config.concept_data()
     if not config.instance_data_dir and not entries and not config.dataset_config:
         raise EffiLoRAError("--instance_data_dir is missing: the folder with the subject's images")
-    groups = scan_concepts([*config.image_data(), *_validation_data(config)], say)
+    groups = scan_concepts([*config.image_data(), *_validation_data(config)], say, config.resolution)
     masks = MaskSource(config.masked_loss, Path(config.mask_dir) if config.mask_dir else None, config.alpha_mask)
     groups = with_masks(groups, masks, say)
     further = groups.pop() if config.validation_data_dir is not None else None

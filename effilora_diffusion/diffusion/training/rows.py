@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...core import is_exact
+from ...core.phases import Tell, nobody
 from ...core.run_folder import CACHE_FOLDER
 from ..data.cache import Caches, DiskCache, latent_facts, text_facts
 from ..data.concepts import ConceptSource, concept_rows
@@ -75,7 +76,9 @@ def held_out_source(parts: RunParts, caches: Caches) -> ExampleSource | None:
     return ExampleSource(parts.family, parts.held_out, how, "held out", caches)
 
 
-def class_images(parts: RunParts, say: Callable[[str], None], processes: Processes) -> list[list[Example]]:
+def class_images(
+    parts: RunParts, say: Callable[[str], None], processes: Processes, tell: Tell = nobody
+) -> list[list[Example]]:
     """The images of every class folder, drawn where they are missing; without folders the instance images."""
     if parts.prior is None:
         return []
@@ -83,7 +86,7 @@ def class_images(parts: RunParts, say: Callable[[str], None], processes: Process
         return [without_images(examples, prompts) for examples, prompts in class_prompts(parts)]
     draw = sampler(parts.config, parts.family)
     with parts.adapter.disabled():  # fresh, so it changes nothing; but it would cost time
-        found = {folder: class_examples(folder, draw, say, processes) for folder in dict.fromkeys(parts.classes)}
+        found = {folder: class_examples(folder, draw, say, processes, tell) for folder in dict.fromkeys(parts.classes)}
     return [found[folder] for folder in parts.classes]
 
 
@@ -94,6 +97,7 @@ def batch_drawer(
     say: Callable[[str], None],
     processes: Processes,
     done: int = 0,
+    tell: Tell = nobody,
 ) -> BatchDrawer:
     """Draws the run's batches; encodes its images first.
 
@@ -108,9 +112,9 @@ def batch_drawer(
     with parts.family.encoders():
         for source in (instance, classes, others):
             if source is not None:
-                source.fill(everything, instance.sizes, rows if source is instance else None)
+                source.fill(everything, instance.sizes, rows if source is instance else None, tell)
         if held_out is not None:
-            held_out.fill(everything)
+            held_out.fill(everything, tell=tell)
     if parts.config.cache_latents_to_disk or parts.config.cache_text_encoder_outputs_to_disk:
         processes.wait_for_everyone()
     return BatchDrawer(parts.family, parts.objective, instance, classes, parts.prior, others, held_out)

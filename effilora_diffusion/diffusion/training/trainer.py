@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ...core import EffiLoRAError, Reducer
 from ...core.initial import has_learned
+from ...core.phases import EXPORTING, LOADING, SAMPLES, SAVING, TRAINING, PhaseFile
 from ...core.rng import counter_seed
 from ...core.run_folder import (
     CONFIG_FILE,
@@ -74,6 +75,7 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         self.output = Path(config.output_dir)
         self.folder = RunFolder(self.output, IMAGE_RUN)
+        self.phases = PhaseFile(self.output if self.is_main else None)
         self.signals = signals or StopSignals()
         self.signals.say = self.say
         self.step, self.seconds = 0, 0.0
@@ -90,6 +92,7 @@ class Trainer:
         if self.is_main:
             self.folder.claim(config.overwrite_output_dir, self.checkpoint)
         try:
+            self.phases.tell(LOADING)
             self.processes.wait_for_everyone()
             self._prepare()
         except BaseException:
@@ -111,12 +114,13 @@ class Trainer:
         self.steps = parts.steps
         self.text = TextTraining(self.family, self.adapter, config, self.steps)
         self.say("\n".join(report_lines(parts, accelerator.num_processes)))
-        prior = class_images(parts, self.say, self.processes)
+        prior = class_images(parts, self.say, self.processes, self.phases.tell)
         done = step_of(self.checkpoint) if self.checkpoint is not None else 0
         everything = accelerator.device.type != "cpu"
         self.text.remember()
         with self.adapter.disabled():
-            self.batches = batch_drawer(parts, prior, everything, self.say, self.processes, done)
+            tell = self.phases.tell
+            self.batches = batch_drawer(parts, prior, everything, self.say, self.processes, done, tell)
         self.held_out = HeldOut(self.objective, self.batches.held_out)
         for module in (self.family.model, *self.family.trained):
             place(module, accelerator.device)
@@ -203,7 +207,9 @@ class Trainer:
                     if self.step % self.config.checkpointing_steps == 0 and self.step < self.steps:
                         self._checkpoint()
                     self._validate()
+                    self.phases.tell(TRAINING)
 
+                self.phases.tell(TRAINING)
                 self.loop.run(self.step, self.steps, after_step)
             self.signals.how = " while the result was written: --resume_from_checkpoint latest completes it"
             self._check_learned()
@@ -247,6 +253,7 @@ class Trainer:
             if self.trackers.names:
                 self.folder.own(config.logging_dir)
             self.trackers.open(self.step)
+            self.phases.tell(SAMPLES)
             with self.adapter.disabled():  # a resumed run shows the base before training, too
                 self.validation.draw(0)
                 if self.parts.held_out:
@@ -304,6 +311,7 @@ class Trainer:
             self.step, self.fingerprint, self.reducer.state_dict(), self.loop.scaler.state_dict(), self.seconds
         )
         folder = self.output / f"checkpoint-{self.step}"
+        self.phases.tell(SAVING)
         if self.is_main:
             self.folder.own(folder.name)
             limit, between = self.config.checkpoints_total_limit, self.step % self.config.checkpointing_steps != 0
@@ -343,6 +351,7 @@ class Trainer:
         shown = self._drawn() or (saved and self.config.judge is not None and self.judge is not None)
         if not 0 < self.step < self.steps or not (saved or shown):
             return
+        self.phases.tell(SAMPLES)
         if self.is_main:
             self.adapter.eval()
             with averaged(self.optimizer):
@@ -359,6 +368,7 @@ class Trainer:
 
     def _finish(self) -> Summary:
         """Write the output folder."""
+        self.phases.tell(EXPORTING)
         self.adapter.eval()
         if self.is_main and (told := spent(self.output / METRICS_FILE, self.reducer.plan)) is not None:
             self.say(told)

@@ -25,18 +25,22 @@ class DrawingTab:
     def __init__(self, session: Session):
         self.session, self.tickets = session, session.tickets
 
+    def visitor(self, visit: gr.Request) -> str:
+        """Who asks, also after a reload of the page."""
+        return self.session.jobs.visitor(str(visit.session_hash))
+
     def announce(self, visit: gr.Request) -> tuple[str, Any]:
         """Say at once that a drawing waits for its turn; it can be stopped from now on."""
-        return self.tickets.announce(str(visit.session_hash)), gr.update(interactive=True)
+        return self.tickets.announce(self.visitor(visit)), gr.update(interactive=True)
 
     def stop(self, visit: gr.Request) -> str:
         """End this visitor's drawings after their step."""
-        return "Stopping ..." if self.tickets.stop(str(visit.session_hash)) else "Nothing is being drawn."
+        return "Stopping ..." if self.tickets.stop(self.visitor(visit)) else "Nothing is being generated."
 
     def failed(self, visit: gr.Request) -> tuple[str, Any, Any]:
         """A drawing that could not begin: a value out of its range, or a queue that is full."""
-        self.tickets.forget(str(visit.session_hash))
-        words = "**Not drawn:** a value is out of its range, or too many drawings wait."
+        self.tickets.forget(self.visitor(visit))
+        words = "**Not generated:** a value is out of its range, or too many requests wait."
         return words, gr.update(interactive=True), gr.update(interactive=False)
 
     def wire_drawing(

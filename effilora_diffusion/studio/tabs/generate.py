@@ -1,8 +1,8 @@
-"""The tab that draws: prompt, adapters, settings, images as they come, and their seeds to take again."""
+"""The tab that generates: prompt, adapters, settings, images as they come, and their seeds to take again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,163 +10,229 @@ import gradio as gr
 
 from ... import EffiLoRAError
 from ...diffusion.sampling.metadata import ImageFacts, read_image, read_parameters
-from ...diffusion.sampling.prompt_syntax import network_names
 from ...diffusion.sampling.request import GenerationRequest
+from ...diffusion.sampling.start import IMAGE_TO_IMAGE
 from ...diffusion.sampling.stream import Progress
-from ..adapter_row import NONE, AdapterRow
-from ..fields import in_words, number, seed_of, whole
-from ..queue import refusal
-from ..session import LIMITS
+from ..adapter_row import NONE
+from ..adapter_slots import SLOTS, AdapterSlots
+from ..fields import number, seed_of, whole
+from ..filling import OWN, filled
+from ..jobs import KEY_SCRIPT, Job
+from ..memory import fits, remember
+from ..queue import Ticket, refusal
+from ..requests import larger, of_lines
+from ..session import LIMITS, Session
+from ..start_form import StartForm
 from ..words import Markdown, plain_words
-from .drawing import DrawingTab, notes_of
-
-SLOTS = 3
-"""Adapters that can act at once."""
+from .drawing import notes_of
+from .following import Facts, FollowingTab
 
 IMAGES = [".png", ".jpg", ".jpeg", ".webp", ".avif"]
-"""Files that may say how they were drawn."""
+"""Files that may say how they were generated."""
 
-OWN = "the model's own"
-"""Stands for no other sampler."""
+FACTORS = (1.5, 2.0)
+"""How much larger an image can be made at once."""
 
 EXAMPLES = ("a noto emoji of fox", "a fluent emoji of rose on a yellow background", "a twemoji emoji of castle")
 """Prompts to begin with on the embedded base."""
 
 
-class GenerateTab(DrawingTab):
+class GenerateTab(FollowingTab):
     """Components and handlers of the tab; handlers are plain functions over the :class:`~.studio.Session`."""
+
+    def __init__(self, session: Session):
+        super().__init__(session)
+        self.adapters, self.begin = AdapterSlots(session), StartForm(session)
+
+    @property
+    def slots(self) -> list[Any]:
+        """The rows of adapters."""
+        return self.adapters.rows
 
     def build(self) -> None:
         """Lay the tab out and wire its events; call it within a tab of a Blocks."""
-        defaults = self.session.defaults()
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=320):
+        with gr.Row(equal_height=False, elem_id="generate-page"):
+            with gr.Column(scale=4, min_width=320):
                 self.prompt = gr.Textbox(
-                    label="Prompt", lines=2, elem_id="prompt", placeholder="what to draw; Ctrl+Enter draws"
+                    label="Prompt", lines=3, elem_id="prompt", placeholder="what to generate; Ctrl+Enter starts"
                 )
                 self.tokens = Markdown("", elem_id="tokens")
-                with gr.Row():
-                    self.go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                self.acting = Markdown("No adapter acts.", elem_id="acting")
+                with gr.Row(elem_id="actions"):
+                    self.go = gr.Button("Generate", variant="primary", elem_id="draw", min_width=100)
                     self.halt = gr.Button("Stop", interactive=False, elem_id="stop", min_width=100)
-                self.slots = [AdapterRow(self.session, number) for number in range(1, SLOTS + 1)]
-                self.slots[0].build()
-                with gr.Accordion("More adapters", open=False):
-                    for slot in self.slots[1:]:
-                        slot.build()
-                with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    self._build_settings(defaults)
+                self.adapters.build()
                 with gr.Row():
                     self.count = gr.Number(4, label="Images", min_width=90)
                     self.seed = gr.Textbox(
                         "0", label="Seed (empty: random)", max_lines=1, elem_id="seed", min_width=120
                     )
                     self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
-                if self.session.model is None:
+                self.begin.build()
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    self._build_settings(self.session.defaults())
+                with gr.Column(visible=self.session.model is None) as self.examples:
                     gr.Examples(
                         [[text] for text in EXAMPLES], self.prompt, label="Prompts to try", elem_id="examples",
                         api_visibility="private",
                     )  # fmt: skip
-            with gr.Column(scale=6, min_width=320):
-                self.status = Markdown("Ready.", elem_id="status")
-                self.gallery = gr.Gallery(
-                    label="Images", columns=3, height=460, object_fit="contain", format="png", elem_id="images",
-                    buttons=["download", "download_all", "fullscreen"], interactive=False,
-                )  # fmt: skip
-                with gr.Column(visible=False, elem_id="chosen") as self.chosen:
-                    self.facts = Markdown()
-                    with gr.Row():
-                        self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse", min_width=120)
-                        self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore", min_width=120)
-        with gr.Accordion("History, and reading parameters from an image", open=False, elem_id="history"):
-            self.past = gr.Gallery(label="Drawn before", columns=8, height=220, object_fit="contain", format="png")
-            self.upload = gr.File(
-                label="An image drawn here, by A1111, Forge or ComfyUI", file_types=IMAGES, type="filepath", height=110
-            )
+            with gr.Column(scale=7, min_width=320):
+                self._build_images()
         self.selected = gr.State(None)
         self._wire()
 
+    def _build_images(self) -> None:
+        """The images, what can be done with the chosen one, and the history."""
+        self.status = Markdown("Ready.", elem_id="status")
+        self.gallery = gr.Gallery(
+            label="Images", columns=1, height="auto", object_fit="contain", format="png", elem_id="images",
+            buttons=["download", "download_all", "fullscreen"], interactive=False,
+        )  # fmt: skip
+        with gr.Column(visible=False, elem_id="chosen") as self.chosen:
+            self.facts = Markdown()
+            with gr.Row():
+                self.reuse = gr.Button("Use this seed", size="sm", elem_id="reuse", min_width=120)
+                self.restore = gr.Button("Use all its settings", size="sm", elem_id="restore", min_width=120)
+            with gr.Row(visible=self._can_enlarge()) as self.enlarge:
+                self.upscale_strength = gr.Slider(
+                    0.05, 1, 0.3, step=0.05, label="Upscale strength", min_width=200,
+                    elem_id="upscale-strength",
+                )  # fmt: skip
+                self.upscales = [
+                    gr.Button(f"Upscale {factor:g}x", size="sm", elem_id=f"upscale-{index}", min_width=100)
+                    for index, factor in enumerate(FACTORS)
+                ]
+        with gr.Accordion("History, and reading parameters from an image", open=False, elem_id="history"):
+            self.past = gr.Gallery(
+                label="History", columns=6, height=260, object_fit="contain", format="png", interactive=False,
+                buttons=["download", "fullscreen"],
+            )  # fmt: skip
+            self.upload = gr.File(
+                label="An image generated here, by A1111, Forge or ComfyUI", file_types=IMAGES, type="filepath",
+                height=110,
+            )  # fmt: skip
+
     def _build_settings(self, defaults: dict[str, Any]) -> None:
         """What is folded away: the negative prompt, sampler, steps, guidance, size, and how prompts are read."""
-        session = self.session
-        self.negative = gr.Textbox(label="Negative prompt", lines=1, visible=session.family.negative_prompts)
-        own = f"{OWN} ({session.own_sampler})" if session.own_sampler else OWN
-        self.sampler = gr.Dropdown([(own, OWN), *session.samplers], value=OWN, label="Sampler", elem_id="sampler")
+        self.negative = gr.Textbox(
+            label="Negative prompt", lines=1, visible=self.session.family.negative_prompts, elem_id="negative"
+        )
+        self.sampler = gr.Dropdown(self._samplers(), value=OWN, label="Sampler", elem_id="sampler")
         with gr.Row():
             self.steps = gr.Slider(1, LIMITS.steps, defaults["steps"], step=1, label="Steps")
             self.guidance = gr.Slider(0, LIMITS.guidance, defaults["guidance_scale"], step=0.1, label="Guidance")
-        sizes = f"{LIMITS.least_edge} to {session.max_edge}, a multiple of 8"
         with gr.Row():
-            self.width = gr.Number(defaults["edge"], step=8, label="Width", info=sizes, min_width=120)
-            self.height = gr.Number(defaults["edge"], step=8, label="Height", info=sizes, min_width=120)
+            self.width = gr.Number(defaults["edge"], step=8, label="Width", info=self._sizes(), min_width=120)
+            self.height = gr.Number(defaults["edge"], step=8, label="Height", info=self._sizes(), min_width=120)
+        self.lines = gr.Checkbox(
+            False, label="One prompt per line", elem_id="per-line",
+            info="every line is generated by itself, all with the same seed",
+        )  # fmt: skip
         self.literal = gr.Checkbox(
             False, label="Take prompts literally", elem_id="literal",
-            info=r"no (weights:1.2), {choices|of|words}, \_\_wildcards\_\_ or <lora:name:0.8>",
+            info="no (weights:1.2), {choices|of|words}, `__wildcards__` or <lora:name:0.8>",
         )  # fmt: skip
+
+    def _samplers(self) -> list[Any]:
+        own = f"{OWN} ({self.session.own_sampler})" if self.session.own_sampler else OWN
+        return [(own, OWN), *self.session.samplers]
+
+    def _sizes(self) -> str:
+        return f"{LIMITS.least_edge} to {self.session.max_edge}, a multiple of 8"
+
+    def _can_enlarge(self) -> bool:
+        return IMAGE_TO_IMAGE in self.session.opened.tasks
+
+    # ------------------------------------------------------------------------------------------------- the open model
+
+    @property
+    def follows(self) -> list[Any]:
+        """The components that depend on the open model."""
+        return [self.negative, self.sampler, self.steps, self.guidance, self.width, self.height, self.examples,
+                self.enlarge, *self.begin.follows, *self.refreshed]  # fmt: skip
+
+    def follow(self) -> list[Any]:
+        """The values of :attr:`follows` for the model that is open now."""
+        usual = self.session.defaults()
+        size = gr.update(value=usual["edge"], info=self._sizes())
+        return [gr.update(visible=self.session.family.negative_prompts), gr.update(choices=self._samplers(), value=OWN),
+                usual["steps"], usual["guidance_scale"], size, size, gr.update(visible=self.session.model is None),
+                gr.update(visible=self._can_enlarge()), *self.begin.follow(), *self.refresh()]  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- requests
 
     @property
     def form(self) -> list[Any]:
-        """All inputs of a drawing, in the order of :meth:`request`."""
-        flat = [part for slot in self.slots for part in slot.parts]
+        """All inputs of a request, in the order of :meth:`request`."""
         return [self.prompt, self.negative, self.steps, self.guidance, self.width, self.height, self.count, self.seed,
-                self.random, self.sampler, self.literal, *flat]  # fmt: skip
+                self.random, self.sampler, self.literal, *self.adapters.parts, *self.begin.parts, self.lines]  # fmt: skip
 
-    @staticmethod
-    def request(prompt: str, negative: str, steps: float, guidance: float, width: float, height: float, count: float,
-                seed: Any, use_random: bool, sampler: str, literal: bool, *slots: Any) -> GenerationRequest:  # fmt: skip
+    def request(self, prompt: str, negative: str, steps: float, guidance: float, width: float, height: float,
+                count: float, seed: Any, use_random: bool, sampler: str, literal: bool, *others: Any
+                ) -> GenerationRequest:  # fmt: skip
         """The form as a :class:`GenerationRequest`; raises :class:`EffiLoRAError` for fields that hold no number."""
-        triples = [slots[start : start + 3] for start in range(0, len(slots), 3)]
-        chosen = [
-            (str(name), number(power, "Strength")) for name, power, on in triples if on and name and name != NONE
-        ]
-        if len({name for name, _ in chosen}) < len(chosen):
-            raise EffiLoRAError("the same adapter is chosen twice: choose it once and change its strength")
+        image, strength = [*others[3 * SLOTS :], None, None][:2]
         return GenerationRequest(
-            str(prompt or ""), str(negative or ""), chosen, whole(steps, "Steps"), number(guidance, "Guidance"),
-            whole(width, "Width"), whole(height, "Height"), whole(count, "Images"), seed_of(seed, use_random),
-            None if not sampler or sampler == OWN else str(sampler), bool(literal),
+            str(prompt or ""), self._negative(negative), self.adapters.chosen(others[: 3 * SLOTS]),
+            whole(steps, "Steps"), number(guidance, "Guidance"), whole(width, "Width"), whole(height, "Height"),
+            whole(count, "Images"), seed_of(seed, use_random), None if not sampler or sampler == OWN else str(sampler),
+            bool(literal), start=self.begin.start(image, strength),
         )  # fmt: skip
+
+    def _negative(self, text: str) -> str:
+        """The negative prompt, unless the field is hidden and holds that of another model."""
+        return str(text or "") if self.session.family.negative_prompts else ""
+
+    def requests(self, *values: Any) -> list[GenerationRequest]:
+        """The form as requests: one, or one for each line of the prompt."""
+        wanted = self.request(*values)
+        return of_lines(wanted) if len(values) == len(self.form) and values[-1] else [wanted]
 
     def count_tokens(self, prompt: str, literal: bool) -> str:
         """What is said of the prompt's length below it."""
         found = self.session.tokens.count(str(prompt or "")[: int(LIMITS.prompt)], bool(literal)) if prompt else None
         return "" if found is None else str(found)
 
+    def told(self, prompt: str, literal: bool, *slots: Any) -> tuple[str, str]:
+        """What is said below the prompt: its length, and the adapters that act."""
+        return self.count_tokens(prompt, literal), self.adapters.acting(prompt, literal, *slots)
+
     def draw(self, visit: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        """Draw what the form says; yields updates of the page after every step."""
-        visitor = str(visit.session_hash)
+        """Generate what the form says; yields updates of the page after every step."""
+        yield from self._generate(visit, lambda: self.requests(*values), {self.seed: lambda one: str(one.seed)})
+
+    def upscale(self, visit: gr.Request, name: str | None, strength: float, factor: float) -> Iterator[dict[Any, Any]]:
+        """Make the chosen image larger: scaled, and generated anew at a low strength, with its own settings."""
+        yield from self._generate(visit, lambda: [larger(self.session, self._chosen_file(name), factor, strength)], {})
+
+    def _generate(self, visit: gr.Request, ask: Callable[[], list[GenerationRequest]],
+                  told: dict[Any, Callable[[GenerationRequest], Any]]) -> Iterator[dict[Any, Any]]:  # fmt: skip
+        """Generate what ``ask`` returns; ``told``: what the first request tells other components."""
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
-        files: list[Path] = []
         try:
-            wanted = self.request(*values)
-            notes = notes_of(self.session.check(wanted))
-            yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.gallery: [],
-                   self.seed: str(wanted.seed), self.status: "Preparing ...", self.chosen: gr.update(visible=False)}  # fmt: skip
-            for event in self.session.draw(wanted, ticket.stop):
-                if isinstance(event, Path):
-                    files.append(event)
-                    yield {self.gallery: [str(file) for file in files]}
-                else:
-                    yield self._progress(event, files)
+            asked = ask()
+            notes = notes_of(drawing for one in asked for drawing in self.session.check(one))
         except Exception as error:
-            yield {**self._idle(), self.status: refusal(error)}
+            self.tickets.end(visitor, ticket)
+            yield {**self.idle(), self.status: refusal(error)}
             return
+        facts = {component: value(asked[0]) for component, value in told.items()}
+        told_at_end = f"seeds from {asked[0].seed}.{notes}"
+        work = self._work(asked, visitor, ticket)
+        job = Job(work, ticket.stop, Facts(sum(one.num_images for one in asked), facts, told_at_end))
+        self.session.jobs.keep(visitor, job)
+        yield from self.follow_job(job)
+
+    def _work(self, asked: list[GenerationRequest], visitor: str, ticket: Ticket) -> Iterator[Progress | Path]:
+        """All images, in the thread of their job."""
+        try:
+            for one in asked:
+                yield from () if ticket.stop else self.session.draw(one, ticket.stop)
         finally:
             self.tickets.end(visitor, ticket)
-        word = "Stopped" if len(files) < wanted.num_images else "Done"
-        yield {**self._idle(), self.gallery: [str(file) for file in files],
-               self.status: f"{word}: {len(files)} of {wanted.num_images}, seeds from {wanted.seed}.{notes}"}  # fmt: skip
 
-    def _progress(self, event: Progress, files: list[Path]) -> dict[Any, Any]:
-        """The step in words; a preview stands behind the finished images until its own image is finished."""
-        left = f", {event.seconds:.0f} s left" if event.seconds is not None else ""
-        text = f"Image {event.index + 1} of {event.count}: step {event.step} of {event.steps}{left}"
-        found: dict[Any, Any] = {self.status: text}
-        if event.preview is not None:
-            found[self.gallery] = [*map(str, files), event.preview]
-        return found
-
-    def _idle(self) -> dict[Any, Any]:
-        return {self.go: gr.update(interactive=True), self.halt: gr.update(interactive=False)}
+    # ------------------------------------------------------------------------------------------------ a chosen image
 
     def select(self, event: gr.SelectData) -> tuple[Any, Any, str | None]:
         """Show the facts of the image that was clicked."""
@@ -186,13 +252,21 @@ class GenerateTab(DrawingTab):
         facts = self._facts(name)
         return str(facts["seed"]), False
 
+    def _chosen_file(self, name: str | None) -> Path:
+        """The image of the history with a name."""
+        path = self.session.history / Path(name or "none").name
+        if not name or not path.is_file():
+            raise EffiLoRAError("choose an image first")
+        return path
+
     def _facts(self, name: str | None) -> dict[str, Any]:
-        if not name or not (self.session.history / Path(name).name).is_file():
-            raise gr.Error("choose an image first", print_exception=False)
-        return read_parameters(self.session.history / Path(name).name)
+        try:
+            return read_parameters(self._chosen_file(name))
+        except EffiLoRAError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     def restore_all(self, name: str | None) -> list[Any]:
-        """Put everything the chosen image was drawn with into the form."""
+        """Put everything the chosen image was generated with into the form."""
         return self.filled(ImageFacts(self._facts(name)))
 
     def read_upload(self, path: str | None) -> list[Any]:
@@ -206,90 +280,67 @@ class GenerateTab(DrawingTab):
 
     def filled(self, found: ImageFacts) -> list[Any]:
         """The form with an image's parameters, and what is to be said of it."""
-        asked, notes = GenerationRequest.from_parameters(found.parameters), [*found.notes]
-        if max(len(asked.prompt), len(asked.negative_prompt)) > LIMITS.prompt:
-            raise EffiLoRAError(f"this image's prompt has more than {LIMITS.prompt:g} characters")
-        if not all(abs(power) <= LIMITS.seed for _, power in asked.adapters) or not 0 <= asked.seed <= LIMITS.seed:
-            raise EffiLoRAError("this image's parameters are out of range")
-        steps, guidance, width, height = self._fitting(asked, notes)
-        here = [pair for pair in asked.adapters if self.session.knows(pair[0])]
-        missing = [name for name, _ in asked.adapters if not self.session.knows(name)]
-        missing += [name for name, _ in here[SLOTS:]]
-        if not asked.literal:
-            missing += [name for name in network_names(asked.prompt) if self.session.find(name) is None]
-        slots: list[Any] = []
-        for index in range(SLOTS):
-            slots += [*(here[index] if index < len(here) else (NONE, 1.0)), True]
-        sampler = asked.sampler if asked.sampler in self.session.samplers else None
-        if asked.sampler and sampler is None:
-            notes.append(f"the sampler {asked.sampler}, which this model does not have")
-        negative = asked.negative_prompt if self.session.family.negative_prompts else ""
-        if asked.negative_prompt and not negative:
-            notes.append("the negative prompt, which this model does not have")
-        prompts = [text.encode("utf-8", "replace").decode() for text in (asked.prompt, negative)]
-        return [*prompts, steps, guidance, width, height, 1, str(asked.seed), False, sampler or OWN,
-                asked.literal, *slots, self._said_of(found, missing, notes)]  # fmt: skip
+        return filled(self.session, found)
 
-    def _fitting(self, asked: GenerationRequest, notes: list[str]) -> tuple[int, float, int, int]:
-        """Steps, guidance, width and height, where they can be drawn here; else, and where none are given, the usual ones."""
-        usual = self.session.defaults()  # `effilora generate` leaves what was not given to the model
-        steps, guidance, edge = usual["steps"], usual["guidance_scale"], usual["edge"]
-        if asked.num_inference_steps is not None and 1 <= asked.num_inference_steps <= LIMITS.steps:
-            steps = asked.num_inference_steps
-        elif asked.num_inference_steps is not None:
-            notes.append(f"{in_words(asked.num_inference_steps)} steps, of which 1 to {LIMITS.steps:g} are possible")
-        if asked.guidance_scale is not None and 0 <= asked.guidance_scale <= LIMITS.guidance:
-            guidance = asked.guidance_scale
-        elif asked.guidance_scale is not None:
-            notes.append(f"guidance {in_words(asked.guidance_scale)}, of which 0 to {LIMITS.guidance:g} is possible")
-        size = (asked.width or 0, asked.height or 0)
-        if all(LIMITS.least_edge <= one <= self.session.max_edge and one % 8 == 0 for one in size):
-            return steps, guidance, *size
-        notes.append(f"the size {in_words(size[0])} x {in_words(size[1])}, which this model does not draw here")
-        return steps, guidance, edge, edge
+    # --------------------------------------------------------------------------------------------------------- events
 
-    def _said_of(self, found: ImageFacts, missing: list[str], notes: list[str]) -> str:
-        """What the form holds now, and what it does not."""
-        text = (
-            f"The form holds that image's settings{'' if found.program == 'EffiLoRA' else f', from {found.program}'}"
-        )
-        if missing:
-            text += f", **but for adapters that are not here:** {', '.join(plain_words(name, 80) for name in missing)}"
-        if notes:
-            text += f". **Not taken over:** {'; '.join(plain_words(note, 200) for note in notes)}"
-        model = found.parameters.get("model")
-        if found.program != "EffiLoRA" and model:
-            text += f". It was drawn with the model {plain_words(model, 80)}"
-        return f"{text}."
+    @property
+    def refreshed(self) -> list[Any]:
+        """What :meth:`refresh` returns values for."""
+        return [*self.adapters.choices, self.adapters.others, self.past]
 
     def refresh(self) -> list[Any]:
         """The adapters and the history as they are on the disk now."""
-        names = [NONE, *self.session.adapters()]
-        return [*[gr.update(choices=names) for _ in self.slots], [str(path) for path in self.session.drawn()]]
+        return [*self.adapters.refresh(), [str(path) for path in self.session.drawn()]]
+
+    @property
+    def generated(self) -> list[Any]:
+        """What a generation changes on the page."""
+        return [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
+
+    def survive(self, page: gr.Blocks) -> None:
+        """Let a reload of the page come back to the form and to what is generated."""
+        plain = [self.prompt, self.negative, self.steps, self.guidance, self.width, self.height, self.count, self.seed,
+                 self.random, self.sampler, self.literal, self.lines, *self.adapters.parts]  # fmt: skip
+        self.adapters.show_after(remember(page, "generate", plain, self._accepts).then)
+        page.load(
+            self.come_back, gr.Textbox(visible=False), self.generated, js=KEY_SCRIPT, concurrency_limit=None,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+
+    def _accepts(self, part: Any, value: Any) -> bool:
+        """Whether a value that the browser has kept is one of the open model."""
+        if part in self.adapters.choices:
+            return value == NONE or (isinstance(value, str) and self.session.knows(value))
+        if part is self.sampler:
+            return value == OWN or value in self.session.samplers
+        if part in (self.width, self.height):
+            return fits(part, value) and LIMITS.least_edge <= value <= self.session.max_edge
+        return fits(part, value)
 
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
-        outputs = [self.go, self.halt, self.gallery, self.seed, self.status, self.chosen]
-        drawn = self.wire_drawing(
-            [self.go.click, self.prompt.submit], self.draw, self.form, outputs, self.status, self.go, self.halt
-        )
-        refreshed = [*[slot.choice for slot in self.slots], self.past]
+        outputs = self.generated
+        buttons = (self.status, self.go, self.halt)
+        drawn = self.wire_drawing([self.go.click, self.prompt.submit], self.draw, self.form, outputs, *buttons)
+        for button, factor in zip(self.upscales, FACTORS, strict=True):
+            asked = [self.selected, self.upscale_strength, gr.State(factor)]
+            drawn += self.wire_drawing([button.click], self.upscale, asked, outputs, *buttons)
         for event in drawn:
-            event.then(self.refresh, None, refreshed, **at_once)
+            event.then(self.refresh, None, self.refreshed, **at_once)
         self.halt.click(self.stop, None, self.status, **at_once)
         chosen = [self.chosen, self.facts, self.selected]
         self.gallery.select(self.select, None, chosen, **private)
         self.past.select(self.select, None, chosen, **private)
         self.reuse.click(self.reuse_seed, self.selected, [self.seed, self.random], **private)
-        self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
-        for changed in (self.prompt, self.literal):
-            changed.change(
-                self.count_tokens, [self.prompt, self.literal], self.tokens, trigger_mode="always_last", **at_once
-            )
-        self.upload.upload(
+        restored = self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
+        said = [self.prompt, self.literal, *self.adapters.parts]
+        for changed in said:
+            changed.change(self.told, said, [self.tokens, self.acting], trigger_mode="always_last", **at_once)
+        read = self.upload.upload(
             self.read_upload, self.upload, [*self.form, self.status], api_name="read_parameters",
             api_visibility="undocumented",
         )  # fmt: skip
-        for slot in self.slots:
-            slot.wire(self.prompt)
+        self.adapters.wire(self.prompt)
+        self.adapters.show_after(restored.then, read.then)

@@ -16,13 +16,15 @@ from ...core.run_folder import METRICS_FILE, REDUCER_FILE
 from ...diffusion.adapters.lora_files import is_plain_lora
 from ...diffusion.report import figures
 from ...diffusion.sampling.grid import labelled_grid
-from ...diffusion.sampling.png import save_png
+from ..grids import save_sheet
 from ..queue import BUSY, IDLE, refusal
 from ..words import Markdown, one_line, plain_words
 from .drawing import DrawingTab
 
 MOST_HEADS = 8
 """Heads that are drawn one at a time."""
+
+ABOUT = "The same seeds with the base, with all heads, and with each head alone."
 
 
 class InspectTab(DrawingTab):
@@ -42,11 +44,11 @@ class InspectTab(DrawingTab):
                                              placeholder="empty: the adapter's own")  # fmt: skip
                     self.seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=80)
                 with gr.Row():
-                    self.go = gr.Button("Draw one head at a time", variant="primary", elem_id="draw-heads", scale=3)
+                    self.go = gr.Button(
+                        "Generate with one head at a time", variant="primary", elem_id="draw-heads", scale=3
+                    )
                     self.halt = gr.Button("Stop", elem_id="inspect-stop", interactive=False, min_width=80)
-                self.status = Markdown(
-                    "The same seeds with the base, with all heads, and with each head alone.", elem_id="inspect-status"
-                )
+                self.status = Markdown(ABOUT, elem_id="inspect-status")
                 self.image = gr.Image(
                     label="Heads", format="png", type="filepath", interactive=False, visible=False, show_label=False,
                     buttons=["download", "fullscreen"], elem_id="heads", alt_text="Images by head, rows by seed",
@@ -66,6 +68,11 @@ class InspectTab(DrawingTab):
         except EffiLoRAError as error:
             return f"<p>{figures.escape(one_line(error))}</p>", ""
         return self._layers(content), self._training(self.session.base_file(name), content)
+
+    @staticmethod
+    def without_heads() -> tuple[Any, str]:
+        """No image, since the last one is another adapter's."""
+        return gr.update(value=None, visible=False), ABOUT
 
     def _layers(self, content: AdapterFile) -> str:
         facts = inspect_adapter(content)
@@ -97,7 +104,7 @@ class InspectTab(DrawingTab):
         self, visit: gr.Request, name: str | None, prompt: str, seed: float | None
     ) -> Iterator[tuple[Any, ...]]:
         """A grid of two seeds: base, all heads, and every head alone."""
-        visitor = str(visit.session_hash)
+        visitor = self.visitor(visit)
         ticket = self.tickets.begin(visitor)
         try:
             path = self.session.wanted(name or "").path
@@ -116,7 +123,9 @@ class InspectTab(DrawingTab):
                     row.append(self.session.image(self.session.usual(prompt, adapters, one), ticket.stop))
             file = self.session.new_file("grid")
             rows = [(f"seed {one}", row) for one, row in images.items()]
-            save_png(labelled_grid(rows, f"{prompt}: the heads of {name}", list(columns)), file)
+            sheet = labelled_grid(rows, f"{prompt}: the heads of {name}", list(columns))
+            base = self.session.usual(prompt, [(str(name), 1.0)], first)
+            save_sheet(sheet, file, base, self.session.model, {"kind": "heads"})
         except Exception as error:
             yield gr.update(), refusal(error), *IDLE
             return
@@ -134,6 +143,7 @@ class InspectTab(DrawingTab):
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private"}
         self.which.change(self.show, self.which, [self.layers, self.training], show_progress="hidden", **private)
+        self.which.change(self.without_heads, None, [self.image, self.status], show_progress="hidden", **private)
         outputs = [self.image, self.status, self.go, self.halt]
         form = [self.which, self.prompt, self.seed]
         self.wire_drawing([self.go.click], self.draw_heads, form, outputs, self.status, self.go, self.halt)

@@ -1,45 +1,52 @@
-"""The tab that trains: images checked as they come, presets, every setting of the trainer, and the run as it goes."""
+"""The tab that trains: images checked as they come, presets, and every setting of the trainer; runs have a tab of their own."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from ... import EffiLoRAError
-from ...core.image_io import ImageError, inspect_image
+from ...core.assets import asset
 from ...diffusion.config import TrainingConfig
-from ...diffusion.data.folder import scan_images
+from ...diffusion.data.images import Preparation
 from ...diffusion.presets import DEFAULT, PRESETS
-from ...diffusion.report import figures
 from ...diffusion.training.example import example_settings
-from ..prediction import Prediction
-from ..queue import refusal, shown_file
-from ..runs import Run, Status, check_idle, dry_run, list_runs, starting
+from ..brought import key_of
+from ..continued import continued, words_of
+from ..image_cards import ImageCards
+from ..jobs import KEY_SCRIPT, MOST
+from ..memory import kept_captions, remember
+from ..prediction import MEMORY, WORDS, Prediction
+from ..queue import MODEL_QUEUE, refusal
+from ..report_table import STYLE as REPORT_STYLE
+from ..report_table import report_table
+from ..run_files import fresh_dataset
+from ..runs import Run, dry_run, starting
 from ..session import Session
-from ..subjects import (
-    FIELDS,
-    MOST_SUBJECTS,
-    SubjectsForm,
-    check_images,
-    read_subjects,
-    save_subjects,
-    with_subjects,
-)
-from ..train_form import TrainingData, build_advanced, preset_values, run_settings, shown_fields
+from ..settings_panel import SettingsPanel
+from ..subjects import SubjectsForm
+from ..train_form import preset_values, run_settings, shown_fields
+from ..training_data import TrainingData, one_subject, several_subjects
+from ..training_queue import TrainingQueue
 from ..words import Markdown, plain_words
+from .runs import ADDRESS
 
-CURVES = {"every step": "#9ca3af", "mean": "#6366f1"}
-"""Curves of the loss by name, and their colours: single steps are noisy, since each draws its own noise levels."""
-
-MAX_IMAGES = 200
+CUTTING = ("resolution", "use_aspect_ratio_buckets", "center_crop")
+"""Settings that say what is cut out of an image."""
 
 ONE, SEVERAL = "one subject", "several subjects"
+
+CAPTIONS = '"effilora captions"'
+KEEP_CAPTIONS = f"""(cards) => {{
+  const found = (cards || []).map((one) => [one.key, one.caption]);
+  if (found.length) localStorage.setItem({CAPTIONS}, JSON.stringify(Object.fromEntries(found)));
+}}"""
+PAGE = f"() => [({KEY_SCRIPT})(), localStorage.getItem({CAPTIONS}) || '']"
+"""The page's key, and the captions that the browser has kept."""
 
 
 class TrainTab:
@@ -47,91 +54,74 @@ class TrainTab:
 
     def __init__(self, session: Session):
         self.session, self.prediction = session, Prediction(session)
-        self.subjects = SubjectsForm()
+        self.trainings = TrainingQueue(session.outputs)
+        self.held: dict[str, list[str]] = {}
+        self.subjects, self.images, self.settings = (
+            SubjectsForm(),
+            ImageCards(session, "train"),
+            SettingsPanel(session),
+        )
 
     def build(self) -> None:
         """Lay the tab out and wire its events."""
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=6, min_width=320):
                 self.mode = gr.Radio([ONE, SEVERAL], value=ONE, label="What is learned", elem_id="train-mode")
                 with gr.Column() as self.one:
                     self._build_one()
                 with gr.Column(visible=False, elem_id="subjects") as self.several:
                     self.subjects.build()
+                self.images.build_anyway()
+            with gr.Column(scale=5, min_width=320):
+                self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
                 with gr.Row():
-                    self.name = gr.Textbox(label="Name of the adapter", placeholder="my-dog", elem_id="train-name")
                     self.preset = gr.Radio(list(PRESETS), value=DEFAULT, label="Preset", elem_id="train-preset")
+                    self.memory = gr.Dropdown(list(MEMORY), value=next(iter(MEMORY)), label="Graphics memory",
+                                              info="fits batch, precision and size to it", elem_id="train-memory-limit",
+                                              min_width=150)  # fmt: skip
                 self.takes = Markdown("", elem_id="train-takes")
-                with gr.Accordion("Advanced: every setting of the trainer", open=False, elem_id="train-advanced"):
-                    self.advanced = build_advanced(self.session)
-                self.look_first = gr.Button("Check before training", size="sm", elem_id="train-check")
+                self.settings.build_plain()
                 with gr.Row():
+                    self.look_first = gr.Button("Check", elem_id="train-check", min_width=80)
                     self.start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
-                    self.stop = gr.Button("Stop", elem_id="train-stop", min_width=80)
-                    self.resume = gr.Button("Resume", elem_id="train-resume", min_width=80)
                 self.note = Markdown("", elem_id="train-note")
-                self.checked = gr.Textbox(label="What would be trained", lines=6, max_lines=12, interactive=False,
-                                          visible=False, elem_id="train-checked")  # fmt: skip
-            with gr.Column(scale=6, min_width=320):
-                self.which = gr.Dropdown(
-                    self.runs(), value=None, label="Run", allow_custom_value=True, elem_id="train-run"
-                )
-                self.status = Markdown("No run yet.", elem_id="train-status")
-                self.plot = gr.LinePlot(
-                    None, x="step", y="loss", color="curve", color_map=CURVES, colors_in_legend=[], height=260,
-                    label="Loss: every step in grey, the mean in blue", elem_id="train-plot", buttons=[],
-                )  # fmt: skip
-                self.sample = gr.Image(label="Latest images", show_label=False, format="png", interactive=False,
-                                       height=330, buttons=["fullscreen"], elem_id="train-sample",
-                                       alt_text="Validation images of the run")  # fmt: skip
-                self.layers = gr.HTML("", elem_id="train-layers")
-                self.report = gr.Textbox(label="Report before the first step", lines=6, max_lines=12, interactive=False,
-                                         visible=False, elem_id="train-report")  # fmt: skip
-        self.timer = gr.Timer(2.0)
+                self.started = gr.State("")
+                self.go = gr.Button("Show it in Runs", visible=False, size="sm", elem_id="train-go")
+                self.checked = gr.HTML("", visible=False, css_template=REPORT_STYLE, apply_default_css=False,
+                                       elem_id="train-checked")  # fmt: skip
+                self.settings.build_expert()
         self._wire()
 
     def _build_one(self) -> None:
         """The form of a single subject."""
-        self.files = gr.File(label="5 to 30 images of one subject", file_count="multiple", height=180,
-                             file_types=["image"], elem_id="train-files")  # fmt: skip
-        self.example = gr.Button("Take the example's images", size="sm", elem_id="train-example")
-        self.table = gr.Dataframe(
-            headers=["file", "verdict", "caption"], column_widths=["30%", "30%", "40%"], column_count=3,
-            interactive=True, label="Images; captions may stay empty", wrap=True, elem_id="train-table",
-            static_columns=[0, 1],
-        )  # fmt: skip
-        self.prompt = gr.Textbox(label="Prompt that names the subject", placeholder="a photo of sks dog",
+        self.images.build()
+        self.prompt = gr.Textbox(label="Trigger prompt", placeholder="a photo of sks dog",
                                  elem_id="train-prompt")  # fmt: skip
 
     @property
-    def shown(self) -> list[Any]:
-        """What :meth:`look` fills."""
-        return [self.status, self.plot, self.sample, self.layers, self.report]
+    def advanced(self) -> list[Any]:
+        """All settings, in the order of :func:`.shown_fields`."""
+        return self.settings.components
 
     @property
     def asked(self) -> list[Any]:
         """What :meth:`predict` reads."""
         return [self.preset, self.prompt, *self.advanced]
 
-    def runs(self) -> list[str]:
-        """Names of the runs on the disk, the newest first."""
-        return list_runs(self.session.outputs)
+    def check(self, files: list[str] | None, cards: Any, taken: list[str], preset: str, prompt: str, *advanced: Any
+              ) -> tuple[Any, ...]:  # fmt: skip
+        """A card per image that was brought, cut as the settings say."""
+        return self.images.refresh(files, cards, taken, self._preparation(preset, prompt, advanced))
 
-    def check(self, files: list[str] | None, table: Any) -> list[list[str]]:
-        """A row per image that was brought: its name, what is wrong with it if anything, its caption (kept if written)."""
-        rows, seen, written = [], dict[str, str](), captions_of(table)
-        for path in [Path(file) for file in files or []]:
-            try:
-                (width, height), remarks = inspect_image(path)
-                first = seen.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
-                remarks += [f"the same file as {first}"] if first != path.name else []
-                verdict = "; ".join([f"good, {width} x {height}", *remarks])
-            except ImageError as error:
-                verdict = f"bad: {error.reason}"
-            except OSError as error:
-                verdict = f"bad: can't be read ({error.strerror})"
-            rows.append([path.name, verdict, written.get(path.name, "")])
-        return rows
+    def _preparation(self, preset: str, prompt: str, advanced: Sequence[Any]) -> Preparation:
+        """How the form's settings cut images; the model's own square while they can't be read, which is said elsewhere."""
+        try:
+            words = prompt if str(prompt or "").strip() else WORDS
+            return self.prediction.preparation(
+                run_settings(self.session, words, preset, asset("example_subject"), list(advanced))
+            )
+        except EffiLoRAError:
+            return Preparation(int(self.session.defaults()["edge"]), center_crop=True)
 
     def take_example(self) -> tuple[list[str], str, str]:
         """The example's images, its prompt, and a name for the run."""
@@ -139,58 +129,35 @@ class TrainTab:
         files = sorted(str(path) for path in Path(settings["instance_data_dir"]).glob("*.png"))
         return files, settings["instance_prompt"], "my-cat"
 
-    def begin(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
-              *advanced: Any) -> tuple[Any, str]:  # fmt: skip
+    def begin(self, files: list[str] | None, cards: Any, anyway: bool, prompt: str, name: str, preset: str,
+              *advanced: Any) -> tuple[Any, Any, str]:  # fmt: skip
         """Copy the images and their captions into a data set of the run's name, and start the trainer."""
-        return self._begin(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
+        return self._begin(name, lambda: one_subject(self.session, files, cards, anyway, prompt, preset, advanced))
 
-    def begin_several(self, name: str, preset: str, count: float, *values: Any) -> tuple[Any, str]:
+    def begin_several(self, anyway: bool, name: str, preset: str, count: float, *values: Any
+                      ) -> tuple[Any, Any, str]:  # fmt: skip
         """:meth:`begin` for several subjects; ``values`` are the fields of all, and the advanced settings."""
-        return self._begin(name, lambda: self._several_subjects(preset, count, values))
+        return self._begin(name, lambda: several_subjects(self.session, anyway, preset, count, values))
 
-    def _begin(self, name: str, read: Callable[[], TrainingData]) -> tuple[Any, str]:
+    def _begin(self, name: str, read: Callable[[], TrainingData]) -> tuple[Any, Any, str]:
+        """Start or queue a run; returns its name, the button that shows it in Runs, and what has become of it."""
         try:
             self._free_run(name)
             data = read()
             with starting(self.session.outputs):
                 run = self._free_run(name)  # once more: another visitor may have come first
-                check_idle(self.session.outputs)
-                folder = self.session.outputs / "datasets" / run.name
+                folder = fresh_dataset(self.session.outputs, run.name)
                 settings = data.settings(folder)
                 TrainingConfig(**settings)  # before the images are touched
-                data.keep(folder)
-                run.start(settings)
+                try:
+                    data.keep(folder)
+                    words = self.trainings.enter(run.name, settings)
+                except Exception:
+                    shutil.rmtree(folder, ignore_errors=True)  # the copies that were made just now
+                    raise
         except Exception as error:
-            return gr.update(), refusal(error, "Not started")
-        return gr.update(choices=self.runs(), value=run.name), "Starting ..."
-
-    def _one_subject(self, files: list[str] | None, table: Any, prompt: str, preset: str, advanced: Sequence[Any]
-                     ) -> TrainingData:  # fmt: skip
-        prompt = self._checked(files, prompt, preset)
-
-        def keep(folder: Path) -> None:
-            self._keep(files or [], table, folder)
-            scan_images(folder, prompt)
-
-        return TrainingData(keep, lambda folder: run_settings(self.session, prompt, preset, folder, list(advanced)))
-
-    def _several_subjects(self, preset: str, count: float, values: Sequence[Any]) -> TrainingData:
-        """Of the fields of all subjects, shown or not, and the advanced settings behind them."""
-        self._check_preset(preset)
-        fields = MOST_SUBJECTS * FIELDS
-        found, advanced = read_subjects(int(count), values[:fields]), list(values[fields:])
-        for one in found:
-            self._check_number(one.files, f"subject {one.number} has")
-
-        def keep(folder: Path) -> None:
-            save_subjects(found, folder)
-            check_images(found, folder)
-
-        def settings(folder: Path) -> dict[str, Any]:
-            single = run_settings(self.session, "", preset, folder, advanced, len(found))
-            return with_subjects(single, found, folder, self.session)
-
-        return TrainingData(keep, settings)
+            return gr.skip(), gr.update(visible=False), refusal(error, "Not started")
+        return run.name, gr.update(visible=True), plain_words(words)
 
     def choose(self, preset: str, prompt: str, *advanced: Any) -> tuple[Any, ...]:
         """What a preset gives, costs and takes, and its values in the form."""
@@ -198,6 +165,12 @@ class TrainTab:
         shown = [values.get(name, value) for name, value in zip(names, advanced, strict=True)]
         changes = [gr.update(value=values[name]) if name in values else gr.skip() for name in names]
         return self.prediction.text(preset, prompt, shown), *changes
+
+    def fit(self, memory: str, preset: str, prompt: str, *advanced: Any) -> tuple[Any, ...]:
+        """The form with settings that keep to a graphics card's memory, and what was changed for it."""
+        names = [entry.name for entry in shown_fields()]
+        text, found = self.prediction.fitted(preset, prompt, advanced, MEMORY.get(memory))
+        return text, *(gr.update(value=found[name]) if name in found else gr.skip() for name in names)
 
     def predict(self, preset: str, prompt: str, *advanced: Any) -> str:
         """What the form's settings will take."""
@@ -207,21 +180,23 @@ class TrainTab:
         """A run by a name that nothing has; raises :class:`EffiLoRAError` for others."""
         name = str(name or "").strip()
         if not name:
-            raise EffiLoRAError("the adapter has no name yet: give it one, by which you will find it")
+            raise EffiLoRAError("enter a name for the adapter")
         run = Run(self.session.outputs, name)
         run.check_free()
+        self.trainings.check_free(name)
         if name in self.session.adapters():
             raise EffiLoRAError(f"there is an adapter named {name}: give another name")
         return run
 
-    def check_first(self, files: list[str] | None, table: Any, prompt: str, name: str, preset: str,
+    def check_first(self, files: list[str] | None, cards: Any, anyway: bool, prompt: str, name: str, preset: str,
                     *advanced: Any) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """The trainer's report on what it would do, without training."""
-        yield from self._check(name, lambda: self._one_subject(files, table, prompt, preset, advanced))
+        yield from self._check(name, lambda: one_subject(self.session, files, cards, anyway, prompt, preset, advanced))
 
-    def check_several(self, name: str, preset: str, count: float, *values: Any) -> Iterator[tuple[Any, str]]:
+    def check_several(self, anyway: bool, name: str, preset: str, count: float, *values: Any
+                      ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """:meth:`check_first` for several subjects."""
-        yield from self._check(name, lambda: self._several_subjects(preset, count, values))
+        yield from self._check(name, lambda: several_subjects(self.session, anyway, preset, count, values))
 
     def _check(self, name: str, read: Callable[[], TrainingData]) -> Iterator[tuple[Any, str]]:
         yield gr.update(), "Loading model and images ..."
@@ -237,104 +212,78 @@ class TrainTab:
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        yield gr.update(value=report, visible=True), "Nothing is in the way."
+        yield gr.update(value=report_table(report), visible=True), "Nothing is in the way."
 
-    def _checked(self, files: list[str] | None, prompt: str, preset: str) -> str:
-        """The prompt; raises :class:`EffiLoRAError` for what is missing in the form."""
-        if not files:
-            raise EffiLoRAError("there are no images: drop some, or take the example's")
-        self._check_number(files, "there are")
-        if not str(prompt or "").strip():
-            raise EffiLoRAError("the prompt is missing: a few words that name the subject, as 'a photo of sks dog'")
-        self._check_preset(preset)
-        return str(prompt).strip()
-
-    @staticmethod
-    def _check_number(files: Sequence[str], who: str) -> None:
-        if len(files) > MAX_IMAGES:
-            raise EffiLoRAError(f"{who} {len(files)} images, {MAX_IMAGES} at most can be taken here")
-
-    @staticmethod
-    def _check_preset(preset: str) -> None:
-        if preset not in PRESETS:
-            raise EffiLoRAError(f"the preset must be one of {', '.join(PRESETS)}")
-
-    def _keep(self, files: list[str], table: Any, folder: Path) -> None:
-        """Copy images, and the captions in the table by the images' names, into a data set."""
-        captions = captions_of(table)
-        fresh = self.session.fresh_folder("images")
-        for index, file in enumerate(files):
-            name = f"{index:03d}-{Path(file).name[-60:]}"
-            shutil.copyfile(file, fresh / name)
-            if captions.get(Path(file).name):
-                (fresh / name).with_suffix(".txt").write_text(captions[Path(file).name], encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh.rename(folder)
-
-    def end(self, name: str) -> str:
-        """Stop a run after its step."""
+    def fill(self, name: str | None) -> list[Any]:
+        """The form as a run was trained, the tab, and why it is not; for :attr:`filled` between them."""
         try:
-            run = Run(self.session.outputs, name)
-            if not run.running:
-                return "It is not running here."
-            begun = run.status().step > 0
-            run.stop()
+            found = continued(self.session, name)
         except Exception as error:
-            return refusal(error, "Not stopped")
-        return "Stopping after this step; the checkpoint follows." if begun else "Stopping before its first step."
+            return [gr.skip()] * (2 + len(self.filled)) + [refusal(error, "Not continued")]
+        cards = [{"key": key_of(path), "caption": found.captions.get(path, "")} for path in found.images]
+        form = [ONE, list(map(str, found.images)), cards, found.prompt, found.name, found.preset, *found.advanced]
+        return [gr.Tabs(selected="train"), words_of(found, name), *form, ""]
 
-    def go_on(self, name: str) -> str:
-        """Resume a run that was stopped or killed."""
-        try:
-            Run(self.session.outputs, name).resume()
-        except Exception as error:
-            return refusal(error, "Not resumed")
-        return "Resuming ..."
+    @property
+    def filled(self) -> list[Any]:
+        """The form that :meth:`fill` fills."""
+        images = self.images
+        return [self.mode, images.files, images.cards, self.prompt, self.name, self.preset, *self.advanced]
 
-    def look(self, name: str | None) -> tuple[str, Any, Any, str, Any]:
-        """The run as it stands: words, curve of the loss, latest images, trained layers, the report before it."""
-        hidden = gr.update(visible=False)
-        if not name:
-            return "No run yet.", None, None, "", hidden
-        try:
-            run = Run(self.session.outputs, name)
-            status = run.status()
-        except EffiLoRAError as error:
-            return f"**{plain_words(error)}**", None, None, "", hidden
-        words = plain_words(status.message)
-        text = f"**{words}**" if status.state == "failed" else words
-        report = run.report()
-        shown = gr.update(value=report, visible=True) if report else hidden
-        if not status.metrics:
-            return text, None, None, "", shown
-        history = run.history(status.step)
-        layers = figures.active(history, status.step) + figures.importance(history) if history else ""
-        image = shown_file(self.sample, status.sample) if status.sample else None
-        return f"{text}  \n{progress_of(status)}", curve_of(status.metrics), image, layers, shown
+    def lead_to(self, tabs: gr.Tabs, which: gr.Dropdown, again: gr.Button, refused: gr.Markdown) -> None:
+        """Connect this tab with that of runs: what was started is chosen there, and one there can fill the form."""
+        hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        self.go.click(
+            lambda name: (gr.Tabs(selected="runs"), name),
+            self.started,
+            [tabs, which],
+            js=ADDRESS.format("runs"),
+            **hidden,
+        )
+        outputs, images = [tabs, self.note, *self.filled, refused], self.images
+        filled = again.click(self.fill, which, outputs, js=ADDRESS.format("train"), **hidden)
+        filled.then(self.check, [images.files, images.cards, images.taken, *self.asked], images.shown, **hidden)
 
-    def watch(self, name: str | None, seen: Any) -> tuple[Any, ...]:
-        """:meth:`look` again if the run has moved since ``seen``; a page that is left open costs the trainer nothing."""
-        try:
-            status = Run(self.session.outputs, name or "").status()
-            now: Any = [name, status.message, status.step, str(status.sample)]
-        except EffiLoRAError:
-            now = [name]
-        if now == seen:
-            return *[gr.skip()] * len(self.shown), seen
-        return *self.look(name), now
+    def survive(self, page: gr.Blocks) -> None:
+        """Let a reload of the page come back to the form: its images are here, all else is in the browser."""
+        remember(page, "train", [self.mode, self.prompt, self.name, self.preset, *self.advanced])
+        hidden: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        images, kept = self.images, [gr.Textbox(visible=False), gr.Textbox(visible=False)]
+        images.files.change(self.hold, images.files, None, **hidden)
+        images.cards.change(None, images.cards, None, js=KEEP_CAPTIONS, **hidden)
+        back = page.load(self.come_back, kept, [images.files, images.cards], js=PAGE, **hidden)
+        back.then(self.check, [images.files, images.cards, images.taken, *self.asked], images.shown, **hidden)
+
+    def hold(self, visit: gr.Request, files: list[str]) -> None:
+        """Remember a page's images for its next load."""
+        page = self.session.jobs.visitor(str(visit.session_hash))
+        self.held.pop(page, None)
+        self.held[page] = files
+        for other in list(self.held)[:-MOST]:
+            self.held.pop(other, None)
+
+    def come_back(self, visit: gr.Request, key: str, captions: str) -> tuple[Any, Any]:
+        """The images that a page had when it was left, as far as they are still here, with what was written to them."""
+        self.session.jobs.introduce(str(visit.session_hash), key)
+        files = self.held.get(self.session.jobs.visitor(str(visit.session_hash)), [])
+        here = [file for file in files if Path(file).is_file()]
+        if not here:
+            return gr.skip(), gr.skip()
+        written = kept_captions(captions)
+        keys = [key_of(Path(file)) for file in here]
+        return here, [{"key": one, "caption": written[one]} for one in keys if one in written]
 
     def _wire(self) -> None:
         hidden: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        self.files.change(self.check, [self.files, self.table], self.table, **hidden)
-        self.example.click(self.take_example, None, [self.files, self.prompt, self.name], **hidden)
+        self._wire_images()
         self.mode.change(
             lambda mode: (gr.update(visible=mode != SEVERAL), gr.update(visible=mode == SEVERAL)),
             self.mode, [self.one, self.several], show_progress="hidden", **hidden,
         )  # fmt: skip
-        self.subjects.wire()
-        one = [self.files, self.table, self.prompt, self.name, self.preset, *self.advanced]
-        several = [self.name, self.preset, *self.subjects.inputs, *self.advanced]
+        self.subjects.wire(self.images.anyway)
+        brought = [self.images.files, self.images.cards, self.images.anyway]
+        one = [*brought, self.prompt, self.name, self.preset, *self.advanced]
+        several = [self.images.anyway, self.name, self.preset, *self.subjects.inputs, *self.advanced]
 
         def choose(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
             """The handler of the form that is shown, over the fields of both."""
@@ -345,7 +294,9 @@ class TrainTab:
 
         form = [self.mode, *one, *several]
         quiet = {**hidden, "show_progress": "hidden"}
-        self.preset.change(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        self.preset.input(self.choose, self.asked, [self.takes, *self.advanced], **quiet)
+        self.preset.input(lambda: next(iter(MEMORY)), None, self.memory, **quiet)
+        self.memory.input(self.fit, [self.memory, *self.asked], [self.takes, *self.advanced], **quiet)
         for part in self.advanced:  # what somebody writes counts once it is written
             event = part.blur if isinstance(part, gr.Number | gr.Textbox) else part.input
             event(self.predict, self.asked, self.takes, **quiet)
@@ -354,45 +305,54 @@ class TrainTab:
             api_visibility="private", concurrency_id="check", concurrency_limit=1,
         )  # fmt: skip
         begin = choose(self.begin, self.begin_several)
-        self.start.click(begin, form, [self.which, self.note], api_name="begin", **hidden)
-        self.stop.click(self.end, self.which, self.note, **hidden)
-        self.resume.click(self.go_on, self.which, self.note, **hidden)
-        self.which.change(self.look, self.which, self.shown, show_progress="hidden", **hidden)
-        seen = gr.State(None)
-        self.timer.tick(self.watch, [self.which, seen], [*self.shown, seen], show_progress="hidden", **hidden)
+        self.start.click(begin, form, [self.started, self.go, self.note], api_name="begin", **hidden)
 
-    def refresh(self, name: str | None) -> tuple[Any, ...]:
-        """The runs as they are on the disk now, and the chosen one (or the newest) as it stands."""
-        names = self.runs()
-        name = name or next(iter(names), None)
-        return gr.update(choices=names, value=name), *self.look(name)
+    def _wire_images(self) -> None:
+        """Cards follow the files, and the settings that say what is cut out of them."""
+        quiet: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        images = self.images
+        asked = [images.files, images.cards, images.taken, *self.asked]
 
+        def remove(files: list[str], event: gr.EventData) -> list[str]:
+            return images.without(files, str(event._data.get("key")))
 
-def progress_of(status: Status) -> str:
-    """How far a run is, in words."""
-    last = status.metrics[-1]
-    done = f"step {status.step} of {status.steps}" if status.steps else f"step {status.step}"
-    left = ""
-    if status.state == "running" and status.steps:
-        recent = [line["seconds"] for line in status.metrics[-20:]]
-        left = f", about {sum(recent) / len(recent) * (status.steps - status.step):.0f} s left"
-    return f"{done}, loss {last['loss']:.4f}, {last['active_layers']} layers active{left}"
+        changes = (
+            images.drop.upload(images.added, [images.drop, images.files], [images.drop, images.files], **quiet),
+            images.example.click(self.take_example, None, [images.files, self.prompt, self.name], **quiet),
+            images.cards.remove(remove, images.files, images.files, **quiet),
+        )
+        for change in changes:
+            change.then(self.check, asked, images.shown, **quiet)
+        for name in CUTTING:
+            self.settings.parts[name].change(self.check, asked, images.shown, **quiet)
+        self._wire_masks(asked, quiet)
+        self._wire_captions(quiet)
 
+    def _wire_masks(self, asked: list[Any], quiet: dict[str, Any]) -> None:
+        """Looking closer at an image, and painting its mask."""
+        images, closer = self.images, self.images.closer
 
-def curve_of(metrics: list[dict[str, Any]]) -> pd.DataFrame:
-    """The loss by step, as it is and as a running mean, in 200 points at most."""
-    table = pd.DataFrame({"step": [line["step"] for line in metrics], "loss": [line["loss"] for line in metrics]})
-    mean = table.assign(loss=table["loss"].rolling(max(1, len(table) // 15), min_periods=1).mean())
-    every = max(1, len(table) // 200)
-    curves = zip(CURVES, (table, mean), strict=True)
-    return pd.concat([frame.iloc[::every].assign(curve=name) for name, frame in curves], ignore_index=True)
+        def look(event: gr.EventData, files: list[str], preset: str, prompt: str, *values: Any) -> tuple[Any, ...]:
+            return closer.look(files, str(event._data.get("key")), self._preparation(preset, prompt, values))
 
+        shown = images.cards.look(look, [images.files, *self.asked], closer.shown, **quiet)
+        shown.then(closer.edit, [images.files, closer.key], closer.editor, **quiet)
+        masks = [closer.words, self.settings.parts["masked_loss"]]
+        changes = (
+            closer.save.click(closer.keep_mask, [images.files, closer.key, closer.editor], masks, **quiet),
+            closer.erase.click(closer.erase_mask, [images.files, closer.key], closer.words, **quiet),
+        )
+        for change in changes:
+            change.then(self.check, asked, images.shown, **quiet)
+        closer.close.click(lambda: gr.update(visible=False), None, closer.panel, **quiet)
 
-def captions_of(table: Any) -> dict[str, str]:
-    """Captions by file name in a Dataframe's value, whatever form Gradio gives it; rows may have been added or deleted."""
-    rows = table.values.tolist() if isinstance(table, pd.DataFrame) else list(table or [])
-    found = {}
-    for row in rows:
-        if len(row) > 2 and not pd.isna(row[0]) and not pd.isna(row[2]) and str(row[2]).strip():
-            found[str(row[0])] = str(row[2]).strip()
-    return found
+    def _wire_captions(self, quiet: dict[str, Any]) -> None:
+        """Changes of all captions."""
+        cards, tools = self.images.cards, self.images.tools
+        tools.put.click(tools.put_in_front, [cards, tools.word], [cards, tools.note], **quiet)
+        tools.swap.click(tools.replace, [cards, tools.old, tools.new], [cards, tools.note], **quiet)
+        writing = tools.describe.click(
+            tools.write, [self.images.files, cards, self.settings.caption_model], [cards, tools.note],
+            show_progress="hidden", api_visibility="private", **MODEL_QUEUE,
+        )  # fmt: skip
+        tools.halt.click(lambda: "Stopped.", None, tools.note, cancels=[writing], **quiet)
