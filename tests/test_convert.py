@@ -153,8 +153,7 @@ def test_few_inputs_still_give_a_finite_fit():
         unseen = torch.linalg.eigh(c).eigenvectors[:, :3]
         mean = torch.einsum("n,dnr->dr", ci.diagonal(dim1=1, dim2=2).sum(1) / c.diagonal().sum(), heads.detach())
         up = torch.cat([factors[path].up for path, _ in site.linears])
-        # C has rank 1 up to its rounding, which processors do differently: by up to an eighth here
-        torch.testing.assert_close(up @ unseen, mean @ unseen, rtol=0, atol=0.2 * float(mean.abs().max()))
+        torch.testing.assert_close(up @ unseen, mean @ unseen, rtol=0, atol=0.1 * float(mean.abs().max()))
 
 
 def test_a_fresh_adapter_converts_to_zero():
@@ -188,8 +187,8 @@ def test_the_strength_of_the_moment_is_not_baked_in():
     ("c", "ci"),
     [
         (torch.zeros(2, 2), torch.full((2, 2), 3e38)),
-        # plus the ridge of 2^-20, all four values are 1000001 / 2^20: no inverse
-        (torch.tensor([[1e6, 1e6 + 1], [1e6 + 1, 1e6]]) / 2**20, torch.ones(2, 2)),
+        # plus the ridge of 2^-17, all four values are 100001 / 2^17: no inverse
+        (torch.tensor([[1e5, 1e5 + 1], [1e5 + 1, 1e5]]) / 2**17, torch.ones(2, 2)),
     ],
     ids=["overflow", "singular"],
 )

@@ -172,9 +172,7 @@ def test_a_saved_adapter_reproduces_the_images_in_a_new_pipeline_and_detaches(ru
     pipe = load_pipeline(str(folders(name)))
     base = draw(pipe, name, PROMPT)
     load_adapter(pipe, trained.output)
-    torch.testing.assert_close(
-        draw(pipe, name, PROMPT), expected, rtol=0, atol=1
-    )  # a level: processors round differently
+    assert torch.equal(draw(pipe, name, PROMPT), expected)
     assert (expected - base).abs().mean() > 1
     detach(host_model(pipe))
     assert torch.equal(draw(pipe, name, PROMPT), base)

@@ -18,8 +18,9 @@ from .concepts import number_of
 from .config import EffiLoRAConfig, ReducerConfig
 from .errors import EffiLoRAError
 
-RIDGE = 1e-6
-"""Added to C's diagonal, relative to its mean: C is close to singular where few inputs were seen."""
+RIDGE = 1e-5
+"""Added to C's diagonal, relative to its mean: C is close to singular where few inputs were seen. It is well above what
+rounding to float32, in which the moments are stored, puts into directions that no input had (some 1e-8 of the trace)."""
 
 
 @dataclass

@@ -72,7 +72,7 @@ def load_pipeline(
     train_text: bool = False,
     **kwargs: Any,
 ) -> DiffusionPipeline:
-    """Load a pipeline, with progress bars off.
+    """Load a pipeline, frozen, with progress bars off.
 
     Args:
         model: a diffusers folder, a hub id, a ``.safetensors`` checkpoint of Stable Diffusion 1.x, 2.x or XL, or
@@ -105,6 +105,11 @@ def load_pipeline(
             raise
         raise EffiLoRAError(reason_for(name, error, options)) from error
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(
+                False
+            )  # torch multiplies otherwise where it is set, also without gradients: other last bits
     return pipe
 
 
