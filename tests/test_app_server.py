@@ -17,6 +17,7 @@ import torch
 from gradio_client import Client, handle_file
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from effilora_diffusion import EffiLoRAError
@@ -110,6 +111,40 @@ def test_programs_bring_an_adapter_and_draw_with_it(client, server, tmp_path):
     assert np.array_equal(pixels(client.predict(**{**GOOD, "adapter": ""}, api_name="/generate")), base)
 
 
+def test_programs_use_several_adapters_and_styles(client, server, session):
+    (server[1] / "styles.csv").write_text("name,prompt,negative_prompt\nsks,a sks {prompt},\n")
+    asked = {**GOOD, "prompt": "cat", "adapter": "", "adapters": [["cat @ 4", 0.5]], "styles": ["sks"]}
+    file = client.predict(**asked, api_name="/generate")
+    assert np.array_equal(pixels(file), drawn(session, adapters=[("cat @ 4", 0.5)], seed=5))
+    two = client.predict(**{**asked, "adapters": [["cat", 0.5], ["cat # 1", 0.5]]}, api_name="/generate")
+    assert np.array_equal(pixels(two), drawn(session, adapters=[("cat", 0.5), ("cat # 1", 0.5)], seed=5))
+
+
+def test_programs_export_what_the_page_exports(client, server):
+    file, said = client.predict("cat", "kohya", api_name="/export")
+    with safe_open(file, "pt") as opened:
+        assert any(key.endswith("lora_down.weight") for key in opened.keys())  # noqa: SIM118 (no mapping)
+    assert said.startswith("Plain LoRA for kohya")
+    packed, _ = client.predict("cat", "peft", api_name="/export")
+    with zipfile.ZipFile(packed) as opened:
+        assert "adapter_config.json" in opened.namelist()
+    same, _ = client.predict("cat", "as it is", api_name="/export")
+    assert Path(same).read_bytes() == (server[1] / "cat" / "effilora.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "said"),
+    [("cat", "pickle", "must be one of"), ("cat", "merged", "too large to be sent"), ("cat", "../x", "must be one of"),
+     ("../cat", "kohya", "no adapter named"), ("", "kohya", "no adapter named"), ("cat @ 4", "kohya", "no adapter named"),
+     (None, "kohya", "no adapter named"), ("cat", None, "must be one of"), (["cat"], {}, "no adapter named")],
+)  # fmt: skip
+def test_what_can_t_be_exported_is_told(client, server, name, format, said):
+    before = sorted(server[1].rglob("*"))
+    with pytest.raises(Exception, match=said):
+        client.predict(name, format, api_name="/export")
+    assert sorted(server[1].rglob("*")) == before
+
+
 # ------------------------------------------------------------------------------------------------------- bad values
 
 BAD = [
@@ -122,6 +157,10 @@ BAD = [
     {"guidance_scale": float("inf")}, {"strength": 5}, {"strength": -1e9}, {"strength": float("nan")}, {"strength": "full"},
     {"adapter": "dog"}, {"adapter": "cat @ 3"}, {"adapter": "cat # 9"}, {"adapter": "cat # 0"}, {"adapter": "cat @ 99999999999"},
     {"adapter": "cat\n"}, {"adapter": "c" * 100000},
+    {"adapters": "cat"}, {"adapters": [["cat"]]}, {"adapters": [["cat", "full"]]}, {"adapters": [["cat", 9]]},
+    {"adapters": {"cat": 1}},    {"adapters": [["cat", 1], ["cat", 1]]}, {"adapters": [["../cat", 1]]},
+    {"adapters": [[None, None]]}, {"adapters": [["cat", []]]},
+    {"styles": "poster"}, {"styles": ["../styles"]}, {"styles": [1]}, {"styles": {"poster": 1}}, {"styles": ["x" * 9999]},
 ]  # fmt: skip
 
 PATHS = [

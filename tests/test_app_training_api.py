@@ -4,6 +4,7 @@ import argparse
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from gradio_client import Client, handle_file
 from helpers import make_subject
 
+from benchmarks.hostile_images import IMAGES
 from effilora_diffusion.core.run_folder import RunFolder
 from effilora_diffusion.diffusion.training.checkpoints import IMAGE_RUN
 from effilora_diffusion.studio.server import serve
@@ -150,6 +152,57 @@ def test_files_of_the_server_are_no_uploads(client, server, busy):
     call = httpx.post(url, json={"data": ["bad", [file], QUICK]}).json()["event_id"]
     assert "event: error" in httpx.get(f"{url}/{call}", timeout=PATIENCE).text
     assert not (server[1] / "datasets" / "bad").exists()
+
+
+def test_ten_visitors_at_once_fill_the_queue_and_empty_it(server, busy, tmp_path):
+    images = [handle_file(str(path)) for path in make_subject(tmp_path / "p", 1).iterdir()]
+    before = sorted(server[1].rglob("*"))
+
+    def visit(number):
+        own = Client(server[0].local_url, verbose=False)
+        try:
+            return own.predict(f"ours {number % 5}", images, QUICK, api_name="/train_start")["state"]
+        except Exception as refused:
+            return str(refused)
+
+    with ThreadPoolExecutor(10) as pool:
+        found = list(pool.map(visit, range(10)))
+        own = Client(server[0].local_url, verbose=False)
+        waiting = own.predict(api_name="/queue")["waiting"]
+        assert sorted(entry["name"] for entry in waiting) == [f"ours {number}" for number in range(5)]
+        assert found.count("waiting") == 5
+        assert all("is in the queue already" in text for text in found if text != "waiting"), found
+        stopped = list(pool.map(lambda number: own.predict(f"ours {number}", api_name="/train_stop"), range(5)))
+    assert {one["state"] for one in stopped} == {"new"}
+    assert own.predict(api_name="/queue") == {"running": "by hand", "waiting": []}
+    for number in range(5):
+        shutil.rmtree(server[1] / "datasets" / f"ours {number}")
+    assert sorted({*server[1].rglob("*")} - {*before}) in ([], [server[1] / "training_queue.json"])
+
+
+HOSTILE = [name for name in IMAGES if not name.startswith(("camera", "61-"))]
+
+
+def test_hostile_images_wait_or_are_refused_in_a_sentence(client, server, busy, tmp_path):
+    assert len(HOSTILE) > 20
+    outcomes = {}
+    for name in HOSTILE:
+        (tmp_path / name).write_bytes(IMAGES[name]())
+        before = sorted((server[1] / "datasets").rglob("*"))
+        try:
+            client.predict("hostile", [handle_file(str(tmp_path / name))], QUICK, api_name="/train_start")
+        except Exception as refused:
+            outcomes[name] = str(refused)
+            assert 15 < len(outcomes[name]) < 400
+            assert "Traceback" not in outcomes[name]
+            assert str(server[1]) not in outcomes[name]
+            assert sorted((server[1] / "datasets").rglob("*")) == before
+        else:
+            outcomes[name] = ""
+            client.predict("hostile", api_name="/train_stop")
+            shutil.rmtree(server[1] / "datasets" / "hostile")
+    used = [name for name, said in outcomes.items() if not said]
+    assert min(len(used), len(outcomes) - len(used)) > 8, outcomes
 
 
 def test_what_is_no_image_is_refused_and_kept_nowhere(client, server, busy, tmp_path):

@@ -75,6 +75,7 @@ def test_a_part_of_an_image_is_painted_over_and_made_anew(visit, served, tmp_pat
     page.get_by_label("Images", exact=True).fill("1")
     page.locator("#start > button").click()
     brush = page.locator("#start-image").get_by_role("button", name="Brush", exact=True)
+    expect(brush).to_be_visible()  # Gradio shows its tools once the editor is ready, and loses what comes before
     page.locator("#start-image input[type=file]").set_input_files(tmp_path / "red.png")
     brush.click()
     expect(page.locator("#start-image").get_by_role("button", name="Clear canvas")).to_be_enabled()

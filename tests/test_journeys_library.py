@@ -77,7 +77,7 @@ def test_find_an_image_note_it_send_it_and_delete_it(visit, history):
     expect(card(page, PROMPTS[0])).to_have_count(0)
     expect(card(page, PROMPTS[1])).to_have_count(1)
     assert [(history / f"{number}.png").exists() for number in range(3)] == [False, True, False]
-    page.reload()
+    one.reload()
     one.tab("Library")
     one.says("#library-cards", PROMPTS[1])
     expect(page.locator("#library-cards .mark")).to_have_count(1)  # favourites are on the disk
@@ -97,7 +97,7 @@ def test_a_grid_is_stopped_continued_and_found_in_the_library(visit, served):
     page.locator("#compare-stop").click()
     expect(page.locator("#compare-status")).to_contain_text(re.compile(r"Stopped: [1-5] of 6 cells are kept"))
     one.shot("grid-stopped")
-    page.reload()
+    one.reload()
     one.tab("Compare")
     page.locator("#grid-settings > button").click()
     expect(page.locator("#grid-left input")).to_have_value(re.compile(r"[1-5] of 6 cells: strength, seed"))

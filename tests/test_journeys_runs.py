@@ -64,7 +64,7 @@ def test_trainings_wait_are_rearranged_and_start_by_themselves(visit, served):
     accessible(page)
     one.shot("runs-queue")
 
-    page.reload()  # the queue is on the disk
+    one.reload()  # the queue is on the disk
     by_hand.release()
     one.tab("Runs")
     one.says("#runs-queue-status", "Now training: third.")

@@ -21,6 +21,10 @@ SCREENSHOTS = Path(os.environ.get("EFFILORA_SCREENSHOTS", "outputs/screenshots")
 expect.set_options(timeout=PATIENCE)
 
 
+CUT = ("AbortError: BodyStreamBuffer was aborted", "Unexpected error Connection errored out")
+"""What Gradio's own client writes when a page is left while the server sends something."""
+
+
 def executable():
     """Chromium of the system; ``None`` for the one that ``playwright install chromium`` brings."""
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -56,6 +60,11 @@ class Visit:
         self.page.goto(url)
         expect(self.page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
         expect(self.page.locator("#adapter-1 input")).to_have_value("none")
+
+    def reload(self):
+        """Load the page again, whatever it was doing."""
+        self.page.reload()
+        self.errors[:] = [text for text in self.errors if not text.startswith(CUT)]
 
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()

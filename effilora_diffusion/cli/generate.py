@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a grid that shows whether the subjects of an adapter stay apart, instead of images of a prompt",
     )
     parser.add_argument("--negative_prompt")
+    parser.add_argument(
+        "--style",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="words around the prompts, from styles.csv (A1111's) in --outputs; may be given several times",
+    )
     parser.add_argument("--seed", type=int, default=0, help="-1: a random one, which is printed")
     parser.add_argument("--num_images", type=int, default=1, help="further images use the seeds that follow")
     parser.add_argument("--num_inference_steps", type=int, help="default: the model's own")
@@ -54,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--outputs",
         type=Path,
         default=Path("outputs"),
-        help="the web UI's folder, for adapters that a prompt names and for wildcards in its folder 'wildcards' (%(default)s)",
+        help="the web UI's folder: adapters that a prompt names, styles.csv, and wildcards in its 'wildcards' (%(default)s)",
     )
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
@@ -120,11 +127,19 @@ def _request(args: argparse.Namespace, adapters: list[tuple[str, float]], concep
     """What the command line asks for, with names and strengths of its adapters; a grid's prompts are those of the concepts."""
     from ..diffusion.config import EMBEDDED_SAMPLING
     from ..diffusion.sampling.request import GenerationRequest, random_seed
+    from ..diffusion.sampling.styles import STYLES, chosen_styles, with_styles
 
-    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
-    return GenerationRequest(
+    if concepts and args.style:
+        raise EffiLoRAError("--leakage_grid draws the prompts of the subjects: leave --style out")
+    prompt, negative = with_styles(
         args.prompt or concepts[0].prompt or concepts[0].triggers[0],
         args.negative_prompt or "",
+        chosen_styles(args.outputs / STYLES, args.style),
+    )
+    usual = EMBEDDED_SAMPLING if args.model is None else {"steps": None, "guidance_scale": None}
+    return GenerationRequest(
+        prompt,
+        negative,
         adapters,
         usual["steps"] if args.num_inference_steps is None else args.num_inference_steps,
         usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,

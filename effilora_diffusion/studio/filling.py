@@ -43,7 +43,7 @@ def filled(session: Session, found: ImageFacts) -> list[Any]:
     prompts = [text.encode("utf-8", "replace").decode() for text in (asked.prompt, negative)]
     start = _start(session, found.parameters, notes)
     return [*prompts, steps, guidance, width, height, 1, str(asked.seed), False, sampler or OWN, asked.literal,
-            *slots, *start, False, _said_of(found, missing, notes)]  # fmt: skip
+            *slots, *start, [], False, _said_of(found, missing, notes)]  # fmt: skip
 
 
 def readable(found: ImageFacts) -> GenerationRequest:

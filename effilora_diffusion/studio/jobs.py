@@ -14,6 +14,9 @@ from ..diffusion.sampling.stream import Progress, Stop
 GRACE = 60.0
 """Seconds that a generation goes on while no page follows it."""
 
+EVERY = 0.5
+"""Seconds between two looks of a page: more often, and a browser does nothing else."""
+
 MOST = 256
 """Ended generations that are kept for pages that come back, and loads of pages that are known."""
 
@@ -83,7 +86,7 @@ class Job:
             self.preview = event.preview
 
     def follow(self) -> Iterator[None]:
-        """Return at once with what there is, then whenever there is more, until the generation has ended."""
+        """Return at once with what there is, then when there is more, until the generation has ended."""
         seen = -1
         with self._changed:
             self._followers += 1
@@ -96,6 +99,8 @@ class Job:
                 yield
                 if last:
                     return
+                with self._changed:
+                    self._changed.wait_for(lambda: self.ended, EVERY)
         finally:
             with self._changed:
                 self._followers -= 1

@@ -11,11 +11,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ... import EffiLoRAError, export_lora
+from ... import EffiLoRAError
 from ...core import is_native, load_adapter_file
 from ...core.concepts import Concept
 from ...core.config import heads_text
-from ...core.convert import describe_export_error
 from ...core.files import ADAPTER_FILE
 from ...core.fingerprint import same_base
 from ...core.inspection import inspect_adapter, plain_form
@@ -23,12 +22,12 @@ from ...core.load import check_parts
 from ...core.names import name_fault
 from ...core.run_folder import KOHYA_FILE, LORA_FILE, plain_names, separate
 from ...core.writing import write_atomic
-from ...diffusion.adapters import export
 from ...diffusion.adapters.active_adapters import AdapterRef
 from ...diffusion.adapters.lora_files import describe_plain, is_plain_lora
 from ...diffusion.sampling.grid import labelled_grid
 from ...diffusion.sampling.png import save_png
 from ..cards import Card, Cards, Confirmation
+from ..exporting import FORMATS, MERGED, export_adapter
 from ..notes import note_of
 from ..queue import BUSY, IDLE, refusal, shown_file
 from ..runs import NAME, Run
@@ -37,8 +36,6 @@ from ..shelf import Shelf, Shelved, size_text
 from ..words import Markdown, one_line, plain_words
 from .drawing import DrawingTab
 
-AS_IT_IS = "as it is"
-FORMATS = (*export.FORMATS, AS_IT_IS)
 SAMPLE_SEEDS = (0, 1, 2)
 
 
@@ -242,33 +239,12 @@ class AdaptersTab(DrawingTab):
 
     def write(self, name: str | None, format: str) -> tuple[Any, str]:
         """Export the adapter; the file can then be downloaded."""
-        nothing = gr.update(visible=False)
         try:
-            path = self.session.adapter_path(name or "")
-            if format not in FORMATS:
-                raise EffiLoRAError(f"choose one of {', '.join(FORMATS)}")
-            self.session.exports.mkdir(parents=True, exist_ok=True)
-            target = self.session.exports / f"{name}-{format.replace(' ', '-')}"
-            file = Path(f"{target}.safetensors")
-            if format == AS_IT_IS:
-                shutil.copyfile(path, file)
-                return gr.update(value=str(file), visible=True), "The file as it is."
-            if not is_native(path):
-                raise EffiLoRAError("it is a plain LoRA already: take it as it is")
-            folder = format in ("peft", "merged")
-            if folder:
-                shutil.rmtree(target, ignore_errors=True)
-            target = target if folder else file
-            error = export_lora(path, target, format, self.session.model)
+            done = export_adapter(self.session, name or "", format)
         except Exception as problem:
-            return nothing, refusal(problem, "Not exported")
-        missing = describe_export_error(error or None)
-        if format == "merged":  # a whole model: too large to be sent through a browser
-            place = plain_words(target.relative_to(self.session.outputs))
-            return nothing, f"The whole model with the adapter in it is in {place} of the outputs: {missing}."
-        if folder:
-            target = Path(shutil.make_archive(str(target), "zip", target))
-        return gr.update(value=str(target), visible=True), f"Plain LoRA for {format}: {missing}."
+            return gr.update(visible=False), refusal(problem, "Not exported")
+        sent = gr.update(visible=False) if format == MERGED else gr.update(value=str(done.path), visible=True)
+        return sent, plain_words(done.said)
 
     def ask(self, name: str | None) -> tuple[str | None, str]:
         """What a deletion is about, and the question."""

@@ -35,15 +35,16 @@ class FollowingTab(DrawingTab):
     def follow_job(self, job: Job) -> Iterator[dict[Any, Any]]:
         """Show a generation from where it is to its end; the page may be left and come back meanwhile."""
         facts: Facts = job.facts
-        yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True),
-               self.gallery: shown(job.files, job.preview), self.status: "Preparing ...",
+        # said with every step: a page that is just being loaded may lose the first of what it is sent
+        busy = {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True)}
+        yield {**busy, self.gallery: shown(job.files, job.preview), self.status: "Preparing ...",
                self.chosen: gr.update(visible=False), **facts.form}  # fmt: skip
         seen: Any = (len(job.files), job.preview)
         for _ in job.follow():
             if job.ended:
                 break
             files, preview, step = list(job.files), job.preview, job.progress
-            found: dict[Any, Any] = {}
+            found: dict[Any, Any] = dict(busy)
             if step is not None:
                 left = f", {step.seconds:.0f} s left" if step.seconds is not None else ""
                 number = min(len(files) + 1, facts.total)
@@ -51,7 +52,7 @@ class FollowingTab(DrawingTab):
             if seen[0] != len(files) or seen[1] is not preview:
                 seen = (len(files), preview)
                 found[self.gallery] = shown(files, preview)
-            yield found or {self.status: gr.skip()}
+            yield found
         yield self._ended(job)
 
     def _ended(self, job: Job) -> dict[Any, Any]:

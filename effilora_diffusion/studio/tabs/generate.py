@@ -23,6 +23,7 @@ from ..queue import Ticket, refusal
 from ..requests import larger, of_lines
 from ..session import LIMITS, Session
 from ..start_form import StartForm
+from ..styles_form import StylesForm
 from ..words import Markdown, plain_words
 from .drawing import notes_of
 from .following import Facts, FollowingTab
@@ -42,7 +43,7 @@ class GenerateTab(FollowingTab):
 
     def __init__(self, session: Session):
         super().__init__(session)
-        self.adapters, self.begin = AdapterSlots(session), StartForm(session)
+        self.adapters, self.begin, self.styles = AdapterSlots(session), StartForm(session), StylesForm(session)
 
     @property
     def slots(self) -> list[Any]:
@@ -68,6 +69,7 @@ class GenerateTab(FollowingTab):
                         "0", label="Seed (empty: random)", max_lines=1, elem_id="seed", min_width=120
                     )
                     self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
+                self.styles.build()
                 self.begin.build()
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     self._build_settings(self.session.defaults())
@@ -165,7 +167,8 @@ class GenerateTab(FollowingTab):
     def form(self) -> list[Any]:
         """All inputs of a request, in the order of :meth:`request`."""
         return [self.prompt, self.negative, self.steps, self.guidance, self.width, self.height, self.count, self.seed,
-                self.random, self.sampler, self.literal, *self.adapters.parts, *self.begin.parts, self.lines]  # fmt: skip
+                self.random, self.sampler, self.literal, *self.adapters.parts, *self.begin.parts,
+                self.styles.choice, self.lines]  # fmt: skip
 
     def request(self, prompt: str, negative: str, steps: float, guidance: float, width: float, height: float,
                 count: float, seed: Any, use_random: bool, sampler: str, literal: bool, *others: Any
@@ -184,18 +187,23 @@ class GenerateTab(FollowingTab):
         return str(text or "") if self.session.family.negative_prompts else ""
 
     def requests(self, *values: Any) -> list[GenerationRequest]:
-        """The form as requests: one, or one for each line of the prompt."""
+        """The form as requests: one, or one for each line of the prompt; each with the words of the styles."""
         wanted = self.request(*values)
-        return of_lines(wanted) if len(values) == len(self.form) and values[-1] else [wanted]
+        names, lines = values[-2:] if len(values) == len(self.form) else ((), False)
+        return [self.styles.around(one, names) for one in (of_lines(wanted) if lines else [wanted])]
 
     def count_tokens(self, prompt: str, literal: bool) -> str:
         """What is said of the prompt's length below it."""
         found = self.session.tokens.count(str(prompt or "")[: int(LIMITS.prompt)], bool(literal)) if prompt else None
         return "" if found is None else str(found)
 
-    def told(self, prompt: str, literal: bool, *slots: Any) -> tuple[str, str]:
-        """What is said below the prompt: its length, and the adapters that act."""
-        return self.count_tokens(prompt, literal), self.adapters.acting(prompt, literal, *slots)
+    def told(self, prompt: str, literal: bool, styles: list[str], *slots: Any) -> tuple[str, str]:
+        """What is said below the prompt: its length with the styles, and the adapters that act."""
+        try:
+            length = self.count_tokens(self.styles.apply(str(prompt or ""), "", styles)[0], literal)
+        except EffiLoRAError as error:
+            length = f"**{plain_words(error)}**"
+        return length, self.adapters.acting(prompt, literal, *slots)
 
     def draw(self, visit: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Generate what the form says; yields updates of the page after every step."""
@@ -287,11 +295,11 @@ class GenerateTab(FollowingTab):
     @property
     def refreshed(self) -> list[Any]:
         """What :meth:`refresh` returns values for."""
-        return [*self.adapters.choices, self.adapters.others, self.past]
+        return [*self.adapters.choices, self.adapters.others, self.styles.choice, self.styles.note, self.past]
 
     def refresh(self) -> list[Any]:
         """The adapters and the history as they are on the disk now."""
-        return [*self.adapters.refresh(), [str(path) for path in self.session.drawn()]]
+        return [*self.adapters.refresh(), *self.styles.refresh(), [str(path) for path in self.session.drawn()]]
 
     @property
     def generated(self) -> list[Any]:
@@ -335,7 +343,7 @@ class GenerateTab(FollowingTab):
         self.past.select(self.select, None, chosen, **private)
         self.reuse.click(self.reuse_seed, self.selected, [self.seed, self.random], **private)
         restored = self.restore.click(self.restore_all, self.selected, [*self.form, self.status], **private)
-        said = [self.prompt, self.literal, *self.adapters.parts]
+        said = [self.prompt, self.literal, self.styles.choice, *self.adapters.parts]
         for changed in said:
             changed.change(self.told, said, [self.tokens, self.acting], trigger_mode="always_last", **at_once)
         read = self.upload.upload(
@@ -343,4 +351,5 @@ class GenerateTab(FollowingTab):
             api_visibility="undocumented",
         )  # fmt: skip
         self.adapters.wire(self.prompt)
+        self.styles.wire(self.prompt, self.negative)
         self.adapters.show_after(restored.then, read.then)
